@@ -63,7 +63,11 @@ Handshake
 Exchanges
 State
 Link
+Registry
+Visitors
 Server
+Local service
+Forwarding
 Client
 Demo
 Settings
@@ -1958,61 +1962,9 @@ class Link:
             self._set_timer()
 
 
-# ---- Server ---------------------------------------------------------------------------------------------------------
-# Visitors on one side, sessions of clients on the other, and the registry of who has which name in between. aiohttp
-# reads what visitors send, strictly; what they get is written here, so that its framing is ours.
-
-Address = tuple[str, int] | tuple[str, int, int, int]
-
-PROBLEMS = {  # X-Pytunnel-Error -> status, and one sentence that names the broken hop and what to do
-    "unknown-tunnel": (404, "No tunnel has this name. Check the address, or start its client with pytunnel connect."),
-    "tunnel-offline": (503, "The tunnel's client is not connected to this server. Start it again, or try again soon."),
-    "local-refused": (502, "The tunnel works, but nothing listens at its local end. Start the local service."),
-    "local-reset": (502, "The local service closed the connection before it answered. Its log should say why."),
-    "local-timeout": (504, "The local service did not accept the connection in time. See whether it hangs."),
-    "local-invalid": (502, "The local service's answer is not valid HTTP. See its log, or try curl -v on the spot."),
-    "link-lost": (502, "The tunnel's client went away while it handled the request. Try again when it is back."),
-    "busy": (503, "Too many requests are open on this tunnel. Try again soon."),
-    "shutting-down": (503, "The server is restarting. Try again soon."),
-    "bad-request": (400, "The request is not valid HTTP."),
-    "too-large": (431, "The request's header fields are too large."),
-    "forbidden": (403, "This address is for pytunnel's client, not for web pages."),
-    "not-a-link": (426, f"This address is for pytunnel's client, which speaks {SUBPROTOCOL}."),
-    "method": (405, "This method is not for tunnels."),
-    "expectation": (417, "The only expectation known here is 100-continue."),
-    "internal": (500, "The server made a mistake; its log says which."),
-}
-PROBLEM_OF = {
-    ErrorCode.LOCAL_REFUSED: "local-refused",
-    ErrorCode.LOCAL_RESET: "local-reset",
-    ErrorCode.LOCAL_TIMEOUT: "local-timeout",
-    ErrorCode.LOCAL_INVALID: "local-invalid",
-    ErrorCode.LINK_LOST: "link-lost",
-    ErrorCode.REPLACED: "link-lost",
-    ErrorCode.REFUSED: "busy",
-    ErrorCode.SHUTDOWN: "tunnel-offline",
-    ErrorCode.CANCEL: "bad-request",
-}
-
-
-def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
-    """Return the response to a request that could not be served: HTML, JSON or text, without a word of the request."""
-    status, sentence = PROBLEMS[problem]
-    if "text/html" in accept:
-        kind = b"text/html; charset=utf-8"
-        title = f"{status} {problem}"
-        text = f"<!doctype html><title>{title}</title><h1>{title}</h1><p>{html.escape(sentence)}</p>\n"
-    elif "json" in accept:
-        kind = b"application/json"
-        text = json.dumps({"error": problem, "status": status, "message": sentence}) + "\n"
-    else:
-        kind = b"text/plain; charset=utf-8"
-        text = f"{status} {problem}: {sentence}\n"
-    body = text.encode()
-    headers = [(b"Content-Type", kind), (b"Content-Length", b"%d" % len(body)), (b"X-Pytunnel-Error", problem.encode())]
-    if status == 503:
-        headers.append((b"Retry-After", b"5"))
-    return ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers), body
+# ---- Registry -------------------------------------------------------------------------------------------------------
+# Who has which name: the sessions of clients, and the names they serve. Entries end with their session, for whatever
+# reason it ends; whose a name is outlives the server.
 
 
 class Registration:
@@ -2156,6 +2108,61 @@ class TunnelRegistry:
             write_private(self._path, json.dumps({"names": self._owners, "zones": self.zones}, indent=1))
         except OSError as error:
             log.warning("names are not kept: %s", error)
+
+
+# ---- Visitors -------------------------------------------------------------------------------------------------------
+# One request of a visitor and its response. aiohttp reads what visitors send, strictly; what they get is written here,
+# so that its framing is ours, and nothing that fails half-way can look complete.
+
+PROBLEMS = {  # X-Pytunnel-Error -> status, and one sentence that names the broken hop and what to do
+    "unknown-tunnel": (404, "No tunnel has this name. Check the address, or start its client with pytunnel connect."),
+    "tunnel-offline": (503, "The tunnel's client is not connected to this server. Start it again, or try again soon."),
+    "local-refused": (502, "The tunnel works, but nothing listens at its local end. Start the local service."),
+    "local-reset": (502, "The local service closed the connection before it answered. Its log should say why."),
+    "local-timeout": (504, "The local service did not accept the connection in time. See whether it hangs."),
+    "local-invalid": (502, "The local service's answer is not valid HTTP. See its log, or try curl -v on the spot."),
+    "link-lost": (502, "The tunnel's client went away while it handled the request. Try again when it is back."),
+    "busy": (503, "Too many requests are open on this tunnel. Try again soon."),
+    "shutting-down": (503, "The server is restarting. Try again soon."),
+    "bad-request": (400, "The request is not valid HTTP."),
+    "too-large": (431, "The request's header fields are too large."),
+    "forbidden": (403, "This address is for pytunnel's client, not for web pages."),
+    "not-a-link": (426, f"This address is for pytunnel's client, which speaks {SUBPROTOCOL}."),
+    "method": (405, "This method is not for tunnels."),
+    "expectation": (417, "The only expectation known here is 100-continue."),
+    "internal": (500, "The server made a mistake; its log says which."),
+}
+PROBLEM_OF = {
+    ErrorCode.LOCAL_REFUSED: "local-refused",
+    ErrorCode.LOCAL_RESET: "local-reset",
+    ErrorCode.LOCAL_TIMEOUT: "local-timeout",
+    ErrorCode.LOCAL_INVALID: "local-invalid",
+    ErrorCode.LINK_LOST: "link-lost",
+    ErrorCode.REPLACED: "link-lost",
+    ErrorCode.REFUSED: "busy",
+    ErrorCode.SHUTDOWN: "tunnel-offline",
+    ErrorCode.CANCEL: "bad-request",
+}
+
+
+def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
+    """Return the response to a request that could not be served: HTML, JSON or text, without a word of the request."""
+    status, sentence = PROBLEMS[problem]
+    if "text/html" in accept:
+        kind = b"text/html; charset=utf-8"
+        title = f"{status} {problem}"
+        text = f"<!doctype html><title>{title}</title><h1>{title}</h1><p>{html.escape(sentence)}</p>\n"
+    elif "json" in accept:
+        kind = b"application/json"
+        text = json.dumps({"error": problem, "status": status, "message": sentence}) + "\n"
+    else:
+        kind = b"text/plain; charset=utf-8"
+        text = f"{status} {problem}: {sentence}\n"
+    body = text.encode()
+    headers = [(b"Content-Type", kind), (b"Content-Length", b"%d" % len(body)), (b"X-Pytunnel-Error", problem.encode())]
+    if status == 503:
+        headers.append((b"Retry-After", b"5"))
+    return ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers), body
 
 
 class Delivered:
@@ -2335,6 +2342,12 @@ def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]]) -> web
         auto_decompress=False,
         access_log=None,
     )
+
+
+# ---- Server ---------------------------------------------------------------------------------------------------------
+# Visitors on one side, links of clients on the other: the handshake, and where each request goes.
+
+_OK = ResponseHead(200, b"OK", [(b"Content-Type", b"text/plain"), (b"Content-Length", b"3")])
 
 
 class TunnelServer:
@@ -2600,11 +2613,17 @@ class TunnelServer:
         return origin
 
 
-_OK = ResponseHead(200, b"OK", [(b"Content-Type", b"text/plain"), (b"Content-Length", b"3")])
+# ---- Local service --------------------------------------------------------------------------------------------------
+# Where a tunnel leads on this machine, and connections to it. Only what the user named is ever dialled.
 
-# ---- Client ---------------------------------------------------------------------------------------------------------
-# Dials the server, for ever; forwards each stream to the local service it is meant for, and to nothing else. The local
-# hop speaks HTTP/1.1 itself, because an HTTP client library is no relay: it would merge, drop and re-quote.
+
+def _describe(error: BaseException | None) -> str:
+    """Return an exception as a few words for a user."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower() if error.errno else error.strerror
+    return escape(str(error) or type(error).__name__)
 
 
 class Target(NamedTuple):
@@ -2798,6 +2817,11 @@ class LocalService:
             self._idle.pop().abort()
 
 
+# ---- Forwarding -----------------------------------------------------------------------------------------------------
+# One exchange from its stream to the local service and back. HTTP/1.1 is spoken here and not by a client library:
+# those are no relays, they merge, drop and re-quote.
+
+
 class Forwarding:
     """One exchange on its way from a stream to the local service and back."""
 
@@ -2913,6 +2937,10 @@ class Forwarding:
         await self._stream.write(b"", end=True)
 
 
+# ---- Client ---------------------------------------------------------------------------------------------------------
+# Dials the server, for ever, and hands each stream to its local service.
+
+
 class Backoff:
     """Delays between dials: none at first, then doubling with jitter (half of each is random)."""
 
@@ -2928,15 +2956,6 @@ class Backoff:
         delay = self._delay
         self._delay = min(max(2 * delay, BACKOFF_MIN), BACKOFF_MAX)
         return delay * random.uniform(0.5, 1.0)
-
-
-def _describe(error: BaseException | None) -> str:
-    """Return an exception as a few words for a user."""
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower() if error.errno else error.strerror
-    return escape(str(error) or type(error).__name__)
 
 
 class Tunnel(NamedTuple):
@@ -3237,6 +3256,7 @@ class TunnelClient:
         finally:
             exchange.ended = loop.time()
             self._emit("request", exchange=exchange)
+
 
 # ---- Demo -----------------------------------------------------------------------------------------------------------
 # A small local service to try a tunnel with: a page, an event stream, a WebSocket and an upload.

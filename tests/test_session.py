@@ -45,6 +45,7 @@ HEADER = pytunnel.FRAME_HEADER.size
 REQUEST = b"GET\0/"
 RESPONSE = b"200\0OK"
 INFINITY = float("inf")
+SMALL = 100  # bytes of window
 
 
 # What a peer may say, as bytes
@@ -358,11 +359,25 @@ def test_credit_is_returned_for_what_is_read() -> None:
     session.receive_data(data(1, bytes(100)), 0.0)
     session.acknowledge_received_data(1, 49)
     assert "WINDOW" not in types(session)
-    session.acknowledge_received_data(1, 1)
-    session.acknowledge_received_data(1, 50)
+    assert session.acknowledge_received_data(1, 1) == 50
+    assert session.acknowledge_received_data(1, 50) == 50
     assert [f for f in sent(session) if f.type == FrameType.WINDOW] == [
         Frame(FrameType.WINDOW, 0, 1, (100).to_bytes(4, "big"))
     ]
+
+
+def test_credit_that_arrives_after_the_end_is_of_no_use() -> None:
+    """The reader of an upload may still be reading when its writer has sent the END long ago."""
+    pair = Pair()
+    stream = pair.server.open_stream(0, Kind.HTTP, REQUEST)
+    pair.server.send_data(stream, bytes(INITIAL_WINDOW), end=True)
+    pair.exchange()
+    pair.client.acknowledge_received_data(stream, INITIAL_WINDOW)
+    assert pair.exchange() == ([], [])
+    assert state_of(pair.server) is StreamState.HALF_CLOSED_LOCAL
+    pair.client.send_head(stream, RESPONSE, end=True)
+    assert [event.flags for event in pair.exchange()[0]] == [END]
+    assert pair.server.streams == 0
 
 
 def test_no_credit_for_a_closed_stream() -> None:
@@ -370,7 +385,7 @@ def test_no_credit_for_a_closed_stream() -> None:
     session.receive_data(data(1, bytes(100)), 0.0)
     session.acknowledge_received_data(1, 60)
     session.receive_data(reset(), 0.0)
-    session.acknowledge_received_data(1, 40)
+    assert session.acknowledge_received_data(1, 40) == 0
     assert "WINDOW" not in types(session)
 
 
@@ -463,6 +478,29 @@ def test_a_message_is_about_as_long_as_its_limit() -> None:
     for limit in (1, TURN, 100_000, MAX_BATCH):
         size = len(session.data_to_send(limit))
         assert limit <= size <= limit + TURN + HEADER
+
+
+def test_has_data_to_send_says_whether_a_call_is_worth_it() -> None:
+    session = connected(is_server=True, size=SMALL)
+    occasions: list[Callable[[], object]] = [
+        lambda: session.open_stream(0, Kind.HTTP, REQUEST),
+        lambda: session.send_data(1, bytes(SMALL + 1)),
+        lambda: session.receive_data(window(1, 1), 0.0),
+        lambda: session.receive_data(ping(), 0.0),
+        lambda: session.receive_data(head() + data(1, bytes(SMALL)), 0.0),
+        lambda: session.acknowledge_received_data(1, SMALL),
+        lambda: session.handle_timeout(pytunnel.PING_INTERVAL),
+        lambda: (session.suspend(), session.resume(0, 0.0)),
+    ]
+    for act in occasions:
+        assert session.data_to_send() == b""
+        assert not session.has_data_to_send
+        act()
+        if not session.has_data_to_send:  # only an ACK is due, later
+            assert session.data_to_send() == b""
+            session.handle_timeout(pytunnel.ACK_DELAY)
+        assert session.has_data_to_send
+        assert session.data_to_send()
 
 
 # Acknowledgement and resume
@@ -566,11 +604,14 @@ def test_ack_that_goes_back_is_refused() -> None:
 
 @pytest.mark.parametrize("received", [-1, 0, 3])
 def test_resume_out_of_range_is_refused_and_changes_nothing(received: int) -> None:
+    assert pytunnel.Session(is_server=True).may_resume(received) == (received == 0)
     session = server_with_stream()
     session.open_stream(0, Kind.HTTP, REQUEST)
     session.data_to_send()
     session.receive_data(ack(1), 0.0)
     session.suspend()
+    assert not session.may_resume(received)
+    assert session.may_resume(1) and session.may_resume(2)
     with pytest.raises(ProtocolError):
         session.resume(received, 0.0)
     assert not session.connected
@@ -806,7 +847,6 @@ def test_interims_up_to_the_limit() -> None:
 
 # Hostile peers
 
-SMALL = 100  # bytes of window
 HOSTILE: dict[str, tuple[str, bytes, ErrorCode | None]] = {
     # name: who is attacked (with stream 1 open), what comes, what it is called; None: any code
     "data_past_window": ("client", data(1, bytes(SMALL + 1)), ErrorCode.FLOW_CONTROL),
@@ -952,11 +992,23 @@ def test_send_reset_with_flush_sends_what_is_queued_first() -> None:
     assert session.streams == 0
 
 
-def test_send_reset_with_flush_takes_the_place_of_an_end() -> None:
+@pytest.mark.parametrize("body", [b"", b"all of it"])
+def test_send_reset_with_flush_comes_after_the_end(body: bytes) -> None:
+    """A response that is complete stays so when the rest of its request is not wanted (RFC 9113 section 8.1)."""
     session = server_with_stream()
-    session.send_data(1, b"half", end=True)
-    session.send_reset(1, ErrorCode.LOCAL_RESET, flush=True)
-    assert [(f.type, f.flags) for f in sent(session)] == [(FrameType.DATA, 0), (FrameType.RESET, 0)]
+    session.send_data(1, body, end=True)
+    session.send_reset(1, ErrorCode.NO_ERROR, flush=True)
+    assert [(f.type, f.flags) for f in sent(session)] == [(FrameType.DATA, END), (FrameType.RESET, 0)]
+    assert session.streams == 0
+
+
+def test_send_reset_with_flush_is_not_needed_when_the_end_closes_the_stream() -> None:
+    session = client_with_stream(end=True)
+    session.send_head(1, RESPONSE)
+    session.send_data(1, b"all of it", end=True)
+    session.send_reset(1, ErrorCode.NO_ERROR, flush=True)
+    assert types(session) == ["HEAD", "DATA", "ACK"]
+    assert session.streams == 0
 
 
 def test_send_reset_with_flush_and_nothing_queued_is_sent_at_once() -> None:
@@ -1268,10 +1320,10 @@ class Conversation:
                 half.ended = True
 
     def send(self, session: Session, limit: int) -> None:
-        before = len(self.pair.wires[self.pair.peer(session)])
-        self.pair.send(session, limit)
-        after = len(self.pair.wires[self.pair.peer(session)])
-        assert after - before <= limit + SCALED["TURN"] + 400  # a turn, and the link's own small frames
+        worth_it = session.has_data_to_send
+        size = self.pair.send(session, limit)
+        assert size <= limit + SCALED["TURN"] + 400  # a turn, and the link's own small frames
+        assert worth_it or not size
 
     def deliver(self, reader: Session, n: int | None) -> None:
         for event in self.pair.deliver(reader, n):
