@@ -542,22 +542,8 @@ class ReceiveWindow:
 # have data and credit take turns of TURN bytes. A small response waits for some turns at the most, never for a file.
 
 
-class StreamState(enum.Enum):
-    IDLE = enum.auto()
-    OPEN = enum.auto()
-    HALF_CLOSED_LOCAL = enum.auto()
-    HALF_CLOSED_REMOTE = enum.auto()
-    CLOSED = enum.auto()
-
-
-class Input(enum.Enum):
-    OPEN = enum.auto()
-    SEND = enum.auto()
-    SEND_END = enum.auto()
-    RECEIVE = enum.auto()
-    RECEIVE_END = enum.auto()
-    RESET = enum.auto()
-
+StreamState = enum.Enum("StreamState", "IDLE OPEN HALF_CLOSED_LOCAL HALF_CLOSED_REMOTE CLOSED")
+Input = enum.Enum("Input", "OPEN SEND SEND_END RECEIVE RECEIVE_END RESET")
 
 TRANSITIONS = {  # what is missing here is a protocol error
     (StreamState.IDLE, Input.OPEN): StreamState.OPEN,
@@ -587,11 +573,6 @@ OPEN_HEADER = struct.Struct(">HB")  # tunnel index, Kind; the request head follo
 
 class _SessionStream:
     """What a session keeps of one stream."""
-
-    __slots__ = (
-        *("id", "state", "send", "receive", "pending", "buffered"),
-        *("ending", "reset", "ready", "headed", "interims"),
-    )
 
     def __init__(self, id_: int, send_window: int, receive_window: int, *, headed: bool) -> None:
         self.id = id_
@@ -672,6 +653,11 @@ class Session:
         self._ping_sent_at: float | None = None
 
     # Streams
+
+    @property
+    def accepts_streams(self) -> bool:
+        """Whether there is a link, and neither end has said that it leaves."""
+        return self.connected and not self.goaway and not self.leaving
 
     @property
     def streams(self) -> int:
@@ -1357,7 +1343,6 @@ class ResponseEncoder:
         status_line = b"HTTP/1.1 %d %b" % (head.status, head.reason)
         if head.interim:
             return _wire_head(status_line, head.headers) if self._http11 else b""
-        self.started = True
         hop: Headers = []
         if head.status in (101, 426):
             hop.append((b"Connection", b"Upgrade"))
@@ -1380,6 +1365,7 @@ class ResponseEncoder:
             hop.append((b"Connection", b"keep-alive"))
         if head.status >= 200 and not field_values(head.headers, b"date"):
             hop.append((b"Date", date))  # RFC 9110 section 6.6.1
+        self.started = True
         return _wire_head(status_line, [*head.headers, *hop])
 
     def data(self, data: bytes) -> bytes:
@@ -1664,8 +1650,7 @@ class Stream:
         self._error: StreamReset | None = None
         self._heads: collections.deque[bytes] = collections.deque()
         self._chunks: collections.deque[bytes] = collections.deque()
-        self._reader: asyncio.Future[None] | None = None
-        self._writer: asyncio.Future[None] | None = None
+        self._readable, self._writable = asyncio.Event(), asyncio.Event()
 
     def __enter__(self) -> Stream:
         return self
@@ -1702,7 +1687,8 @@ class Stream:
         """Return the next response head; only the server's streams have them."""
         while not self._heads:
             self._check()
-            await self._wait_readable()
+            self._readable.clear()
+            await self._readable.wait()
         return self._heads.popleft()
 
     async def read(self) -> bytes:
@@ -1711,7 +1697,8 @@ class Stream:
             if self._ended:
                 return b""
             self._check()
-            await self._wait_readable()
+            self._readable.clear()
+            await self._readable.wait()
         data = self._chunks.popleft()
         if self._link.session.acknowledge_received_data(self.id, len(data)):
             self._link.wake()
@@ -1733,8 +1720,8 @@ class Stream:
         self._finished = end
         self._link.wake()
         if queued > SEND_BUFFER and not end:
-            self._writer = asyncio.get_running_loop().create_future()
-            await self._writer
+            self._writable.clear()
+            await self._writable.wait()
             self._check()
 
     def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None:
@@ -1758,45 +1745,30 @@ class Stream:
         elif frame.payload:
             self._chunks.append(frame.payload)
         self._ended = self._ended or bool(frame.flags & END)
-        self._release(self._reader)
+        self._readable.set()
 
     def fail(self, error: StreamReset) -> None:
         """The stream is over; wake whoever waits."""
         self._error = self._error or error
-        self._release(self._reader)
-        self._release(self._writer)
+        self._readable.set()
+        self._writable.set()
 
     def resume_writing(self) -> None:
         """The queue has room again."""
-        self._release(self._writer)
+        self._writable.set()
 
     def _check(self) -> None:
         if self._error:
             raise StreamReset(self._error.code, self._error.reason)
 
-    async def _wait_readable(self) -> None:
-        self._reader = asyncio.get_running_loop().create_future()
-        await self._reader
-
-    @staticmethod
-    def _release(waiter: asyncio.Future[None] | None) -> None:
-        if waiter and not waiter.done():
-            waiter.set_result(None)
-
 
 class Link:
     """Carries one session; `run` it over each WebSocket in turn, `end` it once."""
 
-    def __init__(
-        self,
-        session: Session,
-        *,
-        on_stream: Callable[[Stream], None] | None = None,
-        on_goaway: Callable[[ErrorCode, str], None] | None = None,
-    ) -> None:
+    def __init__(self, session: Session) -> None:
         self.session = session
-        self.ended: SessionEnded | None = None
-        self._on_stream, self._on_goaway = on_stream, on_goaway
+        self.on_stream: Callable[[Stream], None] = lambda stream: stream.close()
+        self.on_goaway: Callable[[ErrorCode, str], None] = lambda code, reason: None
         self._streams: dict[int, Stream] = {}
         self._wakeup = asyncio.Event()
         self._closed = asyncio.Event()  # some stream has been
@@ -1851,7 +1823,6 @@ class Link:
 
     def end(self, error: SessionEnded) -> None:
         """The session is over: all streams fail."""
-        self.ended = self.ended or error
         for stream in list(self._streams.values()):
             stream.fail(StreamReset(error.error, str(error)))
             if stream.on_reset:
@@ -1937,11 +1908,9 @@ class Link:
             tunnel, kind = OPEN_HEADER.unpack_from(frame.payload)
             head = frame.payload[OPEN_HEADER.size :]
             stream = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=bool(frame.flags & END))
-            assert self._on_stream
-            self._on_stream(self._remember(stream))
+            self.on_stream(self._remember(stream))
         elif frame.type == FrameType.GOAWAY:
-            if self._on_goaway:
-                self._on_goaway(*decode_reason(frame.payload))
+            self.on_goaway(*decode_reason(frame.payload))
         elif frame.stream_id in self._streams:
             self._streams[frame.stream_id].feed(frame)
 
@@ -1982,13 +1951,12 @@ class TunnelRegistry:
 
     def __init__(self, path: Path, *, grace: float, hold: float) -> None:
         self.sessions: dict[str, Registration] = {}
+        self.zones: list[str] = []
         self._path, self._grace, self._hold = path, grace, hold
         self._tunnels: dict[str, Registration] = {}
         self._owners: dict[str, str] = {}
-        self.zones: list[str] = []
         self._replaced: collections.deque[str] = collections.deque(maxlen=1024)
-        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
-        self._last_seen: dict[str, float] = {}
+        self._held: dict[str, list[asyncio.Future[None]]] = collections.defaultdict(list)
         self._load()
         now = asyncio.get_running_loop().time()
         self._last_seen = dict.fromkeys(self._owners, now)  # their clients are about to come back
@@ -2025,10 +1993,9 @@ class TunnelRegistry:
         if session.expiry:
             session.expiry.cancel()
             session.expiry = None
-        for name in session.names:
-            for waiter in self._waiters.get(name, ()):
-                if not waiter.done():
-                    waiter.set_result(None)
+        for waiter in itertools.chain.from_iterable(self._held[name] for name in session.names):
+            if not waiter.done():
+                waiter.set_result(None)
 
     def disconnected(self, session: Registration) -> None:
         """A session has lost its link; it is over after the grace, or now when its client said goodbye."""
@@ -2042,16 +2009,11 @@ class TunnelRegistry:
         else:
             session.expiry = loop.call_later(self._grace, self.end, session, lost)
 
-    def release(self, session: Registration) -> None:
-        """Take a session's names from it; its streams go on."""
+    def end(self, session: Registration, error: SessionEnded) -> None:
+        """Forget a session, for whatever reason; its streams fail."""
         for name in session.names:
             if self._tunnels.get(name) is session:
                 del self._tunnels[name]
-                self._last_seen[name] = asyncio.get_running_loop().time()
-
-    def end(self, session: Registration, error: SessionEnded) -> None:
-        """Forget a session, for whatever reason; its streams fail."""
-        self.release(session)
         self.sessions.pop(session.id, None)
         if session.expiry:
             session.expiry.cancel()
@@ -2064,29 +2026,24 @@ class TunnelRegistry:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._hold
-        while True:
-            session = self._tunnels.get(name)
-            if session and session.link.session.connected:
-                return session
+        while not ((session := self._tunnels.get(name)) and session.link.session.accepts_streams):
             if name not in self._owners:
                 raise Unserved("unknown-tunnel")
             until = deadline if session else min(deadline, self._last_seen.get(name, -self._hold) + self._hold)
-            waiters = self._waiters.setdefault(name, set())
             if until <= loop.time():
                 raise Unserved("tunnel-offline")
-            if len(waiters) >= MAX_HELD:
+            if len(self._held[name]) >= MAX_HELD:
                 raise Unserved("busy")
-            waiter = loop.create_future()
-            waiters.add(waiter)
+            arrival = loop.create_future()
+            self._held[name].append(arrival)
             try:
                 async with asyncio.timeout_at(until):
-                    await waiter
+                    await arrival
             except TimeoutError:
-                continue
+                pass
             finally:
-                waiters.discard(waiter)
-                if not waiters:
-                    self._waiters.pop(name, None)
+                self._held[name].remove(arrival)
+        return session
 
     def learn_zone(self, zone: str) -> None:
         """Serve tunnels below a host under which a client, who proved to know a token, dialled."""
@@ -2224,17 +2181,19 @@ class Visitor:
 
     async def fail(self, problem: str) -> None:
         """Answer with an error page, or break the connection off when a response has begun."""
-        if self.encoder.started:
+        transport = self.request.transport
+        if transport is None or self.encoder.started:
             self.encoder.keep_alive = False
-            if self.request.transport:
-                self.request.transport.abort()
+            if transport:
+                transport.abort()
             return
         if self.has_body and not self.request.content.is_eof():
             self.encoder.keep_alive = False
         head, body = problem_page(problem, self.request.headers.get("Accept", ""))
-        self._write(self.encoder.head(head, _date()) + self.encoder.data(body) + self.encoder.end())
+        transport.write(self.encoder.head(head, _date()) + self.encoder.data(body) + self.encoder.end())
 
-    def _write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
+        """Send bytes of the response as they are. Raises ConnectionError when the visitor is gone."""
         transport = self.request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the visitor is gone")
@@ -2254,24 +2213,32 @@ class Visitor:
 
     async def _respond(self, stream: Stream) -> int:
         while (head := ResponseHead.decode(await stream.read_head())).interim:
-            self._write(self.encoder.head(head, b""))
+            self.write(self.encoder.head(head, b""))
         if head.status == 101:
             await self._switch_protocols(stream, head)
             return head.status
         out = self.encoder.head(head, _date(), end=stream.at_eof)
-        while True:
-            if out and not stream.readable:
-                self._write(out)
+        while not stream.at_eof:
+            if not stream.readable or len(out) > SEND_BUFFER:
+                self.write(out)
                 out = b""
-            data = await stream.read()
-            out += self.encoder.data(data)
-            if stream.at_eof:
-                break
-            self._write(out)
-            out = b""
-            await self.request.writer.drain()
-        self._write(out + self.encoder.end())
+                await self.request.writer.drain()
+            try:
+                out += self.encoder.data(await stream.read())
+            except StreamReset:
+                self.write(out)  # what did come, although the connection will break off after it
+                raise
+        self.write(out + self.encoder.end())
+        await self._flush()
         return head.status
+
+    async def _flush(self) -> None:
+        """Wait until the kernel has it all, so that nothing is lost when the server stops."""
+        transport = self.request.transport
+        if transport and transport.get_write_buffer_size():
+            transport.set_write_buffer_limits(0)
+            await self.request.writer.drain()
+            transport.set_write_buffer_limits()
 
     async def _switch_protocols(self, stream: Stream, head: ResponseHead) -> None:
         if not self.upgrade:
@@ -2282,7 +2249,7 @@ class Visitor:
         pipe = RawPipe(SEND_BUFFER)
         pipe.set_transport(transport)
         self.request.protocol.set_parser(pipe)  # type: ignore[arg-type]
-        self._write(self.encoder.head(head, b""))
+        self.write(self.encoder.head(head, b""))
 
         async def upload() -> None:
             with contextlib.suppress(StreamReset):
@@ -2292,8 +2259,9 @@ class Visitor:
         uploading = asyncio.ensure_future(upload())
         try:
             while data := await stream.read():
-                self._write(data)
+                self.write(data)
                 await self.request.writer.drain()
+            await self._flush()
         finally:
             uploading.cancel()
             await asyncio.gather(uploading, return_exceptions=True)
@@ -2443,7 +2411,7 @@ class TunnelServer:
         elif target == LINK_PATH.encode():
             return await self._serve_link(visitor.request)
         elif target == b"/healthz":
-            visitor._write(visitor.encoder.head(_OK, _date()) + visitor.encoder.data(b"ok\n"))
+            visitor.write(visitor.encoder.head(_OK, _date()) + visitor.encoder.data(b"ok\n"))
         else:
             raise Unserved("unknown-tunnel")
         return Delivered(keep_alive=visitor.encoder.keep_alive)
@@ -2511,6 +2479,8 @@ class TunnelServer:
         except (TimeoutError, ConnectionError):
             transport.abort()
             return ws
+        except web.HTTPException:
+            raise Unserved("not-a-link") from None
         finally:
             self._handshakes -= 1
         await self._run_link(ws, transport, *handshake)
@@ -2621,6 +2591,8 @@ def _describe(error: BaseException | None) -> str:
     """Return an exception as a few words for a user."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
+    if status := getattr(error, "status", None):  # of aiohttp's WSServerHandshakeError
+        return f"the answer was HTTP status {status}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower() if error.errno else error.strerror
     return escape(str(error) or type(error).__name__)
@@ -2675,9 +2647,8 @@ class LocalConnection(asyncio.Protocol):
         self._buffered = 0
         self._eof = False
         self._error: Exception | None = None
-        self._paused = False  # writing is
-        self._reader: asyncio.Future[None] | None = None
-        self._writer: asyncio.Future[None] | None = None
+        self._readable, self._writable = asyncio.Event(), asyncio.Event()
+        self._writable.set()
 
     # The user's side
 
@@ -2693,8 +2664,8 @@ class LocalConnection(asyncio.Protocol):
                 raise ConnectionResetError(str(self._error))
             if self._eof:
                 return b""
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
+            self._readable.clear()
+            await self._readable.wait()
         data = self._chunks.popleft()
         if self._buffered > READ_BUFFER >= self._buffered - len(data):
             self._transport.resume_reading()
@@ -2706,9 +2677,7 @@ class LocalConnection(asyncio.Protocol):
         if self.closed.is_set():
             raise ConnectionResetError("the local service closed the connection")
         self._transport.write(data)
-        while self._paused:
-            self._writer = asyncio.get_running_loop().create_future()
-            await self._writer
+        await self._writable.wait()
 
     def abort(self) -> None:
         """Close at once."""
@@ -2724,32 +2693,24 @@ class LocalConnection(asyncio.Protocol):
         if self._buffered <= READ_BUFFER < self._buffered + len(data):
             self._transport.pause_reading()
         self._buffered += len(data)
-        self._release()
+        self._readable.set()
 
     def eof_received(self) -> bool:
         self._eof = True
-        self._release()
+        self._readable.set()
         return True  # the other direction stays open
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._eof, self._error = True, exc
-        self._paused = False
         self.closed.set()
-        self._release()
-        if self._writer and not self._writer.done():
-            self._writer.set_result(None)
+        self._readable.set()
+        self._writable.set()
 
     def pause_writing(self) -> None:
-        self._paused = True
+        self._writable.clear()
 
     def resume_writing(self) -> None:
-        self._paused = False
-        if self._writer and not self._writer.done():
-            self._writer.set_result(None)
-
-    def _release(self) -> None:
-        if self._reader and not self._reader.done():
-            self._reader.set_result(None)
+        self._writable.set()
 
 
 class LocalService:
@@ -2941,21 +2902,13 @@ class Forwarding:
 # Dials the server, for ever, and hands each stream to its local service.
 
 
-class Backoff:
-    """Delays between dials: none at first, then doubling with jitter (half of each is random)."""
-
-    def __init__(self) -> None:
-        self._delay = 0.0
-
-    def reset(self) -> None:
-        """The link has been stable."""
-        self._delay = 0.0
-
-    def next(self) -> float:
-        """Return seconds to wait before the next dial."""
-        delay = self._delay
-        self._delay = min(max(2 * delay, BACKOFF_MIN), BACKOFF_MAX)
-        return delay * random.uniform(0.5, 1.0)
+def backoff() -> Iterator[float]:
+    """Seconds to wait before each dial: none at first, then doubling, half of each random."""
+    yield 0.0
+    delay = BACKOFF_MIN
+    while True:
+        yield delay * random.uniform(0.5, 1.0)
+        delay = min(2 * delay, BACKOFF_MAX)
 
 
 class Tunnel(NamedTuple):
@@ -3037,13 +2990,16 @@ class TunnelClient:
         import aiohttp
 
         loop = asyncio.get_running_loop()
-        backoff, started = Backoff(), loop.time()
+        delays, started = backoff(), loop.time()
         while True:
             connected_at = loop.time()
             try:
                 reason = await self._connect()
-            except (OSError, aiohttp.ClientError, TimeoutError, ProtocolError) as error:
+            except (OSError, aiohttp.ClientError, TimeoutError) as error:
                 reason = _describe(error)
+            except ProtocolError as error:
+                reason = f"the server broke the protocol: {error}"
+                await self._end_session(SessionEnded(ErrorCode.PROTOCOL, reason))
             except Refused as error:
                 if not error.retry:
                     raise
@@ -3055,8 +3011,8 @@ class TunnelClient:
             if not self.urls and loop.time() - started + BACKOFF_MIN > DIAL_TIMEOUT:
                 raise Unreachable(f"no server at {self.server}: {reason}; check the address, or start pytunnel serve")
             if loop.time() - connected_at > STABLE:
-                backoff.reset()
-            delay = backoff.next() if self.urls else min(backoff.next(), 1.0)
+                delays = backoff()
+            delay = next(delays) if self.urls else min(next(delays), 1.0)
             self._emit("disconnected", reason=reason, retry_in=round(delay, 1))
             await self._pause(delay)
 
@@ -3168,7 +3124,8 @@ class TunnelClient:
                 send_window=ready.number("window", 1, MAX_WINDOW),
                 max_streams=min(MAX_STREAMS, ready.number("streams", 1, MAX_WINDOW)),
             )
-            self._link = Link(session, on_stream=self._on_stream, on_goaway=self._on_goaway)
+            self._link = Link(session)
+            self._link.on_stream, self._link.on_goaway = self._on_stream, self._on_goaway
             self._session_id = ready.get("session", str)
         if urls == self.urls:
             self._emit("reconnected", resumed=resumed)
@@ -3210,7 +3167,7 @@ class TunnelClient:
         """Redial at once when this machine has slept: the link is dead by then, and a delay is pointless."""
         offset = time.time() - time.monotonic()
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(2.0)
             now = time.time() - time.monotonic()
             if abs(now - offset) > CLOCK_JUMP:
                 if self._link:

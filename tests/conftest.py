@@ -1,4 +1,4 @@
-"""Settings that all tests share. Hypothesis runs under its "ci" profile; HYPOTHESIS_PROFILE chooses another one."""
+"""What all tests share: Hypothesis runs under its "ci" profile; HYPOTHESIS_PROFILE chooses another one."""
 
 import os
 

@@ -113,7 +113,7 @@ def test_constants_of_the_wire_format() -> None:
     assert pytunnel.INITIAL_WINDOW == 262_144  # not announced: both sides have to agree
     assert (pytunnel.SUBPROTOCOL, pytunnel.LINK_PATH) == ("pytunnel.1", "/_pytunnel/link")
     assert pytunnel.PROTOCOL_VERSION == 1
-    assert pytunnel.LINK_LEVEL == {FrameType.PING, FrameType.PONG, FrameType.ACK}
+    assert {FrameType.PING, FrameType.PONG, FrameType.ACK} == pytunnel.LINK_LEVEL
     assert {type_.name: int(type_) for type_ in FrameType} == {
         "DATA": 0, "HEAD": 1, "OPEN": 2, "RESET": 3, "PING": 6, "GOAWAY": 7, "WINDOW": 8, "ACK": 9, "PONG": 10,
     }  # fmt: skip
@@ -292,10 +292,7 @@ def test_random_bytes_raise_only_protocol_error(pieces: list[bytes]) -> None:
 )
 def test_at_most_one_frame_is_buffered(items: list[Frame | int], sizes: list[int]) -> None:
     """At each moment the decoder holds what has arrived of the one frame that is not complete, and no more."""
-    whole = [
-        encode_frame(*i) if isinstance(i, Frame) else raw_header(5, i, 255, 2**32 - 1) + b"later"
-        for i in items
-    ]
+    whole = [encode_frame(*i) if isinstance(i, Frame) else raw_header(5, i, 255, 2**32 - 1) + b"later" for i in items]
     ends = list(itertools.accumulate(len(data) for data in whole))
     decoder, fed = FrameDecoder(), 0
     for piece in sliced(b"".join(whole), sizes):

@@ -1,4 +1,4 @@
-"""Session: streams and their states, fair sending, acknowledgement and resume, keepalive, limits, hostile peers."""
+"""Session: states, flow control, fair sending, acknowledgement and resume, keepalive, limits, hostile peers."""
 
 from __future__ import annotations
 
@@ -797,6 +797,17 @@ def test_a_client_refuses_more_than_max_streams_and_lives() -> None:
     assert [e.stream_id for e in session.receive_data(reset(1) + open_(3), 0.0)] == [1, 3]
 
 
+@pytest.mark.parametrize("kind", [2, 255])
+def test_a_client_refuses_an_unknown_kind_and_lives(kind: int) -> None:
+    """A newer server may ask for what this client does not know."""
+    session = client_with_stream()
+    asked = encode_frame(FrameType.OPEN, 0, 2, bytes([0, 0, kind]) + REQUEST)
+    assert [event.stream_id for event in session.receive_data(asked + data(2) + open_(3), 0.0)] == [3]
+    refusal = next(frame for frame in sent(session) if frame.type == FrameType.RESET)
+    assert refusal.stream_id == 2
+    assert pytunnel.decode_reason(refusal.payload)[0] is ErrorCode.REFUSED
+
+
 def test_both_sides_count_alike() -> None:
     """A server at its limit is never refused by a client with the same one, whatever ends a stream."""
     pair = Pair(max_streams=3)
@@ -1348,8 +1359,9 @@ class Conversation:
             # Rules 1 to 3 seen from outside: no byte arrives that no reader has made room for.
             assert len(half.got) - half.consumed <= self.window
         else:
-            self.heads_got[event.stream_id].append(event.payload)
-            assert self.heads_put[event.stream_id][: len(self.heads_got[event.stream_id])][-1] == event.payload
+            got = self.heads_got[event.stream_id]
+            got.append(event.payload)
+            assert got == self.heads_put[event.stream_id][: len(got)]
         if event.flags & END:
             half.finished = True
             assert half.ended and half.got == half.put
@@ -1370,7 +1382,8 @@ class Conversation:
                 assert stream.buffered == sum(map(len, stream.pending))
             # DATA stops at the bound; OPENs, HEADs, RESETs and WINDOWs of six streams may come on top.
             assert session._unacked_bytes == sum(map(len, session._unacked))
-            assert session._unacked_bytes <= SCALED["MAX_UNACKED"] + SCALED["TURN"] + 40 * (len(self.at_client) + 6)
+            others = 40 * (len(self.at_client) + 6)
+            assert session._unacked_bytes <= SCALED["MAX_UNACKED"] + SCALED["TURN"] + others
             assert session._control_bytes == sum(map(len, session._control))
             assert set(session._credits) <= set(session._streams)
             assert session.streams <= session.max_streams
@@ -1500,7 +1513,7 @@ class TwoSessions(RuleBasedStateMachine):
 
 
 TestTwoSessions = TwoSessions.TestCase
-TestTwoSessions.settings = settings(max_examples=200, stateful_step_count=60)
+TestTwoSessions.settings = settings(max_examples=500, stateful_step_count=60)
 
 
 @pytest.mark.parametrize("seed", range(3))
