@@ -111,7 +111,6 @@ import ssl
 import struct
 import time
 import unicodedata
-import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -1544,15 +1543,15 @@ class Origin(NamedTuple):
 
         A bare address has no names below it, so sslip.io lends its own; loopback has `.localhost`.
         """
-        parts = urllib.parse.urlsplit(url)
-        host, port = parse_host(parts.netloc)
-        if parts.scheme not in ("http", "https"):
+        scheme, _, rest = url.partition("://")
+        if scheme not in ("http", "https"):
             raise MessageError("not an http or https URL")
+        host, port = parse_host(rest.partition("/")[0])
         with contextlib.suppress(ValueError):
             address = ipaddress.ip_address(host.strip("[]"))
             dashed = str(address).replace(".", "-").replace(":", "-")
             host = "localhost" if address.is_loopback else f"{dashed}.sslip.io"
-        return cls(parts.scheme, host, port if port != {"http": 80, "https": 443}[parts.scheme] else None)
+        return cls(scheme, host, port if port != {"http": 80, "https": 443}[scheme] else None)
 
     def url(self, name: str) -> str:
         """Return a tunnel's public URL."""
@@ -1641,12 +1640,14 @@ class Stream:
     stream or its session is over; what had arrived before that is read first.
     """
 
-    def __init__(self, link: Link, stream_id: int, tunnel: int, kind: Kind, head: bytes, *, ended: bool) -> None:
+    def __init__(
+        self, link: Link, stream_id: int, tunnel: int, kind: Kind, head: bytes, *, ended: bool, finished: bool = False
+    ) -> None:
         self.id, self.tunnel, self.kind, self.head = stream_id, tunnel, kind, head
-        self.on_reset: Callable[[], object] | None = None  # called once, when the peer resets the stream
+        self.on_reset: Callable[[ErrorCode], object] = lambda code: None  # called when the peer resets the stream
         self._link = link
         self._ended = ended  # the peer has
-        self._finished = False  # we have
+        self._finished = finished  # we have
         self._error: StreamReset | None = None
         self._heads: collections.deque[bytes] = collections.deque()
         self._chunks: collections.deque[bytes] = collections.deque()
@@ -1660,10 +1661,10 @@ class Stream:
 
     def close(self) -> None:
         """Reset what is not finished, and forget the stream. May be called again."""
-        if not self._finished:
-            self.abort(ErrorCode.CANCEL)
-        elif not self._ended:
+        if self._finished and not self._ended and not self._link.session.is_server:
             self.abort(ErrorCode.NO_ERROR, flush=True)  # RFC 9113 section 8.1: the rest of the request is not wanted
+        elif not (self._finished and self._ended):
+            self.abort(ErrorCode.CANCEL)
         self._link.forget(self)
 
     # Reading
@@ -1736,10 +1737,7 @@ class Stream:
     def feed(self, frame: Frame) -> None:
         """Take a frame that the session let through."""
         if frame.type == FrameType.RESET:
-            self.fail(StreamReset(*decode_reason(frame.payload)))
-            if self.on_reset:
-                self.on_reset()
-            return
+            return self.fail(StreamReset(*decode_reason(frame.payload)), by_peer=True)
         if frame.type == FrameType.HEAD:
             self._heads.append(frame.payload)
         elif frame.payload:
@@ -1747,11 +1745,13 @@ class Stream:
         self._ended = self._ended or bool(frame.flags & END)
         self._readable.set()
 
-    def fail(self, error: StreamReset) -> None:
+    def fail(self, error: StreamReset, *, by_peer: bool = False) -> None:
         """The stream is over; wake whoever waits."""
         self._error = self._error or error
         self._readable.set()
         self._writable.set()
+        if by_peer:
+            self.on_reset(error.code)
 
     def resume_writing(self) -> None:
         """The queue has room again."""
@@ -1824,16 +1824,14 @@ class Link:
     def end(self, error: SessionEnded) -> None:
         """The session is over: all streams fail."""
         for stream in list(self._streams.values()):
-            stream.fail(StreamReset(error.error, str(error)))
-            if stream.on_reset:
-                stream.on_reset()
+            stream.fail(StreamReset(error.error, str(error)), by_peer=True)
 
     def open(self, tunnel: int, kind: Kind, head: RequestHead, *, end: bool) -> Stream:
         """Open a stream. Raises StreamReset when the session takes no more."""
         payload = head.encode()
         stream_id = self.session.open_stream(tunnel, kind, payload, end=end)
         self.wake()
-        return self._remember(Stream(self, stream_id, tunnel, kind, payload, ended=False))
+        return self._remember(Stream(self, stream_id, tunnel, kind, payload, ended=False, finished=end))
 
     def forget(self, stream: Stream) -> None:
         """A stream's owner is done with it."""
@@ -2168,12 +2166,17 @@ class Visitor:
         """Send the request's content to a stream and its response to the visitor; nothing is left running."""
         upload = asyncio.ensure_future(self._upload(stream)) if self.has_body else None
         if upload:
-            stream.on_reset = upload.cancel
+            stream.on_reset = lambda _: upload.cancel()
         try:
-            status = await self._respond(stream)
+            while (head := ResponseHead.decode(await stream.read_head())).interim:
+                self.write(self.encoder.head(head, b""))
+            if head.status == 101:
+                return await self._switch_protocols(stream, head)
             if upload and not upload.done():
-                self.encoder.keep_alive = False
-                await asyncio.wait([upload], timeout=LINGER if status >= 400 else None)
+                self.encoder.keep_alive = False  # said in the head: the rest of the request may never be read
+            await self._respond(stream, head)
+            if upload and not upload.done():
+                await asyncio.wait([upload], timeout=LINGER if head.status >= 400 else None)
         finally:
             if upload:
                 upload.cancel()
@@ -2211,12 +2214,7 @@ class Visitor:
         except Exception as error:  # aiohttp has several for content that breaks off or breaks the rules
             stream.abort(ErrorCode.CANCEL, f"the visitor's request broke off: {type(error).__name__}")
 
-    async def _respond(self, stream: Stream) -> int:
-        while (head := ResponseHead.decode(await stream.read_head())).interim:
-            self.write(self.encoder.head(head, b""))
-        if head.status == 101:
-            await self._switch_protocols(stream, head)
-            return head.status
+    async def _respond(self, stream: Stream, head: ResponseHead) -> None:
         out = self.encoder.head(head, _date(), end=stream.at_eof)
         while not stream.at_eof:
             if not stream.readable or len(out) > SEND_BUFFER:
@@ -2230,7 +2228,6 @@ class Visitor:
                 raise
         self.write(out + self.encoder.end())
         await self._flush()
-        return head.status
 
     async def _flush(self) -> None:
         """Wait until the kernel has it all, so that nothing is lost when the server stops."""
@@ -2255,6 +2252,7 @@ class Visitor:
             with contextlib.suppress(StreamReset):
                 while data := await pipe.read(SEND_BUFFER):
                     await stream.write(data)
+                await stream.write(b"", end=True)
 
         uploading = asyncio.ensure_future(upload())
         try:
@@ -2262,6 +2260,10 @@ class Visitor:
                 self.write(data)
                 await self.request.writer.drain()
             await self._flush()
+        except asyncio.CancelledError:  # the visitor has closed the connection; what it sent before that still counts
+            await asyncio.wait([uploading], timeout=LINGER)
+            stream.abort(ErrorCode.NO_ERROR, flush=True)
+            raise
         finally:
             uploading.cancel()
             await asyncio.gather(uploading, return_exceptions=True)
@@ -2577,7 +2579,7 @@ class TunnelServer:
     def _learn_origin(self, dialled: str) -> Origin:
         try:
             origin = Origin.from_url(dialled)
-        except (MessageError, ValueError):
+        except MessageError:
             raise ProtocolError("handshake field 'server' is not a URL") from None
         self._registry.learn_zone(origin.zone)
         return origin
@@ -2678,6 +2680,11 @@ class LocalConnection(asyncio.Protocol):
             raise ConnectionResetError("the local service closed the connection")
         self._transport.write(data)
         await self._writable.wait()
+
+    def write_eof(self) -> None:
+        """Half-close, where the transport can."""
+        if self._transport.can_write_eof() and not self._transport.is_closing():
+            self._transport.write_eof()
 
     def abort(self) -> None:
         """Close at once."""
@@ -2817,6 +2824,7 @@ class Forwarding:
             assert self._parser.head
             if self._parser.head.status == 101:
                 upload = asyncio.ensure_future(self._upload(connection, chunked=False))
+                upload.add_done_callback(lambda _: connection.write_eof())
                 await self._pipe(connection)
             elif upload and not upload.done():
                 await self._finish_upload(connection, upload, self._parser.head.status)
@@ -3180,8 +3188,12 @@ class TunnelClient:
 
     def _on_stream(self, stream: Stream) -> None:
         task = asyncio.ensure_future(self._forward(stream))
-        stream.on_reset = task.cancel
         self._forwarding.add(task)
+
+        def reset(code: ErrorCode) -> None:  # NO_ERROR: what the visitor sent is to be delivered, for a while
+            asyncio.get_running_loop().call_later(LINGER if code is ErrorCode.NO_ERROR else 0, task.cancel)
+
+        stream.on_reset = reset
 
         def done(task: asyncio.Task[None]) -> None:  # not in `_forward`, which a RESET may cancel before it starts
             stream.close()

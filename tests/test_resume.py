@@ -223,7 +223,15 @@ async def _run(work: Awaitable[None]) -> None:
     await work
 
 
-async def test_everything_survives_many_cuts() -> None:
+async def test_everything_survives_many_cuts_and_idle_links_a_silence() -> None:
+    """Two tunnels side by side, because the keepalive takes its half minute to notice a silence."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(cut_everything())
+        tasks.create_task(silence_an_idle_link())
+
+
+async def cut_everything() -> None:
+    """Cut all the traffic of one tunnel, one kind of cut after another."""
     everything, figures = Everything(), list[str]()
     async with (
         RawOrigin(everything.serve, record_limit=0) as origin,
@@ -257,91 +265,17 @@ async def test_everything_survives_many_cuts() -> None:
         assert sorted(request.target for request in origin.requests) == [b"/download", b"/echo", b"/events", b"/upload"]
 
 
-# ---------------------------------------------------------------------------------------- Silence
-
-
-async def test_silence_is_noticed() -> None:
-    """A connection that just stops is noticed by the keepalive, or sooner by who has something to write.
-
-    All at once, because each takes its half minute.
-    """
-    async with asyncio.TaskGroup() as tasks:
-        waits = {
-            "idle": tasks.create_task(_silence_when_idle()),
-            "download": tasks.create_task(_silence_under_a_download()),
-            "upload": tasks.create_task(_silence_under_an_upload()),
-        }
-    print("\nback after silence:", {name: f"{task.result():.1f} s" for name, task in waits.items()})
-
-
-async def _silence(tunnel: Tunnel) -> float:
-    """Silence the link; return the seconds until the client is back."""
-    began = time.monotonic()
-    assert await tunnel.relay.cut("silence") == 1
-    assert (await tunnel.client.event("reconnected", timeout=50))["resumed"] is True
-    seconds = time.monotonic() - began
-    assert seconds < 15 + 10 + 5, "PING_INTERVAL and PING_TIMEOUT, and a redial"
-    return seconds
-
-
-async def _silence_when_idle() -> float:
+async def silence_an_idle_link() -> None:
+    """A connection that just stops is noticed by the keepalive; a request that it swallowed is sent again."""
     async with RawOrigin(response(b"hello")) as origin, Tunnel(origin.port, relay=True) as tunnel:
-        silence = asyncio.create_task(_silence(tunnel))
-        await tunnel.relay.wait_for(lambda: tunnel.relay.silenced == 1)
-        got = await tunnel.fetch(target=b"/", timeout=PATIENCE)  # swallowed by the dead link, then sent again
+        began = time.monotonic()
+        assert await tunnel.relay.cut("silence") == 1
+        got = await tunnel.fetch("POST", body=b"swallowed", timeout=PATIENCE)
+        seconds = time.monotonic() - began
+        print(f"\na request into a silent link: answered after {seconds:.1f} s")
         assert (got.status, got.body, len(origin.requests)) == (200, b"hello", 1)
-        return await silence
-
-
-async def _silence_under_a_download() -> float:
-    size = 32 * MIB
-
-    async def serve(_: RawRequest, reader: Reader, writer: Writer) -> None:
-        writer.write(length_head(size))
-        await write_pattern(writer, size)
-
-    async with RawOrigin(serve) as origin, Tunnel(origin.port, relay=True) as tunnel:
-        async with tunnel.visitor(timeout=PATIENCE) as visitor:
-            checker = PatternChecker()
-            await visitor.send(tunnel.request())
-            head = await visitor.read_head()
-            silence: asyncio.Task[float] | None = None
-            async for piece in visitor.iter_body(head):
-                checker.feed(piece)
-                if silence is None and checker.offset > size // 4:
-                    silence = asyncio.create_task(_silence(tunnel))
-            assert checker.offset == size
-            assert silence is not None
-            return await silence
-
-
-async def _silence_under_an_upload() -> float:
-    size = 32 * MIB
-    checker, progress = PatternChecker(), Signal()
-
-    async def serve(request: RawRequest, reader: Reader, writer: Writer) -> None:
-        async for piece in origin.iter_body(request, reader):
-            checker.feed(piece)
-            progress.notify()
-        writer.write(response(b"%d" % checker.offset))
-
-    async def send(visitor: RawVisitor, tunnel: Tunnel) -> RawResponse:
-        await visitor.send(tunnel.request("POST", headers=[(b"Content-Length", b"%d" % size)]))
-        for start in range(0, size, CHUNK):
-            await visitor.send(pattern(start, CHUNK))
-        return await visitor.read_response("POST")
-
-    async with (
-        RawOrigin(serve, record_limit=0) as origin,
-        Tunnel(origin.port, relay=True) as tunnel,
-        tunnel.visitor(timeout=PATIENCE) as visitor,
-    ):
-        sending = asyncio.create_task(send(visitor, tunnel))
-        await progress.wait_for(lambda: checker.offset > size // 4, PATIENCE)
-        seconds = await _silence(tunnel)
-        got = await sending
-        assert (got.status, got.body) == (200, b"%d" % size)
-        return seconds
+        assert (await tunnel.client.event("reconnected"))["resumed"] is True
+        assert seconds < 15 + 10 + 5, "PING_INTERVAL, PING_TIMEOUT and a redial"
 
 
 # ---------------------------------------------------------------------------------------- A cut in each phase
@@ -368,23 +302,23 @@ async def test_cuts_while_the_client_dials_and_shakes_hands() -> None:
 
 
 async def test_cuts_before_the_first_link_is_there() -> None:
-    async with RawOrigin(response(b"hello")) as origin, Relay(0) as relay:
-        relay.refuse = True
-        tunnel = Tunnel(origin.port, relay=relay)
+    relay = Relay(0)
+    relay.refuse = True
 
-        async def cut_some() -> None:
-            await relay.wait_accepted(2)
-            relay.refuse = False
-            for due in (1, 300, 600):
-                before = relay.bytes_up + relay.bytes_down
-                await relay.wait_for(
-                    lambda due=due, before=before: relay.bytes_up + relay.bytes_down >= before + due,  # type: ignore[misc]
-                    AWAY,
-                )
-                await relay.cut("reset")
+    async def cut_some() -> None:
+        await eventually(lambda: relay.accepted >= 2, AWAY, "two dials")
+        relay.refuse = False
+        for due in (1, 300, 600):
+            before = relay.bytes_up + relay.bytes_down
+            await relay.wait_for(
+                lambda due=due, before=before: relay.bytes_up + relay.bytes_down >= before + due,  # type: ignore[misc]
+                AWAY,
+            )
+            assert await relay.cut("reset") == 1
 
+    async with RawOrigin(response(b"hello")) as origin:
         cutting = asyncio.create_task(cut_some())
-        async with tunnel:
+        async with Tunnel(origin.port, relay=relay) as tunnel:
             await cutting
             got = await tunnel.get()
             assert (got.status, got.body) == (200, b"hello")
@@ -592,7 +526,7 @@ async def test_past_the_grace_a_request_without_a_head_gets_502() -> None:
                 got = await visitor.read_response("POST")
             print(f"\n502 after {time.monotonic() - began:.2f} s")
             assert (got.status, got.value(b"X-Pytunnel-Error")) == (502, b"link-lost")
-        await eventually(lambda: origin.connections[0].lost, AWAY, "the local request is given up")
+        await eventually(lambda: not origin.open_connections, AWAY, "the local request is given up")
         assert (await tunnel.client.event("reconnected", timeout=AWAY))["resumed"] is False
         assert len(origin.requests) == 1, "it is not executed again"
 
@@ -606,7 +540,7 @@ async def test_past_the_grace_a_body_is_cut_short(begin: bytes) -> None:
         async with away(tunnel):
             with pytest.raises(Truncated):
                 _ = [piece async for piece in visitor.iter_body(head)]
-        await eventually(lambda: origin.connections[0].lost, AWAY, "the local request is given up")
+        await eventually(lambda: not origin.open_connections, AWAY, "the local request is given up")
 
 
 async def test_past_the_grace_an_upgraded_connection_ends() -> None:
@@ -626,7 +560,7 @@ async def test_past_the_grace_an_upgraded_connection_ends() -> None:
         assert await visitor.read_exactly(4) == b"ping"
         async with away(tunnel):
             assert await visitor.read_until_close() == b""
-        await eventually(lambda: origin.connections[0].lost, AWAY, "the local connection is given up")
+        await eventually(lambda: not origin.open_connections, AWAY, "the local connection is given up")
 
 
 async def test_past_the_grace_the_tunnel_works_again_at_once() -> None:
