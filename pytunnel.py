@@ -1010,7 +1010,7 @@ class Session:
 Headers = list[tuple[bytes, bytes]]
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_TOKENS = re.compile(rb"(?:%b(?:\0%b)*)?" % (_TOKEN, _TOKEN))
+_TOKENS = re.compile(rb"%b(?:\0%b)*" % (_TOKEN, _TOKEN))
 _FIELD_TEXT = re.compile(rb"[\0\t\x20-\x7e\x80-\xff]*")  # the NULs are our own separators
 _TARGET = re.compile(rb"[\x21\x22\x24-\x7e\x80-\xff]+")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
@@ -1033,7 +1033,8 @@ def check_fields(parts: list[bytes]) -> Headers:
     """Return the fields of a list of name, value, name, value, whose bytes are all allowed. Raises MessageError."""
     if len(parts) % 2 or len(parts) > 2 * MAX_FIELDS:
         raise MessageError(f"{len(parts) / 2:g} fields, MAX_FIELDS is {MAX_FIELDS}", 431)
-    if not _TOKENS.fullmatch(b"\0".join(parts[::2])) or not _FIELD_TEXT.fullmatch(b"\0".join(parts[1::2])):
+    names, values = b"\0".join(parts[::2]), b"\0".join(parts[1::2])
+    if parts and not _TOKENS.fullmatch(names) or not _FIELD_TEXT.fullmatch(values):
         raise MessageError("a field with a byte that may not be there")
     return list(zip(parts[::2], parts[1::2], strict=True))
 
@@ -1221,7 +1222,7 @@ class ResponseParser:
 
     def _read_head(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
         end = data.find(b"\r\n\r\n", start)
-        if (end if end >= 0 else len(data)) - start > MAX_HEAD:
+        if (end if end >= 0 else len(data) - 3) - start > MAX_HEAD:
             raise MessageError(f"a response head over {MAX_HEAD} bytes", 502)
         if end < 0:
             if not b"HTTP/1.".startswith(data[start : start + 7]):
@@ -1229,8 +1230,8 @@ class ResponseParser:
             return -1
         status_line, *lines = data[start:end].split(b"\r\n")
         match = _STATUS_LINE.fullmatch(status_line)
-        if not match:
-            raise MessageError("not an HTTP/1 status line", 502)
+        if not match or data.find(b"\0", start + len(status_line), end) >= 0:
+            raise MessageError("not an HTTP/1 response", 502)
         parts: list[bytes] = []
         for line in lines:
             name, colon, value = line.partition(b":")
@@ -1285,7 +1286,7 @@ class ResponseParser:
 
     def _line_end(self, data: bytes, start: int, what: str) -> int:
         end = data.find(b"\r\n", start)
-        if (end if end >= 0 else len(data)) - start > MAX_CONTROL:
+        if (end if end >= 0 else len(data) - 1) - start > MAX_CONTROL:
             raise MessageError(f"a {what} over {MAX_CONTROL} bytes", 502)
         return end
 
@@ -1339,6 +1340,7 @@ class ResponseEncoder:
 
     def head(self, head: ResponseHead, date: bytes, *, end: bool = False) -> bytes:
         """Return the head on the wire; `end` says that no content will come. Raises MessageError."""
+        head = head.passed_on()
         status_line = b"HTTP/1.1 %d %b" % (head.status, head.reason)
         if head.interim:
             return _wire_head(status_line, head.headers) if self._http11 else b""
@@ -1500,6 +1502,8 @@ class Message:
         value = self._fields.get(name, default)
         if not isinstance(value, type_) or (type_ is int and isinstance(value, bool)):
             raise ProtocolError(f"handshake field {name!r} is not {type_.__name__}")
+        if isinstance(value, str) and not value.isprintable():
+            raise ProtocolError(f"handshake field {name!r} is not plain text")
         return value
 
     def bytes(self, name: str) -> bytes:
@@ -1544,6 +1548,7 @@ class Origin(NamedTuple):
         A bare address has no names below it, so sslip.io lends its own; loopback has `.localhost`.
         """
         scheme, _, rest = url.partition("://")
+        scheme = scheme.lower()
         if scheme not in ("http", "https"):
             raise MessageError("not an http or https URL")
         host, port = parse_host(rest.partition("/")[0])
@@ -2865,7 +2870,7 @@ class Forwarding:
             raise MessageError("101 without an Upgrade", 502)
         if not head.interim:
             self._exchange.status = head.status
-        self._stream.write_head(head.passed_on(), end=end and head.status != 101)
+        self._stream.write_head(head, end=end and head.status != 101)
 
     async def _write_body(self, data: bytes) -> None:
         head = self._parser.head

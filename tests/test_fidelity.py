@@ -44,7 +44,7 @@ MiB = 1024 * KiB
 HOST = (b"Host", b"web.localhost")
 CHUNKED = (b"Transfer-Encoding", b"chunked")
 CLOSE = (b"Connection", b"close")
-CANARY = b"GET /canary HTTP/1.1\r\nHost: web.localhost\r\n\r\n"
+CANARY = b"GET /canary HTTP/1.1\r\nHost: web.localhost\r\nConnection: close\r\n\r\n"
 EVIL = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
 NOISE = ("Traceback", "never retrieved", "never awaited", "Warning", "a bug in pytunnel")
 
@@ -119,9 +119,9 @@ async def assert_untouched(origin: RawOrigin, tunnel: Tunnel, *allowed: bytes) -
     """
     assert (await tunnel.get(b"/marker")).status == 200
     targets = [seen.target for seen in origin.requests]
+    origin.requests.clear()
     assert targets[-1] == b"/marker"
     assert [target for target in targets[:-1] if target not in allowed] == []
-    origin.requests.clear()
 
 
 async def assert_rejected(tunnel: Tunnel, raw: bytes, statuses: Iterable[int]) -> RawResponse:
@@ -425,10 +425,8 @@ REJECTED = {
     "HTTP/1.2": b"GET / HTTP/1.2\r\nHost: web.localhost\r\n\r\n",
     "HTTP/2.0": b"GET / HTTP/2.0\r\nHost: web.localhost\r\n\r\n",
     "http/1.1": b"GET / http/1.1\r\nHost: web.localhost\r\n\r\n",
-    "two spaces": b"GET  /  HTTP/1.1\r\nHost: web.localhost\r\n\r\n",
     "129 fields": POST + b"A: b\r\n" * 129 + b"\r\n",
     "a field of 64 KiB": POST + b"A: " + b"b" * 65536 + b"\r\n\r\n",
-    "70 KiB of fields": POST + b"".join(b"A%d: %b\r\n" % (i, b"b" * 7000) for i in range(10)) + b"\r\n",
     **{f"Content-Length: {v!r}": POST + b"Content-Length: " + v + b"\r\n\r\nhello" for v in LENGTHS},
     **{f"Transfer-Encoding: {v!r}": POST + b"Transfer-Encoding: " + v + b"\r\n\r\n0\r\n\r\n" for v in CODINGS},
 }
@@ -438,6 +436,7 @@ async def test_an_ambiguous_request_ends_the_connection(subtests: pytest.Subtest
     async with served(response(b"real")) as (origin, tunnel):
         for name, raw in REJECTED.items():
             with subtests.test(name):
+                origin.requests.clear()
                 await assert_rejected(tunnel, raw, (400, 414, 431, 501, 505))
                 await assert_untouched(origin, tunnel)
 
@@ -468,6 +467,7 @@ async def test_a_bad_chunk_is_no_end_of_a_body(subtests: pytest.Subtests) -> Non
         for name, body in BAD_CHUNKS.items():
             with subtests.test(name):
                 origin.requests.clear()
+                before = len(origin.connections)
                 async with tunnel.visitor() as visitor:
                     await visitor.send(POST + b"Transfer-Encoding: chunked\r\n\r\n" + body + CANARY)
                     got = await visitor.read_until_close()
@@ -477,7 +477,7 @@ async def test_a_bad_chunk_is_no_end_of_a_body(subtests: pytest.Subtests) -> Non
                 assert got == b"" or got.startswith(b"HTTP/1.1 400 "), got
                 assert got.count(b"HTTP/1.1 ") <= 1, got
                 assert not any(seen.complete for seen in origin.requests)
-                await origin.wait_for(lambda: not [c for c in origin.connections if c.open and b"/first" in c])
+                await origin.wait_for(lambda before=before: not any(c.open for c in origin.connections[before:]))
                 await assert_untouched(origin, tunnel, b"/first")
 
 
@@ -563,9 +563,8 @@ async def test_request_bodies_arrive_untouched(subtests: pytest.Subtests) -> Non
 
 
 async def test_chunk_extensions_and_trailers_are_not_content(subtests: pytest.Subtests) -> None:
-    trailers = b"Host: evil\r\nContent-Length: 3\r\nTransfer-Encoding: gzip\r\nAuthorization: x\r\nCookie: x\r\nX-T: 1\r\n"
-    body = b'5;a;b=c;d="e\\";f\r\n'.replace(b"\r\n", b'"\r\n') + b"hello\r\n" + b"6 ;x\r\n".replace(b" ", b"")
-    body += b" world\r\n0;last=1\r\n" + trailers + b"\r\n"
+    trailers = b"Host: evil\r\nContent-Length: 3\r\nTransfer-Encoding: gzip\r\nAuthorization: x\r\nX-T: 1\r\n"
+    body = b'5;a;b=c;d="e\\";f"\r\nhello\r\n6;x\r\n world\r\n0;last=1\r\n' + trailers + b"\r\n"
     async with served(response(b"real"), read_body=True) as (origin, tunnel), tunnel.visitor() as visitor:
         await visitor.send(POST + b"Transfer-Encoding: chunked\r\nTrailer: X-T\r\n\r\n" + body + CANARY)
         assert (await visitor.read_response()).body == b"real"
@@ -759,24 +758,23 @@ async def test_connection_close_is_for_the_hop_that_says_it() -> None:
 
 
 async def test_interim_responses_arrive_before_the_final_one(subtests: pytest.Subtests) -> None:
-    seen_by_visitor = asyncio.Event()
+    seen_by_visitor = asyncio.Semaphore(0)
     links = [(b"Link", b"</a.css>; rel=preload"), (b"link", b"</b.js>")]
 
     async def hinting(request: RawRequest, reader: Reader, writer: Writer) -> None:
         for number in (b"1", b"2"):
             writer.write(head(b"HTTP/1.1 103 Early Hints", *links, (b"N", number), (b"Connection", b"x")))
-            await seen_by_visitor.wait()
-            seen_by_visitor.clear()
+            await seen_by_visitor.acquire()
         writer.write(response(b"final", headers=[(b"N", b"3")]))
 
-    async with served(answering({b"/": hinting})) as (origin, tunnel):
+    async with served(answering({b"/": hinting})) as (_, tunnel):
         with subtests.test("HTTP/1.1"):
             async with tunnel.visitor() as visitor:
                 await visitor.send(tunnel.request())
                 for number in (b"1", b"2"):
                     expected = head(b"HTTP/1.1 103 Early Hints", *links, (b"N", number))
                     assert (await visitor.read_head()).head == expected
-                    seen_by_visitor.set()
+                    seen_by_visitor.release()
                 assert without_date(got := await visitor.read_response()) == head(
                     b"HTTP/1.1 200 OK", (b"N", b"3"), (b"Content-Length", b"5")
                 )
@@ -786,10 +784,8 @@ async def test_interim_responses_arrive_before_the_final_one(subtests: pytest.Su
         with subtests.test("HTTP/1.0 knows none"):
             async with tunnel.visitor() as visitor:
                 await visitor.send(head(b"GET / HTTP/1.0", HOST))
-                await origin.wait_requests(3)
-                for _ in range(2):
-                    seen_by_visitor.set()
-                    await origin.wait_for(lambda: not seen_by_visitor.is_set() or origin.connections[-1].lost)
+                seen_by_visitor.release()
+                seen_by_visitor.release()
                 got = await visitor.read_response()
                 assert (got.status, got.interim, got.body) == (200, [], b"final")
 
@@ -1041,24 +1037,21 @@ async def test_error_pages_speak_the_visitors_language(subtests: pytest.Subtests
                 b"\xff<script>": b"text/plain; charset=utf-8",
             }.items():
                 with subtests.test(f"{code.decode()}, Accept: {accept!r}"):
-                    for method in ("GET", "HEAD"):
-                        async with tunnel.visitor() as visitor:
-                            fields = [(b"Host", host), (b"Accept", accept)]
-                            await visitor.send(head(b"%b /<b>x HTTP/1.1" % method.encode(), *fields))
-                            got = await visitor.read_response(method)
-                        assert problem(got) == (status, code)
-                        assert got.value(b"content-type") == kind
-                        if method == "HEAD":
-                            assert int(got.value(b"content-length") or 0) == length
-                            continue
-                        length = len(got.body)
-                        assert code in got.body
-                        assert b"<b>x" not in got.body
-                        assert b"<script>" not in got.body
-                        if kind == b"application/json":
-                            assert json.loads(got.body)["error"] == code.decode()
-                        assert (b"<h1>" in got.body) == kind.startswith(b"text/html")
-                        assert got.values(b"server") == []
+                    fields = [(b"Host", host), (b"Accept", accept)]
+                    async with tunnel.visitor() as visitor:
+                        await visitor.send(head(b"GET /<b>x HTTP/1.1", *fields))
+                        got = await visitor.read_response()
+                        await visitor.send(head(b"HEAD /<b>x HTTP/1.1", *fields))
+                        assert (await visitor.read_response("HEAD")).headers[:-1] == got.headers[:-1]
+                    assert problem(got) == (status, code)
+                    assert got.value(b"content-type") == kind
+                    assert got.values(b"server") == []
+                    assert code in got.body
+                    assert b"<b>x" not in got.body
+                    assert b"<script>" not in got.body
+                    assert (b"<h1>" in got.body) == kind.startswith(b"text/html")
+                    if kind == b"application/json":
+                        assert json.loads(got.body)["error"] == code.decode()
 
 
 # ---------------------------------------------------------------------------------------- Where to forward
@@ -1102,8 +1095,11 @@ async def test_localhost_is_either_loopback(address: str, subtests: pytest.Subte
 
 
 async def test_two_targets_in_one_process(subtests: pytest.Subtests) -> None:
-    async with served(response(b"web")) as (web, tunnel), RawOrigin(response(b"api")) as api:
-        async with one_more_client(tunnel, f"one={web.port}", f"two=127.0.0.1:{api.port}", name=None):
+    async with contextlib.AsyncExitStack() as stack:
+        web, tunnel = await stack.enter_async_context(served(response(b"web")))
+        api = await stack.enter_async_context(RawOrigin(response(b"api")))
+        targets = (f"one={web.port}", f"two=127.0.0.1:{api.port}")
+        async with one_more_client(tunnel, *targets, name=None):
             for _ in range(3):
                 assert (await ask(tunnel, b"one")).body == b"web"
                 assert (await ask(tunnel, b"two")).body == b"api"
@@ -1130,6 +1126,14 @@ async def small_service(reader: Reader, writer: Writer) -> None:
         await writer.wait_closed()
 
 
+async def complaining(_: Reader, writer: Writer) -> None:
+    """A service that takes a TLS handshake for a bad request."""
+    writer.write(response(b"what?", 400, [CLOSE], b"Bad Request"))
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
 async def assert_serves(tunnel: Tunnel, name: bytes) -> None:
     host = name + b".localhost"
     for target in (b"/", b"/again", b"/close"):
@@ -1146,18 +1150,21 @@ async def test_https_target_with_a_self_signed_certificate(host: str, tmp_path: 
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     make = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     subjects = ["-subj", "/CN=somebody else", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([openssl, *make, *subjects], check=True, capture_output=True)
+    await asyncio.to_thread(subprocess.run, [openssl, *make, *subjects], check=True, capture_output=True)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
-    async with served(response(b"plain")) as (origin, tunnel):
+    async with served(response(b"plain")) as (_, tunnel):
         service = await asyncio.start_server(small_service, "127.0.0.1", 0, ssl=context)
         async with service:
             port = service.sockets[0].getsockname()[1]
             async with one_more_client(tunnel, f"https://{host}:{port}"):
                 await assert_serves(tunnel, b"more")
-            async with one_more_client(tunnel, f"https://{host}:{origin.port}"):  # which speaks no TLS
+            async with one_more_client(tunnel, f"http://{host}:{port}"):  # which wants TLS
                 assert (await ask(tunnel, b"more")).status == 502
-            async with one_more_client(tunnel, f"http://{host}:{port}"):  # which speaks nothing else
+        plain = await asyncio.start_server(complaining, "127.0.0.1", 0)
+        async with plain:
+            port = plain.sockets[0].getsockname()[1]
+            async with one_more_client(tunnel, f"https://{host}:{port}"):  # which speaks no TLS
                 assert (await ask(tunnel, b"more")).status == 502
 
 

@@ -18,7 +18,6 @@ from support import (
     PatternChecker,
     RawOrigin,
     RawRequest,
-    RawResponse,
     RawVisitor,
     Relay,
     Signal,
