@@ -624,6 +624,7 @@ def test_a_trusted_proxy_is_believed() -> None:
     theirs = [
         (b"X-Forwarded-For", b"203.0.113.9, 198.51.100.1"),
         (b"x-forwarded-for", b"198.51.100.2"),
+        (b"X-Forwarded-Proto", b"made up"),
         (b"X-Forwarded-Proto", b"http"),
         (b"X-Forwarded-Host", b"shop.example.com"),
         (b"Forwarded", b"for=203.0.113.9"),

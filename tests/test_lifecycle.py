@@ -439,11 +439,13 @@ async def test_a_client_whose_output_is_full_goes_on() -> None:
     """Nobody reads its stdout, and the pipe takes no more: that must not stop the traffic."""
     async with RawOrigin(response(b"hello")) as origin, Tunnel(origin.port) as tunnel:
         _pipe(tunnel.client, 1).pause_reading()
-        target = b"/" + b"x" * (8 * KIB)
-        for _ in range(20):  # a pipe holds 64 KiB
-            assert (await tunnel.get(target)).body == b"hello"
-        tunnel.client.send_signal(signal.SIGTERM)
-        _pipe(tunnel.client, 1).resume_reading()
+        try:
+            target = b"/" + b"x" * (8 * KIB)
+            for _ in range(20):  # a pipe holds 64 KiB
+                assert (await tunnel.get(target)).body == b"hello"
+            tunnel.client.send_signal(signal.SIGTERM)
+        finally:
+            _pipe(tunnel.client, 1).resume_reading()
         assert await tunnel.client.wait() == 0
 
 

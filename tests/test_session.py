@@ -1041,8 +1041,10 @@ def test_a_reset_by_the_peer_is_an_event_and_frees_the_queue() -> None:
     session = client_with_stream()
     session.send_head(1, RESPONSE)
     session.send_data(1, b"queued")
+    stream = session._streams[1]
     assert [e.type for e in session.receive_data(reset(), 0.0)] == [FrameType.RESET]
     assert session.streams == 0
+    assert not stream.pending
     assert "DATA" not in types(session)
 
 
