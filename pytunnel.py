@@ -110,7 +110,6 @@ import socket
 import ssl
 import struct
 import time
-import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,14 +198,21 @@ def escape(text: str | bytes, limit: int = 200) -> str:
     """Return `text` fit for one line of a terminal or log: unprintable characters as escapes, at most `limit` long."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
-    if len(text) > limit:
-        text = text[: limit - 1] + "…"
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() and unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode("ascii")
-        for c in text
-    )
+    if not (text.isascii() and text.isprintable()):
+        kept = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
+        text = "".join(kept)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """Return a JSON object from a peer or a file. Raises ValueError, whatever else is wrong with the text."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
@@ -835,7 +841,7 @@ class Session:
 
     def _take_data(self, out: list[bytes], room: int) -> None:
         ready = self._ready
-        while ready and room > 0 and self._unacked_bytes < MAX_UNACKED:
+        while ready and room > 0 and self._unacked_bytes < MAX_UNACKED and len(self._unacked) < MAX_UNACKED_FRAMES // 2:
             stream = ready.popleft()
             stream.ready = False
             if stream.id not in self._streams:
@@ -983,7 +989,8 @@ class Session:
         return False
 
     def _receive_pong(self, _: Frame) -> bool:
-        self.round_trip = self._heard_at - self._pinged_at
+        if self._pinged_at:
+            self.round_trip = self._heard_at - self._pinged_at
         return False
 
     def _receive_goaway(self, frame: Frame) -> bool:
@@ -1424,7 +1431,8 @@ def split_target(method: bytes, target: bytes, headers: Headers) -> tuple[bytes,
     absolute = _ABSOLUTE.fullmatch(target)
     if absolute:
         hosts = [absolute[1]]
-        target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
+        path = absolute[2]
+        target = b"*" if method == b"OPTIONS" and not path else path if path.startswith(b"/") else b"/" + path
     if not (target.startswith(b"/") or (target == b"*" and method == b"OPTIONS")) or not _TARGET.fullmatch(target):
         raise MessageError("not a request target")
     return target, hosts[0]
@@ -1504,13 +1512,10 @@ class Message:
         if not isinstance(text, str) or len(text) > MAX_HELLO:
             raise ProtocolError("not a handshake message")
         try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError):
-            raise ProtocolError("a handshake message that is not JSON") from None
-        if not isinstance(fields, dict):
-            raise ProtocolError("a handshake message that is not a JSON object")
+            self._fields = parse_object(text)
+        except ValueError as error:
+            raise ProtocolError(f"a handshake message that is not JSON: {error}") from None
         self.text = text
-        self._fields: dict[str, object] = fields
 
     def get(self, name: str, type_: type[_T], default: _T | None = None) -> _T:
         """Return a field of that type. Raises ProtocolError when it has another, or is missing without a default."""
@@ -1709,6 +1714,8 @@ class Stream:
         """Return the next response head; only the server's streams have them."""
         while not self._heads:
             self._check()
+            if self._ended:
+                raise StreamReset(ErrorCode.LOCAL_INVALID, "the stream ended without a final head")
             self._readable.clear()
             await self._readable.wait()
         return self._heads.popleft()
@@ -1761,6 +1768,8 @@ class Stream:
             return self.fail(StreamReset(*decode_reason(frame.payload)), by_peer=True)
         if frame.type == FrameType.HEAD:
             self._heads.append(frame.payload)
+        elif self._chunks and len(self._chunks[-1]) + len(frame.payload) < MAX_HEAD:
+            self._chunks[-1] += frame.payload  # many small chunks would take more memory than the window counts
         elif frame.payload:
             self._chunks.append(frame.payload)
         self._ended = self._ended or bool(frame.flags & END)
@@ -2073,7 +2082,7 @@ class TunnelRegistry:
     def _load(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             try:
-                saved = json.loads(self._path.read_text())
+                saved = parse_object(self._path.read_text())
                 self._owners = {str(name): str(key) for name, key in saved["names"].items()}
                 self.zones = [str(zone) for zone in saved["zones"]]
             except (ValueError, KeyError, TypeError, AttributeError):
@@ -3365,6 +3374,14 @@ def check_token(token: str) -> str:
     return token
 
 
+def stored_token(path: Path) -> str:
+    """Return the token that serve keeps; it is made at the first start. Raises TunnelError when the file is damaged."""
+    try:
+        return check_token(read_or_make(path, make_token))
+    except (UsageError, UnicodeDecodeError):
+        raise TunnelError(f"{path} does not hold a token; remove it, and serve makes a new one") from None
+
+
 def parse_server(text: str) -> str:
     """Return a server's URL from what a user wrote: a host means https, an address or localhost http and port 8080."""
     scheme, separator, rest = text.rstrip("/").partition("://")
@@ -3400,7 +3417,7 @@ class Memory:
         self.server = ""
         self.tokens: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            saved = json.loads(self._path.read_text())
+            saved = parse_object(self._path.read_text())
             self.server = str(saved["server"])
             self.tokens = {str(server): str(token) for server, token in saved["tokens"].items()}
 
@@ -3564,8 +3581,10 @@ class Console:
 
     @staticmethod
     def _print(file: TextIO, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError, ValueError):
+        try:
             print(line, file=file, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # for whatever is flushed later, too
 
 
 @contextlib.contextmanager
@@ -3590,7 +3609,7 @@ async def _serve(options: argparse.Namespace, console: Console) -> int:
     state = state_directory()
     host, port = parse_listen(options.listen)
     given = options.token or os.environ.get("PYTUNNEL_TOKEN")
-    token = check_token(given) if given else read_or_make(state / "token", make_token)
+    token = check_token(given) if given else stored_token(state / "token")
     domain = None
     if options.domain:
         domain = Origin.from_url(parse_server(options.domain))
@@ -3708,7 +3727,11 @@ def _run(main: Callable[[argparse.Namespace, Console], Any], options: argparse.N
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.prog = f"pytunnel {options.command}"
+        parser.error(f"unrecognized arguments: {escape(' '.join(unknown))}")
     level = logging.DEBUG if options.debug else logging.INFO if options.verbose else logging.WARNING
     if options.command == "serve" and not options.debug:
         level = logging.INFO

@@ -128,6 +128,7 @@ def test_constants_of_the_wire_format() -> None:
 def test_limits_fit_together() -> None:
     """What one limit promises, another one must not break."""
     assert pytunnel.TURN <= pytunnel.MAX_DATA
+    assert pytunnel.TURN <= pytunnel.SEND_BUFFER  # a writer that may go on always leaves something to send
     largest = max(pytunnel.MAX_DATA, pytunnel.MAX_HEAD) + HEADER
     beside = (pytunnel.MAX_PENDING_PONGS + 2) * (HEADER + 8) + pytunnel.MAX_CONTROL + HEADER
     assert pytunnel.MAX_BATCH + largest + beside <= pytunnel.MAX_MESSAGE

@@ -679,6 +679,22 @@ def test_content_without_a_length_ends_with_an_http10_connection() -> None:
     assert not encoder.keep_alive
 
 
+@pytest.mark.parametrize(
+    ("method", "status", "headers", "http11", "wanted"),
+    [
+        (b"GET", 200, [], False, True),
+        (b"GET", 200, [], True, False),
+        (b"GET", 200, [(b"Content-Length", b"5")], False, False),
+        (b"HEAD", 200, [], False, False),
+        (b"GET", 304, [], False, False),
+    ],
+)
+def test_until_close(method: bytes, status: int, headers: Headers, http11: bool, wanted: bool) -> None:
+    encoder = ResponseEncoder(method, http11=http11, keep_alive=True)
+    encoder.head(ResponseHead(status, b"", headers), DATE)
+    assert encoder.until_close is wanted
+
+
 def test_connection_fields() -> None:
     head = ResponseHead(200, b"", [(b"Content-Length", b"0"), (b"Date", b"x")])
     wire = b"HTTP/1.1 200 \r\nContent-Length: 0\r\nDate: x\r\n"
@@ -982,6 +998,32 @@ def test_hosts_of_absolute_targets_are_checked_like_others(target: bytes) -> Non
 def test_bad_targets(method: bytes, target: bytes) -> None:
     with pytest.raises(MessageError):
         split_target(method, target, HOST)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([], None),
+        ([(b"Content-Length", b"5")], None),
+        ([(b"Transfer-Encoding", b"chunked")], None),
+        ([(b"transfer-encoding", b"Chunked"), (b"A", b"b")], None),
+        ([(b"Transfer-Encoding", b"chunked"), (b"content-length", b"5")], 400),
+        ([(b"Content-Length", b"5"), (b"Transfer-Encoding", b"gzip")], 400),
+        ([(b"Transfer-Encoding", b"chunked"), (b"TRANSFER-ENCODING", b"chunked")], 400),
+        ([(b"Transfer-Encoding", b"gzip, chunked")], 501),
+        ([(b"Transfer-Encoding", b"chunked, chunked")], 501),
+        ([(b"Transfer-Encoding", b"identity")], 501),
+        ([(b"Transfer-Encoding", b"")], 501),
+        ([(b"Transfer-Encoding", b"chunked;q=1")], 501),
+    ],
+)
+def test_the_framing_of_requests(headers: Headers, status: int | None) -> None:
+    try:
+        pytunnel.check_framing(headers)
+    except MessageError as error:
+        assert error.status == status
+    else:
+        assert status is None
 
 
 @pytest.mark.parametrize("headers", [[], [*HOST, *HOST], [(b"host", b"a"), (b"HOST", b"b")], [(b"Hosts", b"a")]])

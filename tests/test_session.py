@@ -1083,6 +1083,19 @@ def test_goaway_by_the_client() -> None:
     assert pair.server.streams == pair.client.streams == 1
 
 
+def test_accepts_streams() -> None:
+    session = Session(is_server=True)
+    assert not session.accepts_streams  # no link yet
+    session.resume(0, 0.0)
+    assert session.accepts_streams
+    session.suspend()
+    assert not session.accepts_streams
+    for leave in (lambda s: s.send_goaway(ErrorCode.SHUTDOWN, ""), lambda s: s.receive_data(goaway(), 0.0)):
+        session = connected(is_server=True)
+        leave(session)
+        assert not session.accepts_streams
+
+
 def test_goaway_with_an_unknown_code() -> None:
     session = connected(is_server=False)
     event = encode_frame(FrameType.GOAWAY, 0, 0, b"\xff\xffwhy")

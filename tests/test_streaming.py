@@ -243,8 +243,8 @@ async def test_a_response_may_come_much_later_than_its_request() -> None:
 
 # ---------------------------------------------------------------------------------------- Blocked
 
-SIZE = 48 * MiB  # of what is stalled; what fits into windows and the kernel's buffers is less than half of that
-HELD = 20 * MiB  # all that windows and the kernel's buffers may take of it, on three sockets
+SIZE = 24 * MiB  # of what is stalled
+HELD = 12 * MiB  # what the stream's window and the kernel's buffers on the way may take of it; it is about 6
 
 
 @dataclass
@@ -277,7 +277,6 @@ async def assert_blocked(stalled: Stalled, others: Callable[[], Awaitable[None]]
             break
     assert unchanged == 3, f"not blocked after {stalled.done} bytes"
     assert 0 < stalled.done < HELD
-    print("HELD", stalled.done/MiB)
 
 
 async def sending(writer: Writer, piece: int) -> AsyncIterator[Awaitable[None]]:
@@ -329,9 +328,8 @@ async def test_many_stalled_downloads_hold_up_nobody_else() -> None:
         for _ in range(100):
             assert (await tunnel.get()).body == b"real"
         assert origin.open_connections >= 60
-        print("GROWN", (tunnel.server.rss() + tunnel.client.rss() - before)/MiB)
         grown = tunnel.server.rss() + tunnel.client.rss() - before
-        assert grown < 60 * 2 * MiB, f"{grown / MiB:.0f} MiB for 60 visitors who do not read"
+        assert grown < 60 * MiB, f"{grown / MiB:.0f} MiB for 60 visitors who do not read"
 
 
 async def test_a_stalled_upload_holds_up_nobody_else() -> None:
@@ -350,8 +348,8 @@ async def test_a_stalled_upload_holds_up_nobody_else() -> None:
         writer.write(response(b"%d" % len(got)))
 
     answers = {b"/stalled": upload, b"/other": take}
-    small = {"limit": 16 * KiB, "rcvbuf": 16 * KiB}
-    async with served(answering(answers), **small) as (origin, tunnel), tunnel.visitor(sndbuf=16 * KiB) as visitor:
+    small = {"limit": 64 * KiB, "rcvbuf": 128 * KiB}
+    async with served(answering(answers), **small) as (origin, tunnel), tunnel.visitor(sndbuf=256 * KiB) as visitor:
 
         async def pieces() -> AsyncIterator[Awaitable[None]]:
             for offset in range(0, SIZE, 64 * KiB):
