@@ -2508,7 +2508,8 @@ class TunnelServer:
 
         if "Origin" in request.headers:
             raise Unserved("forbidden")
-        if SUBPROTOCOL not in request.headers.get("Sec-WebSocket-Protocol", "") or "Upgrade" not in request.headers:
+        offered = [name.strip() for name in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
+        if SUBPROTOCOL not in offered or "Upgrade" not in request.headers:
             raise Unserved("not-a-link")
         if self._handshakes >= MAX_HANDSHAKES or self._draining:
             raise Unserved("shutting-down")
@@ -2775,6 +2776,7 @@ class LocalService:
     def __init__(self, target: Target, *, insecure: bool) -> None:
         self.target = target
         self._idle: list[LocalConnection] = []
+        self._pruning: asyncio.TimerHandle | None = None
         self._address = target.addresses[0]
         self._tls: ssl.SSLContext | None = None
         if target.tls:
@@ -2795,11 +2797,20 @@ class LocalService:
 
     def give_back(self, connection: LocalConnection) -> None:
         """Keep a connection whose response is complete."""
-        now = asyncio.get_running_loop().time()
-        connection.idle_since = now
+        loop = asyncio.get_running_loop()
+        connection.idle_since = loop.time()
         self._idle.append(connection)
-        while len(self._idle) > MAX_LOCAL_IDLE or self._idle[0].idle_since < now - LOCAL_IDLE:
+        if len(self._idle) > MAX_LOCAL_IDLE:
             self._idle.pop(0).abort()
+        if self._pruning is None:
+            self._pruning = loop.call_later(LOCAL_IDLE, self._prune)
+
+    def _prune(self) -> None:
+        oldest = asyncio.get_running_loop().time() - LOCAL_IDLE
+        while self._idle and self._idle[0].idle_since <= oldest:
+            self._idle.pop(0).abort()
+        again = self._idle and asyncio.get_running_loop().call_at(self._idle[0].idle_since + LOCAL_IDLE, self._prune)
+        self._pruning = again or None
 
     async def connect(self) -> LocalConnection:
         """Return a new connection. Raises StreamReset with the code for the visitor."""
@@ -2830,6 +2841,8 @@ class LocalService:
 
     def close(self) -> None:
         """Drop the idle connections."""
+        if self._pruning:
+            self._pruning.cancel()
         while self._idle:
             self._idle.pop().abort()
 
@@ -3431,7 +3444,7 @@ class Memory:
     def token_for(self, server: str) -> str:
         """Return the token for a server: on this machine the one that serve keeps, elsewhere the one that worked."""
         if Origin.from_url(server).zone == "localhost":
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
                 return (self.directory / "token").read_text().strip()
         return self.tokens.get(server, "")
 
@@ -3439,7 +3452,7 @@ class Memory:
         """Return what tells this machine from the user's others, so that its tunnels' names stay."""
         try:
             return read_or_make(self.directory / "machine", lambda: secrets.token_hex(8))
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             return platform.node()
 
 
@@ -3540,6 +3553,22 @@ def _parser() -> CommandParser:
     return parser
 
 
+def _print(file: TextIO, line: str) -> None:
+    """Print a line at once. A reader who went away is no reason to stop."""
+    try:
+        print(line, file=file, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # for whatever is flushed later, too
+
+
+class LogHandler(logging.Handler):
+    """Writes the log to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        _print(sys.stderr, self.format(record))
+
+
 class Console:
     """Tells programs and people what happens."""
 
@@ -3547,7 +3576,7 @@ class Console:
         self._json = as_json
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Report an event. A reader who went away is no reason to stop."""
+        """Report an event."""
         exchange = fields.pop("exchange", None)
         if exchange and self._json:
             fields = {
@@ -3562,12 +3591,12 @@ class Console:
             }
         line = exchange.line() if exchange else self._line(event, fields)
         if self._json:
-            self._print(sys.stdout, json.dumps({"event": event, **fields}))
+            _print(sys.stdout, json.dumps({"event": event, **fields}))
         else:
             if event == "ready":
-                self._print(sys.stdout, fields["url"])
+                _print(sys.stdout, fields["url"])
             if line:
-                self._print(sys.stderr, line)
+                _print(sys.stderr, line)
 
     @staticmethod
     def _line(event: str, fields: dict[str, Any]) -> str:
@@ -3578,13 +3607,6 @@ class Console:
         if event == "reconnected":
             return "connected again" + (", nothing lost" if fields["resumed"] else "")
         return ""
-
-    @staticmethod
-    def _print(file: TextIO, line: str) -> None:
-        try:
-            print(line, file=file, flush=True)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # for whatever is flushed later, too
 
 
 @contextlib.contextmanager
@@ -3735,7 +3757,7 @@ def main(argv: list[str] | None = None) -> int:
     level = logging.DEBUG if options.debug else logging.INFO if options.verbose else logging.WARNING
     if options.command == "serve" and not options.debug:
         level = logging.INFO
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(handlers=[LogHandler()], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(level)
     try:
         return _run({"serve": _serve, "connect": _connect, "demo": _demo}[options.command], options)

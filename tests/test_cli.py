@@ -471,12 +471,11 @@ async def test_usage_errors_are_one_line_with_the_next_step(args: list[str], hin
     assert hint in result.error
 
 
-async def test_name_given_twice_is_refused_or_the_last_one_wins(home: Path) -> None:
-    """`--name` is no list: argparse lets the last one win, and that is the one that is used."""
-    async with origin() as local, serving(home, "--token", TOKEN) as server:
-        args = [str(local.port), "--server", server.url, "--token", TOKEN, "--name", "one", "--name", "two"]
-        async with await start("connect", *args, home=home) as client:
-            assert urlsplit(await url_of(client)).hostname == "two.localhost"
+async def test_name_given_twice_is_a_usage_error() -> None:
+    """`--name` is for one target: two of them are a mistake, of which the last one must not silently win."""
+    result = await run("connect", "3000", "--token", TOKEN, "--name", "one", "--name", "two", "--server", "localhost:1")
+    assert (result.status, result.stdout) == (2, []), result
+    assert "--name" in result.error
 
 
 async def test_wrong_token_is_3(home: Path) -> None:

@@ -1264,6 +1264,20 @@ async def test_an_early_error_ends_an_upload(framing: Header) -> None:
         assert not origin.requests[0].complete
 
 
+async def test_a_visitor_who_writes_everything_first_gets_the_early_error() -> None:
+    """Closing at once would break off its writing, and many would never come to read."""
+    size = 8 * MiB
+    answer = head(b"HTTP/1.1 413 Content Too Large", CLOSE, (b"Content-Length", b"3")) + b"big"
+    async with served(answering({b"/up": answer})) as (origin, tunnel), tunnel.visitor() as visitor:
+        await visitor.send(tunnel.request("POST", b"/up", [(b"Content-Length", b"%d" % size)]) + b"x")
+        await origin.wait_for(lambda: origin.connections and not origin.open_connections)
+        await visitor.socket.readable()  # the response is there
+        await visitor.send(b"x" * (size - 1))
+        got = await visitor.read_response()
+        assert (got.status, got.body) == (413, b"big")
+        assert await visitor.read_until_close() == b""
+
+
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 async def test_an_early_answer_does_not_end_the_upload(framing: str) -> None:
     size, half = 4 * MiB, 2 * MiB

@@ -11,13 +11,13 @@ import pytest
 import pytunnel
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^(?:\$ |URL=\$\()?(?:python )?pytunnel(?:\.py)? ((?:serve|connect|demo).*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^(?:\$ )?(?:python )?pytunnel(?:\.py)? ((?:serve|connect|demo).*)$", README, re.MULTILINE)
 EXEC_START = re.findall(r"^ExecStart=\S+/pytunnel (.*)$", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize("line", [*COMMANDS, *EXEC_START])
 def test_command_lines_parse(line: str) -> None:
-    words = shlex.split(line.partition(" | ")[0].rstrip(")"), comments=True)
+    words = shlex.split(line.partition(" | ")[0], comments=True)
     options = pytunnel._parser().parse_args(words)
     for target in getattr(options, "targets", []):
         pytunnel.Target.parse(target.rpartition("=")[2])
@@ -60,7 +60,8 @@ def test_exit_statuses() -> None:
         f"The client: {pytunnel.GOODBYE:g} s",
         f"| {pytunnel.MAX_STREAMS} |",
         f"{pytunnel.MAX_STREAMS} requests are open in the session, or {pytunnel.MAX_HELD} wait",
-        f"| {pytunnel.MAX_HEAD // pytunnel.KiB} KiB, {pytunnel.MAX_FIELDS} fields, {pytunnel.MAX_FIELD // pytunnel.KiB} KiB",
+        f"| {pytunnel.MAX_HEAD // pytunnel.KiB} KiB, {pytunnel.MAX_FIELDS} fields, "
+        f"{pytunnel.MAX_FIELD // pytunnel.KiB} KiB each",
         f"at most {pytunnel.MAX_STREAMS * pytunnel.INITIAL_WINDOW // pytunnel.MiB} MiB of unread bodies "
         f"and {pytunnel.MAX_UNACKED // pytunnel.MiB} MiB kept",
         f"| names of one token | {pytunnel.MAX_NAMES} |",

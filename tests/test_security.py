@@ -118,7 +118,7 @@ class Peer:
 
     # The handshake, in steps
 
-    async def hello(self, token: str = TOKEN, **fields: object) -> Message:
+    async def hello(self, token: str = TOKEN, **fields: Any) -> Message:
         """Send a hello, with fields of choice, and return what is answered."""
         self.token = token
         usual: dict[str, object] = {
@@ -184,6 +184,11 @@ class Peer:
                 message = await self.ws.receive()
                 assert message.type is aiohttp.WSMsgType.BINARY, message
                 self._frames += self._decoder.feed(message.data)
+
+    async def synchronise(self) -> None:
+        """Return when the server has dealt with all that was sent."""
+        await self.send(FrameType.PING, payload=bytes(8))
+        await self.frame(FrameType.PONG)
 
     async def opened(self) -> tuple[int, RequestHead]:
         """Return the next stream's id and request."""
@@ -598,8 +603,10 @@ async def a_final_head_called_interim(peer: Peer, stream_id: int) -> None:
 
 async def more_than_announced_in_pieces(peer: Peer, stream_id: int) -> None:
     await peer.head(stream_id, *HONEST)
-    await peer.data(stream_id, b"honest")
-    await peer.data(stream_id, FAKE)
+    for data in (b"honest", FAKE):
+        await peer.data(stream_id, data)
+        await peer.synchronise()
+    await peer.data(stream_id, b"", end=True)
 
 
 async def data_for_the_next_stream(peer: Peer, stream_id: int) -> None:
