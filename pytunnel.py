@@ -102,6 +102,7 @@ import json
 import logging
 import os
 import platform
+import queue
 import random
 import re
 import secrets
@@ -109,11 +110,12 @@ import signal
 import socket
 import ssl
 import struct
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
     import aiohttp
@@ -174,8 +176,10 @@ MAX_DISCARD = 16 * MiB  # bytes of it that are read and thrown away, so that the
 DIAL_TIMEOUT = 10.0  # seconds for one dial with its handshake; the first one may take no longer, retries included
 BACKOFF_MIN = 0.2  # seconds; doubled to the maximum, with jitter
 BACKOFF_MAX = 30.0
-STABLE = 60.0  # seconds a link must hold before the backoff starts from its minimum again
+STABLE = 2.0  # seconds a link must hold before its loss is answered by a dial at once
 CLOCK_JUMP = 5.0  # seconds between the wall and the monotonic clock that mean this machine has slept
+
+MAX_LINES = 1000  # lines of output that wait for a slow reader
 
 LOCAL_CONNECT_TIMEOUT = 5.0  # seconds to connect to the local service
 LOCAL_IDLE = 4.0  # seconds an idle local connection is kept: Node.js closes its own after 5
@@ -1507,10 +1511,10 @@ def encode_message(type_: str, **fields: object) -> str:
 class Message:
     """A handshake message of the peer; fields it does not know are ignored, so that a newer peer may send them."""
 
-    def __init__(self, text: object) -> None:
+    def __init__(self, text: str) -> None:
         """Parse it. Raises ProtocolError for what is not one short JSON object."""
-        if not isinstance(text, str) or len(text) > MAX_HELLO:
-            raise ProtocolError("not a handshake message")
+        if len(text) > MAX_HELLO:
+            raise ProtocolError(f"a handshake message over {MAX_HELLO} characters")
         try:
             self._fields = parse_object(text)
         except ValueError as error:
@@ -1575,6 +1579,7 @@ class Origin(NamedTuple):
         with contextlib.suppress(ValueError):
             address = ipaddress.ip_address(host.strip("[]"))
             dashed = str(address).replace(".", "-").replace(":", "-")
+            dashed = "0" * dashed.startswith("-") + dashed + "0" * dashed.endswith("-")  # `::` at an end
             host = "localhost" if address.is_loopback else f"{dashed}.sslip.io"
         return cls(scheme, host, port if port != {"http": 80, "https": 443}[scheme] else None)
 
@@ -1656,6 +1661,18 @@ class WebSocket(Protocol):
 
     async def receive(self) -> aiohttp.WSMessage: ...
     async def send_bytes(self, data: bytes) -> None: ...
+
+
+async def receive_message(ws: WebSocket) -> Message:
+    """Return the peer's next handshake message. Raises ProtocolError, or ConnectionError when there is none."""
+    from aiohttp import WSMsgType
+
+    received = await ws.receive()
+    if received.type is WSMsgType.BINARY:
+        raise ProtocolError("a binary message in the handshake")
+    if received.type is not WSMsgType.TEXT:
+        raise ConnectionResetError("the connection was closed in the handshake")
+    return Message(received.data)
 
 
 class Stream:
@@ -1838,8 +1855,9 @@ class Link:
 
     async def detach(self, reason: str) -> None:
         """Give up the WebSocket in use, if any, so that another may be used."""
-        self.lose(reason)
-        await self._free.wait()
+        while not self._free.is_set():  # again, when somebody else who waited here was faster
+            self.lose(reason)
+            await self._free.wait()
 
     def lose(self, reason: str) -> None:
         """Make `run` return; the session stays."""
@@ -2523,10 +2541,8 @@ class TunnelServer:
                 await ws.prepare(request)
                 handshake = await self._handshake(ws)
         except (Refused, ProtocolError) as error:
-            code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
             log.info("refused a link from %s: %s", request.remote, escape(str(error)))
-            with contextlib.suppress(ConnectionError):
-                await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
+            await self._refuse(ws, error)
             return ws
         except (TimeoutError, ConnectionError):
             transport.abort()
@@ -2562,13 +2578,12 @@ class TunnelServer:
             self._registry.connected(session)
             log.info("%s: connected", ", ".join(session.names))
             reason = await session.link.run(ws, received)
-        except Refused as error:
-            reason = str(error)
-            await ws.send_str(encode_message("refused", code=error.code, reason=reason, retry=error.retry))
-        except ProtocolError as error:
-            reason = f"protocol error: {error}"
+        except (Refused, ProtocolError) as error:
+            reason = f"refused: {error}"
             if session:
                 self._registry.end(session, SessionEnded(ErrorCode.LINK_LOST, reason))
+            else:
+                await self._refuse(ws, error)
         finally:
             names = ", ".join(session.names) if session else "no tunnel"
             log.info("%s: %s", names, escape(reason))
@@ -2577,9 +2592,15 @@ class TunnelServer:
                 if reason != "finished":
                     transport.abort()
 
+    @staticmethod
+    async def _refuse(ws: web.WebSocketResponse, error: Refused | ProtocolError) -> None:
+        code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
+        with contextlib.suppress(ConnectionError):
+            await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
+
     async def _handshake(self, ws: web.WebSocketResponse) -> tuple[Message, str, bytes]:
         """Return hello, key and our signature, once the client has proved that it knows the token."""
-        hello = Message((await ws.receive()).data)
+        hello = await receive_message(ws)
         if hello.get("version", int) != PROTOCOL_VERSION:
             raise Refused("version", f"this server (pytunnel {__version__}) speaks version {PROTOCOL_VERSION} only")
         key = hello.get("key", str)
@@ -2591,7 +2612,7 @@ class TunnelServer:
             iterations=verifier.iterations,
         )
         await ws.send_str(challenge)
-        proof = Message((await ws.receive()).data).bytes("proof")
+        proof = (await receive_message(ws)).bytes("proof")
         auth_message = f"{hello.text}\n{challenge}".encode()
         if not verifier.accepts(proof, auth_message):
             raise Refused("token", "the server does not know this token; see what `pytunnel serve` printed")
@@ -2645,8 +2666,8 @@ def _describe(error: BaseException | None) -> str:
         return "no answer in time"
     if status := getattr(error, "status", None):  # of aiohttp's WSServerHandshakeError
         return f"the answer was HTTP status {status}"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower() if error.errno else error.strerror
+    if isinstance(error, OSError) and (error.errno or 0) > 0:
+        return os.strerror(error.errno or 0).lower()
     return escape(str(error) or type(error).__name__)
 
 
@@ -2830,7 +2851,8 @@ class LocalService:
                     else:
                         _, connection = await loop.create_unix_connection(LocalConnection, self.target.host)
             except TimeoutError:
-                reason = f"{self.target.text} did not accept a connection within {LOCAL_CONNECT_TIMEOUT:g} s"
+                kind = "TLS connection" if self._tls else "connection"
+                reason = f"no {kind} to {self.target.text} within {LOCAL_CONNECT_TIMEOUT:g} s"
                 raise StreamReset(ErrorCode.LOCAL_TIMEOUT, reason) from None
             except OSError as failure:
                 error = error or failure
@@ -2898,11 +2920,11 @@ class Forwarding:
         except MessageError as error:
             raise StreamReset(ErrorCode.LOCAL_INVALID, f"{self._service.target.text}: {error}") from None
         finally:
+            if not kept:
+                connection.abort()  # first, because the wait below may be cancelled
             if upload:
                 upload.cancel()
                 await asyncio.gather(upload, return_exceptions=True)
-            if not kept:
-                connection.abort()
 
     async def _respond(self, connection: LocalConnection) -> None:
         parser = self._parser
@@ -3008,6 +3030,7 @@ class TunnelClient:
         self._link: Link | None = None
         self._forwarding: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
+        self._drained: asyncio.Future[None] | None = None  # while we say goodbye
         self._fatal: TunnelError | None = None
         self._renewal: asyncio.Task[None] | None = None
         self._socket: socket.socket | None = None
@@ -3031,11 +3054,12 @@ class TunnelClient:
             await self._end_session(SessionEnded(ErrorCode.LINK_LOST, "the client stops"))
             for service in self._services:
                 service.close()
+            await asyncio.sleep(0)  # one more turn, in which the transports that were aborted close
 
     def stop(self) -> None:
         """Finish: running exchanges get GOODBYE seconds; a second call ends them."""
-        if self._stopping.is_set() and self._link:
-            self._link.lose("stopped")
+        if self._drained:
+            self._drained.cancel()
         self._stopping.set()
 
     @property
@@ -3050,9 +3074,9 @@ class TunnelClient:
         if link and link.session.connected:
             link.session.send_goaway(ErrorCode.NO_ERROR, "goodbye")
             link.wake()
-            drained = asyncio.ensure_future(link.wait_no_streams())
-            await asyncio.wait([drained, running], timeout=GOODBYE, return_when=asyncio.FIRST_COMPLETED)
-            drained.cancel()
+            self._drained = asyncio.ensure_future(link.wait_no_streams())
+            await asyncio.wait([self._drained, running], timeout=GOODBYE, return_when=asyncio.FIRST_COMPLETED)
+            self._drained.cancel()
             link.finish()
             await asyncio.wait([running], timeout=1.0)
 
@@ -3176,7 +3200,7 @@ class TunnelClient:
 
     @staticmethod
     async def _answer(ws: aiohttp.ClientWebSocketResponse) -> Message:
-        message = Message((await ws.receive()).data)
+        message = await receive_message(ws)
         if message.get("type", str) == "refused":
             code, reason = message.get("code", str), escape(message.get("reason", str))
             raise Refused(code, reason, retry=message.get("retry", bool))
@@ -3252,8 +3276,11 @@ class TunnelClient:
         task = asyncio.ensure_future(self._forward(stream))
         self._forwarding.add(task)
 
-        def reset(code: ErrorCode) -> None:  # NO_ERROR: what the visitor sent is to be delivered, for a while
-            asyncio.get_running_loop().call_later(LINGER if code is ErrorCode.NO_ERROR else 0, task.cancel)
+        def reset(code: ErrorCode) -> None:
+            if code is ErrorCode.NO_ERROR:  # the visitor has left, but what it sent before is still to be delivered
+                asyncio.get_running_loop().call_later(LINGER, task.cancel)
+            else:
+                task.cancel()
 
         stream.on_reset = reset
 
@@ -3273,13 +3300,13 @@ class TunnelClient:
             exchange.target = head.target.decode("utf-8", "backslashreplace")
             await Forwarding(stream, service, head, exchange).run()
         except StreamReset as error:
-            exchange.error = error.reason or error.code.name
+            exchange.error = "" if error.code is ErrorCode.NO_ERROR else error.reason or error.code.name
             stream.abort(error.code, error.reason, flush=True)
         except (ProtocolError, IndexError) as error:
             exchange.error = str(error)
             stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
         except asyncio.CancelledError:
-            exchange.error = "the visitor went away"
+            exchange.error = "" if exchange.status == 101 else "the visitor went away"
         except Exception:
             exchange.error = "a bug in pytunnel"
             stream.abort(ErrorCode.INTERNAL)
@@ -3393,13 +3420,16 @@ def stored_token(path: Path) -> str:
         return check_token(read_or_make(path, make_token))
     except (UsageError, UnicodeDecodeError):
         raise TunnelError(f"{path} does not hold a token; remove it, and serve makes a new one") from None
+    except OSError as error:
+        raise TunnelError(f"{path}: {_describe(error)}; choose another directory with PYTUNNEL_STATE_DIR") from None
 
 
 def parse_server(text: str) -> str:
     """Return a server's URL from what a user wrote: a host means https, an address or localhost http and port 8080."""
-    scheme, separator, rest = text.rstrip("/").partition("://")
+    scheme, separator, rest = text.partition("://")
     if not separator:
-        scheme, rest = "", scheme
+        scheme, rest = "", text
+    rest = rest.removesuffix("/")
     try:
         host, port = parse_host(rest)
         bare = host == "localhost" or Origin.from_url(f"http://{rest}").zone != host
@@ -3416,9 +3446,10 @@ def parse_server(text: str) -> str:
 def parse_listen(text: str) -> tuple[str | None, int]:
     """Return host and port of `HOST:PORT`, `:PORT` or `PORT`; no host means all addresses. Raises UsageError."""
     host, _, port = text.rpartition(":")
-    if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+    bare = host.strip("[]")
+    if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535 or (":" in host and host != f"[{bare}]"):
         raise UsageError(f"{escape(text)!r} is not an address to listen on: give HOST:PORT, like 127.0.0.1:8080")
-    return host.strip("[]") or None, int(port)
+    return bare or None, int(port)
 
 
 class Memory:
@@ -3442,8 +3473,8 @@ class Memory:
                 write_private(self._path, json.dumps({"server": server, "tokens": self.tokens}, indent=1))
 
     def token_for(self, server: str) -> str:
-        """Return the token for a server: on this machine the one that serve keeps, elsewhere the one that worked."""
-        if Origin.from_url(server).zone == "localhost":
+        """Return the token for a server: the one that worked, on this machine else the one that serve keeps."""
+        if server not in self.tokens and Origin.from_url(server).zone == "localhost":
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 return (self.directory / "token").read_text().strip()
         return self.tokens.get(server, "")
@@ -3462,7 +3493,9 @@ def client_settings(options: argparse.Namespace, memory: Memory) -> tuple[str, s
     token = options.token or os.environ.get("PYTUNNEL_TOKEN") or memory.token_for(server)
     if not token:
         raise UsageError(f"no token for {server}: add --token with what `pytunnel serve` printed there")
-    name = options.name or os.environ.get("PYTUNNEL_NAME") or ""
+    if len(options.name) > 1:
+        raise UsageError("--name was given twice; write NAME=TARGET for each, like web=3000 api=8080")
+    name = options.name[0] if options.name else os.environ.get("PYTUNNEL_NAME", "")
     tunnels = []
     for text in options.targets:
         label, separator, rest = text.partition("=")
@@ -3514,8 +3547,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return the examples, then what argparse has to say."""
-        name = self.prog.partition(" ")[2]
-        return f"{self.description}\n\n{EXAMPLES[name]}\n{super().format_help()}"
+        _, _, rest = super().format_help().partition(f"{self.description}\n\n")
+        return f"{self.description}\n\n{EXAMPLES[self.prog.partition(' ')[2]]}\n{self.format_usage()}\n{rest}"
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line."""
@@ -3532,7 +3565,8 @@ def _parser() -> CommandParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, summary: str) -> CommandParser:
-        return commands.add_parser(name, parents=[common], help=summary.lower(), description=f"{summary}.")
+        what = summary[0].lower() + summary[1:]
+        return commands.add_parser(name, parents=[common], help=what, description=f"{summary}.")
 
     serve = add("serve", "Serve visitors and tunnels")
     serve.add_argument("--listen", default=f":{DEFAULT_PORT}", metavar="HOST:PORT", help="default: 8080, everywhere")
@@ -3546,27 +3580,37 @@ def _parser() -> CommandParser:
     connect.add_argument("targets", nargs="+", metavar="TARGET", help="[NAME=] port, host:port, URL or unix:/path")
     connect.add_argument("--server", metavar="URL", help="default: the last one that worked, else localhost:8080")
     connect.add_argument("--token", metavar="T", help="default: the one remembered for that server")
-    connect.add_argument("--name", metavar="N", help="name of the tunnel; default: a stable one")
+    connect.add_argument("--name", action="append", default=[], metavar="N", help="default: one that stays the same")
     connect.add_argument("--insecure", action="store_true", help="do not verify a local service's certificate")
     demo = add("demo", "Try it on this machine")
     demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
     return parser
 
 
-def _print(file: TextIO, line: str) -> None:
-    """Print a line at once. A reader who went away is no reason to stop."""
-    try:
-        print(line, file=file, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # for whatever is flushed later, too
+class Output(threading.Thread):
+    """Writes lines to a file descriptor, from a thread of its own: a pipe that is full or closed holds up nobody."""
 
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(daemon=True)
+        self._descriptor = descriptor
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_LINES)
+        self.start()
 
-class LogHandler(logging.Handler):
-    """Writes the log to stderr."""
+    def write(self, line: str | None) -> None:
+        """Queue a line; it is dropped when too many wait already. None is the last one."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(line)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
-        _print(sys.stderr, self.format(record))
+    def run(self) -> None:
+        """Write until the last line, or until nobody can read any more."""
+        with contextlib.suppress(OSError):
+            while (line := self._lines.get()) is not None:
+                os.write(self._descriptor, f"{line}\n".encode(errors="backslashreplace"))
+
+    def close(self) -> None:
+        """Give what is queued a moment to go out."""
+        self.write(None)
+        self.join(1.0)
 
 
 class Console:
@@ -3574,6 +3618,8 @@ class Console:
 
     def __init__(self, *, as_json: bool) -> None:
         self._json = as_json
+        self.stdout, self.stderr = Output(1), Output(2)
+        self._last_line = ""
 
     def emit(self, event: str, **fields: Any) -> None:
         """Report an event."""
@@ -3591,19 +3637,31 @@ class Console:
             }
         line = exchange.line() if exchange else self._line(event, fields)
         if self._json:
-            _print(sys.stdout, json.dumps({"event": event, **fields}))
+            self.stdout.write(json.dumps({"event": event, **fields}))
         else:
             if event == "ready":
-                _print(sys.stdout, fields["url"])
-            if line:
-                _print(sys.stderr, line)
+                self.stdout.write(fields["url"])
+            if line and line != self._last_line:  # an outage is reported once, not at every dial
+                self.stderr.write(line)
+            self._last_line = line if event == "disconnected" else ""
+
+    def fail(self, error: TunnelError) -> None:
+        """Report what a command ends with."""
+        if self._json:
+            self.emit("error", code=error.code, message=str(error))
+        self.stderr.write(f"error: {error}")
+
+    def close(self) -> None:
+        """Let everything out."""
+        self.stdout.close()
+        self.stderr.close()
 
     @staticmethod
     def _line(event: str, fields: dict[str, Any]) -> str:
         if event == "ready":
             return f"{fields['url']} -> {fields['target']}"
         if event == "disconnected":
-            return f"not connected: {escape(fields['reason'])}; trying again in {fields['retry_in']:g} s"
+            return f"not connected: {escape(fields['reason'])}; trying again"
         if event == "reconnected":
             return "connected again" + (", nothing lost" if fields["resumed"] else "")
         return ""
@@ -3653,7 +3711,7 @@ async def _serve(options: argparse.Namespace, console: Console) -> int:
     with _signals(lambda: signals.put_nowait(None)):
         console.emit("listening", host=host or "*", port=server.port)
         if not options.json:
-            _print_invitation(host, server.port, domain, token if not given else "", state / "token")
+            console.stderr.write(_invitation(host, server.port, domain, token if not given else "", state / "token"))
         await signals.get()
         log.info("stopping; running requests have %g s, a second signal ends them", options.drain)
         drained = asyncio.ensure_future(server.drain())
@@ -3666,16 +3724,16 @@ async def _serve(options: argparse.Namespace, console: Console) -> int:
     return ExitStatus.OK
 
 
-def _print_invitation(host: str | None, port: int, domain: Origin | None, token: str, kept: Path) -> None:
-    """Print the one line to paste. A log is no place for a token, so it stands there only on a terminal."""
+def _invitation(host: str | None, port: int, domain: Origin | None, token: str, kept: Path) -> str:
+    """Return the one line to paste. A log is no place for a token, so it stands there only on a terminal."""
     if domain:
         url = f"{domain.scheme}://{domain.zone}" + (f":{domain.port}" if domain.port else "")
     else:
         url = f"http://{host or _own_address()}:{port}"
     secret = f" --token {token}" if token and sys.stderr.isatty() else ' --token "…"'
     where = f"   (the token is in {kept})" if token and not sys.stderr.isatty() else ""
-    print(f"listening on port {port}; on the machine with your service, run:", file=sys.stderr)
-    print(f"\n  pytunnel connect 3000 --server {url}{secret}{where}\n", file=sys.stderr, flush=True)
+    line = f"pytunnel connect 3000 --server {url}{secret}{where}"
+    return f"listening on port {port}; on the machine with your service, run:\n\n  {line}\n"
 
 
 def _own_address() -> str:
@@ -3689,7 +3747,7 @@ def _own_address() -> str:
 async def _run_client(client: TunnelClient, console: Console) -> int:
     def stop() -> None:
         if client.active:
-            print(f"finishing {client.active} requests; once more to stop now", file=sys.stderr)
+            console.stderr.write(f"finishing what still runs ({client.active}); once more to stop now")
         client.stop()
 
     with _signals(stop):
@@ -3708,7 +3766,7 @@ async def _connect(options: argparse.Namespace, console: Console) -> int:
         console.emit(event, **fields)
 
     if server.startswith("http:") and Origin.from_url(server).zone != "localhost":
-        print("warning: the link is not encrypted; give the server a certificate and use https://", file=sys.stderr)
+        console.stderr.write("warning: the link is not encrypted; give the server a certificate and use https://")
     return await _run_client(TunnelClient(server, token, tunnels, insecure=options.insecure, on_event=emit), console)
 
 
@@ -3735,16 +3793,22 @@ async def _demo(options: argparse.Namespace, console: Console) -> int:
             await server.close()
 
 
-def _run(main: Callable[[argparse.Namespace, Console], Any], options: argparse.Namespace) -> int:
-    """Run a command on uvloop when it is installed, else on asyncio's own loop."""
+def _run(command: Callable[[argparse.Namespace, Console], Any], options: argparse.Namespace, console: Console) -> int:
+    """Run a command on uvloop when it is installed, else on asyncio's own loop. Raises TunnelError."""
     factory = None
     if os.environ.get("PYTUNNEL_LOOP") != "asyncio":
         with contextlib.suppress(ImportError):
             import uvloop
 
             factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return int(runner.run(main(options, Console(as_json=options.json))))
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return int(runner.run(command(options, console)))
+    except ModuleNotFoundError as error:
+        packages = "aiohttp zstandard platformdirs"
+        raise TunnelError(f"the package {error.name} is missing; run: python3 -m pip install {packages}") from error
+    except OSError as error:
+        raise TunnelError(f"{_describe(error)}: {error.filename or ''}".rstrip(": ")) from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3754,30 +3818,22 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.prog = f"pytunnel {options.command}"
         parser.error(f"unrecognized arguments: {escape(' '.join(unknown))}")
-    level = logging.DEBUG if options.debug else logging.INFO if options.verbose else logging.WARNING
-    if options.command == "serve" and not options.debug:
-        level = logging.INFO
-    logging.basicConfig(handlers=[LogHandler()], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(level)
+    console = Console(as_json=options.json)
+    handler = logging.Handler()
+    handler.emit = lambda record: console.stderr.write(handler.format(record))  # type: ignore[method-assign]
+    logging.basicConfig(handlers=[handler], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    chatty = options.verbose or options.command == "serve"
+    log.setLevel(logging.DEBUG if options.debug else logging.INFO if chatty else logging.WARNING)
     try:
-        return _run({"serve": _serve, "connect": _connect, "demo": _demo}[options.command], options)
-    except ModuleNotFoundError as error:
-        line = f"the package {error.name} is missing; run: python3 -m pip install aiohttp zstandard platformdirs"
-        status = ExitStatus.UNEXPECTED
+        return _run({"serve": _serve, "connect": _connect, "demo": _demo}[options.command], options, console)
     except TunnelError as error:
-        line, status = str(error), error.exit_status
-        if options.json:
-            print(json.dumps({"event": "error", "code": error.code, "message": line}), flush=True)
-        if options.debug:
-            log.exception("stopped")
-    except OSError as error:
-        line, status = f"{_describe(error)}: {error.filename or ''}".rstrip(": "), ExitStatus.UNEXPECTED
-        if options.debug:
-            log.exception("stopped")
+        log.debug("stopped", exc_info=True)
+        console.fail(error)
+        return error.exit_status
     except KeyboardInterrupt:
         return ExitStatus.INTERRUPTED
-    print(f"error: {line}", file=sys.stderr)
-    return status
+    finally:
+        console.close()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -250,7 +251,9 @@ async def visit_transfer(place: Place, direction: str, framing: str, size: int) 
                 if chunked:
                     await visitor.send(chunk(b""))
                 answer = await visitor.read_response("POST")
-                result = json.loads(answer.body) if answer.status == 200 else {"bytes": 0, "wrong": str(answer.head)}
+                result: dict[str, Any] = (
+                    json.loads(answer.body) if answer.status == 200 else {"bytes": 0, "wrong": str(answer.head)}
+                )
                 received, wrong = result["bytes"], result["wrong"]
     except Exception as error:
         received, wrong = checker.offset, f"{type(error).__name__}: {error}"
@@ -261,7 +264,8 @@ async def visit_small(place: Place, count: int, until_signal: bool = False) -> d
     """Small requests one after another on one connection; milliseconds of each."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    times, wrong = [], 0
+    times: list[float] = []
+    wrong = 0
     data = place.request("GET", "/small")
     async with RawVisitor(place.port, timeout=PATIENCE) as visitor:
         emit("started")
@@ -618,10 +622,14 @@ async def measure_cuts(size: int, cuts: int = 20) -> AsyncIterator[Row]:
 
 async def cut_repeatedly(relay: Relay, client: Process, cuts: int, total: int) -> int:
     """Cut each time another share of all bytes has passed and the link is up; return how many cuts there were."""
+
+    def passed(target: int) -> bool:
+        return relay.bytes_up + relay.bytes_down >= target
+
     base = relay.bytes_up + relay.bytes_down
     for number in range(cuts):
         target = base + total * (number + 1) // (cuts + 2)
-        await relay.wait_for(lambda target=target: relay.bytes_up + relay.bytes_down >= target, LONG, "bytes to pass")
+        await relay.wait_for(functools.partial(passed, target), LONG, "bytes to pass")
         await relay.wait_for(lambda: relay.connections, LONG, "a link to cut")
         await relay.cut(("reset", "close", "silence")[number % 3])
         await client.event("disconnected", timeout=60)
@@ -679,7 +687,9 @@ async def measure_events(_: int) -> AsyncIterator[Row]:
 async def measure_start(_: int) -> AsyncIterator[Row]:
     """(g) How soon a command is there."""
     async with stage() as s:
-        help_times, connect_times, python_times = [], [], []
+        help_times: list[float] = []
+        connect_times: list[float] = []
+        python_times: list[float] = []
         for _round in range(10):
             for times, command in (
                 (python_times, [sys.executable, "-c", ""]),
@@ -706,11 +716,12 @@ async def measure_nonces(_: int) -> AsyncIterator[Row]:
         arguments = ["connect", *targets, "--server", s.tunnel.server_url, "--token", TOKEN, "--json"]
         async with await Process.start(*arguments) as client:
             tunnels = {}
-            for _ in targets:
+            for _target in targets:
                 ready = await client.event("ready")
                 tunnels[str(urlsplit(ready["url"]).hostname)] = int(ready["target"])
             right = [
-                (await result_of("nonces", port=s.tunnel.port, tunnels=tunnels, count=200))["right"] for _ in range(3)
+                (await result_of("nonces", port=s.tunnel.port, tunnels=tunnels, count=200))["right"]
+                for _round in range(3)
             ]
         yield equal("3 x 200 nonces at once over 20 tunnels: right answers", right, [200, 200, 200])
 

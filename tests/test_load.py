@@ -386,7 +386,7 @@ async def test_answers_do_not_mix_on_kept_connections() -> None:
     """Twenty visitors, each with one connection for many requests to two tunnels of one client."""
 
     async def handle(request: RawRequest, reader: Reader, writer: Writer) -> None:
-        writer.write(response(b"%b%b" % (request.value(b"Host"), request.target)))
+        writer.write(response((request.value(b"Host") or b"") + request.target))
 
     async with RawOrigin(handle) as origin, Tunnel(origin.port) as t:
         other = await t.start_client(name="other")

@@ -579,7 +579,7 @@ async def test_past_the_grace_the_tunnel_works_again_at_once() -> None:
 # ---------------------------------------------------------------------------------------- A clean goodbye
 
 
-@pytest.mark.parametrize("patience", ["impatient", "patient"])
+@pytest.mark.parametrize("patience", ["patient", "impatient", "two-signals-at-once"])
 async def test_a_goodbye_ends_what_still_runs(patience: str) -> None:
     """By the second signal, or when GOODBYE is over: 502 before the head, an aborted body after it."""
 
@@ -601,6 +601,8 @@ async def test_a_goodbye_ends_what_still_runs(patience: str) -> None:
         assert await anext(body) == b"half"
         await origin.wait_requests(2)
         tunnel.client.send_signal(signal.SIGINT)
+        if patience == "two-signals-at-once":
+            tunnel.client.send_signal(signal.SIGTERM)
         await tunnel.client.stderr_line("finishing 2 requests")
         if patience == "impatient":
             tunnel.client.send_signal(signal.SIGINT)
@@ -611,6 +613,6 @@ async def test_a_goodbye_ends_what_still_runs(patience: str) -> None:
             await anext(body)
         seconds = time.monotonic() - began
         print(f"\n{patience}: ended after {seconds:.2f} s")
-        assert seconds < (3 if patience == "impatient" else 9), "not the grace"
+        assert seconds < (9 if patience == "patient" else 3), "neither the grace nor, when told twice, GOODBYE"
         assert await tunnel.client.wait() == 0
         assert len(origin.requests) == 2
