@@ -2561,8 +2561,8 @@ class TunnelServer:
         session, received = None, 0
         reason = "the connection was closed"
         try:
-            session, received = await self._session_for(hello, key)
             origin = self._domain or self._learn_origin(hello.get("server", str))
+            session, received = await self._session_for(hello, key)
             ready = encode_message(
                 "ready",
                 signature=base64.b64encode(signature).decode(),
@@ -3029,8 +3029,7 @@ class TunnelClient:
         self._session_id = ""
         self._link: Link | None = None
         self._forwarding: set[asyncio.Task[None]] = set()
-        self._stopping = asyncio.Event()
-        self._drained: asyncio.Future[None] | None = None  # while we say goodbye
+        self._stopping, self._hurrying = asyncio.Event(), asyncio.Event()
         self._fatal: TunnelError | None = None
         self._renewal: asyncio.Task[None] | None = None
         self._socket: socket.socket | None = None
@@ -3058,9 +3057,7 @@ class TunnelClient:
 
     def stop(self) -> None:
         """Finish: running exchanges get GOODBYE seconds; a second call ends them."""
-        if self._drained:
-            self._drained.cancel()
-        self._stopping.set()
+        (self._hurrying if self._stopping.is_set() else self._stopping).set()
 
     @property
     def active(self) -> int:
@@ -3074,9 +3071,10 @@ class TunnelClient:
         if link and link.session.connected:
             link.session.send_goaway(ErrorCode.NO_ERROR, "goodbye")
             link.wake()
-            self._drained = asyncio.ensure_future(link.wait_no_streams())
-            await asyncio.wait([self._drained, running], timeout=GOODBYE, return_when=asyncio.FIRST_COMPLETED)
-            self._drained.cancel()
+            waits = [asyncio.ensure_future(link.wait_no_streams()), asyncio.ensure_future(self._hurrying.wait())]
+            await asyncio.wait([*waits, running], timeout=GOODBYE, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
             link.finish()
             await asyncio.wait([running], timeout=1.0)
 

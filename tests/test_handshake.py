@@ -122,9 +122,6 @@ def test_unknown_and_missing_fields() -> None:
 
 
 BAD_MESSAGES = {
-    "nothing": None,
-    "bytes": b"{}",
-    "a number": 7,
     "empty": "",
     "blank": "  ",
     "not JSON": "hello",
@@ -150,7 +147,7 @@ BAD_MESSAGES = {
 
 
 @pytest.mark.parametrize("text", BAD_MESSAGES.values(), ids=BAD_MESSAGES)
-def test_bad_messages(text: object) -> None:
+def test_bad_messages(text: str) -> None:
     with pytest.raises(ProtocolError):
         Message(text)
 

@@ -389,7 +389,7 @@ async def test_a_request_in_flight_finishes_on_the_first_signal(number: int) -> 
     halves = Halves()
     async with RawOrigin(halves) as origin, Tunnel(origin.port) as tunnel, half_way(tunnel) as visitor:
         tunnel.client.send_signal(number)
-        await tunnel.client.stderr_line("finishing 1 request")
+        await tunnel.client.stderr_line("finishing what still runs (1)")
         halves.release.set()
         assert await visitor.read_exactly(4) == b"half"
         assert await tunnel.client.wait() == 0
@@ -400,7 +400,7 @@ async def test_a_request_that_comes_while_a_client_stops_is_held_for_the_next_on
     halves = Halves()
     async with RawOrigin(halves) as origin, Tunnel(origin.port) as tunnel, half_way(tunnel) as visitor:
         tunnel.client.send_signal(signal.SIGTERM)
-        await tunnel.client.stderr_line("finishing 1 request")
+        await tunnel.client.stderr_line("finishing what still runs (1)")
         held = asyncio.create_task(tunnel.fetch(timeout=AWAY))
         await eventually(lambda: _established(tunnel.port) >= 3, what="link and two visitors are at the server")
         second = await tunnel.start_client()

@@ -603,7 +603,7 @@ async def test_a_goodbye_ends_what_still_runs(patience: str) -> None:
         tunnel.client.send_signal(signal.SIGINT)
         if patience == "two-signals-at-once":
             tunnel.client.send_signal(signal.SIGTERM)
-        await tunnel.client.stderr_line("finishing 2 requests")
+        await tunnel.client.stderr_line("finishing what still runs (2)")
         if patience == "impatient":
             tunnel.client.send_signal(signal.SIGINT)
         began = time.monotonic()
