@@ -3071,7 +3071,8 @@ class TunnelClient:
         if link and link.session.connected:
             link.session.send_goaway(ErrorCode.NO_ERROR, "goodbye")
             link.wake()
-            waits = [asyncio.ensure_future(link.wait_no_streams()), asyncio.ensure_future(self._hurrying.wait())]
+            waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(link.wait_no_streams())]
+            waits.append(asyncio.ensure_future(self._hurrying.wait()))
             await asyncio.wait([*waits, running], timeout=GOODBYE, return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()
