@@ -2118,9 +2118,9 @@ class TunnelRegistry:
 # so that its framing is ours, and nothing that fails half-way can look complete.
 
 PROBLEMS = {  # X-Pytunnel-Error -> status, and one sentence that names the broken hop and what to do
-    "unknown-tunnel": (404, "No tunnel has this name. Check the address, or start its client with pytunnel connect."),
+    "unknown-tunnel": (404, "This server has no tunnel of this name. Check the address, or start pytunnel connect."),
     "tunnel-offline": (503, "The tunnel's client is not connected to this server. Start it again, or try again soon."),
-    "local-refused": (502, "The tunnel works, but nothing listens at its local end. Start the local service."),
+    "local-refused": (502, "The tunnel works, but its local service cannot be reached. Start it, or see the client."),
     "local-reset": (502, "The local service closed the connection before it answered. Its log should say why."),
     "local-timeout": (504, "The local service did not accept the connection in time. See whether it hangs."),
     "local-invalid": (502, "The local service's answer is not valid HTTP. See its log, or try curl -v on the spot."),
@@ -2378,7 +2378,7 @@ def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]]) -> web
 # ---- Server ---------------------------------------------------------------------------------------------------------
 # Visitors on one side, links of clients on the other: the handshake, and where each request goes.
 
-_OK = ResponseHead(200, b"OK", [(b"Content-Type", b"text/plain"), (b"Content-Length", b"3")])
+HEALTHY = ResponseHead(200, b"OK", [(b"Content-Type", b"text/plain"), (b"Content-Length", b"3")])
 
 
 class TunnelServer:
@@ -2480,7 +2480,7 @@ class TunnelServer:
         elif target == LINK_PATH.encode():
             return await self._serve_link(visitor.request)
         elif target == b"/healthz":
-            visitor.write(visitor.encoder.head(_OK, _date()) + visitor.encoder.data(b"ok\n"))
+            visitor.write(visitor.encoder.head(HEALTHY, _date()) + visitor.encoder.data(b"ok\n"))
         else:
             raise Unserved("unknown-tunnel")
         return None
@@ -2576,7 +2576,7 @@ class TunnelServer:
             )
             await ws.send_str(ready)
             self._registry.connected(session)
-            log.info("%s: connected", ", ".join(session.names))
+            log.info("%s: connected%s", ", ".join(session.names), " again" * bool(received))
             reason = await session.link.run(ws, received)
         except (Refused, ProtocolError) as error:
             reason = f"refused: {error}"
@@ -2585,12 +2585,14 @@ class TunnelServer:
             else:
                 await self._refuse(ws, error)
         finally:
-            names = ", ".join(session.names) if session else "no tunnel"
-            log.info("%s: %s", names, escape(reason))
             if session:
                 self._registry.disconnected(session)
                 if reason != "finished":
                     transport.abort()
+                stopped = session.link.session.goaway is not None
+                log.info("%s: %s", ", ".join(session.names), "its client stopped" if stopped else escape(reason))
+            else:
+                log.info("a client was %s", escape(reason))
 
     @staticmethod
     async def _refuse(ws: web.WebSocketResponse, error: Refused | ProtocolError) -> None:
@@ -2666,6 +2668,13 @@ def _describe(error: BaseException | None) -> str:
         return "no answer in time"
     if status := getattr(error, "status", None):  # of aiohttp's WSServerHandshakeError
         return f"the answer was HTTP status {status}"
+    error = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error  # aiohttp wraps them
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({error.verify_message})"
+    if isinstance(error, ssl.SSLError):
+        return "it does not speak TLS; is it http://?"
+    if isinstance(error, socket.gaierror):
+        return "no such host"
     if isinstance(error, OSError) and (error.errno or 0) > 0:
         return os.strerror(error.errno or 0).lower()
     return escape(str(error) or type(error).__name__)
@@ -3299,7 +3308,9 @@ class TunnelClient:
             exchange.target = head.target.decode("utf-8", "backslashreplace")
             await Forwarding(stream, service, head, exchange).run()
         except StreamReset as error:
-            exchange.error = "" if error.code is ErrorCode.NO_ERROR else error.reason or error.code.name
+            if error.code is not ErrorCode.NO_ERROR:
+                exchange.error = error.reason or error.code.name
+                exchange.status = exchange.status or PROBLEMS[PROBLEM_OF.get(error.code, "internal")][0]
             stream.abort(error.code, error.reason, flush=True)
         except (ProtocolError, IndexError) as error:
             exchange.error = str(error)
@@ -3403,13 +3414,13 @@ def state_directory() -> Path:
 
 def make_token() -> str:
     """Return a fresh token of 160 bits."""
-    return secrets.token_urlsafe(20)
+    return secrets.token_hex(20)
 
 
-def check_token(token: str) -> str:
+def check_token(token: str, advice: str = "leave it out, and serve makes one") -> str:
     """Return a token the user gave. Raises UsageError when it could be guessed."""
     if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
-        raise UsageError("a token needs at least 16 letters and digits; leave it out, and serve makes one")
+        raise UsageError(f"a token has at least 16 letters and digits; {advice}")
     return token
 
 
@@ -3500,14 +3511,14 @@ def client_settings(options: argparse.Namespace, memory: Memory) -> tuple[str, s
         label, separator, rest = text.partition("=")
         target = Target.parse(rest if separator else text)
         if name and (separator or len(options.targets) > 1):
-            raise UsageError("--name is for one target; write NAME=TARGET for each, like web=3000 api=8080")
+            raise UsageError("--name and PYTUNNEL_NAME are for one target; write NAME=TARGET, like web=3000 api=8080")
         wanted = label if separator else name
         if wanted:
             check_name(wanted)
         tunnels.append(Tunnel(wanted or default_name(token, memory.machine(), target.text), target))
     if len({tunnel.name for tunnel in tunnels}) < len(tunnels):
         raise UsageError("two targets with one name; give each its own, like web=3000 api=8080")
-    return server, check_token(token), tunnels
+    return server, check_token(token, "copy the whole of what `pytunnel serve` printed"), tunnels
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -3532,7 +3543,7 @@ EXAMPLES = {
   pytunnel connect 3000 --name web                 https://web.t.example.com
   pytunnel connect web=3000 api=https://10.0.0.7   two tunnels
   pytunnel connect unix:/run/app.sock              a Unix socket
-  URL=$(pytunnel connect 3000 | head -n 1)         stdout is the URL and nothing else
+  pytunnel connect 3000 >url &                     stdout is the URL, when it works, and nothing else
 """,
     "demo": """\
   pytunnel demo                        a server, a sample page and a tunnel to it, on this machine alone
@@ -3558,7 +3569,7 @@ def _parser() -> CommandParser:
     common = CommandParser(add_help=False)
     common.add_argument("--json", action="store_true", help="events on stdout, one JSON object a line")
     common.add_argument("-v", "--verbose", action="store_true", help="more about links on stderr")
-    common.add_argument("--debug", action="store_true", help="every frame, and tracebacks")
+    common.add_argument("--debug", action="store_true", help="frames that arrive, and tracebacks")
     parser = CommandParser(prog="pytunnel", description="A public URL for a service on your machine.")
     parser.add_argument("--version", action="version", version=f"pytunnel {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -3662,15 +3673,15 @@ class Console:
         if event == "disconnected":
             return f"not connected: {escape(fields['reason'])}; trying again"
         if event == "reconnected":
-            return "connected again" + (", nothing lost" if fields["resumed"] else "")
+            return "connected again, " + ("nothing lost" if fields["resumed"] else "but what was running is lost")
         return ""
 
 
 @contextlib.contextmanager
 def _signals(handler: Callable[[], None]) -> Iterator[None]:
-    """Call `handler` on SIGINT and SIGTERM."""
+    """Call `handler` on SIGINT, SIGTERM, and when the terminal is closed."""
     loop = asyncio.get_running_loop()
-    caught = (signal.SIGINT, signal.SIGTERM)
+    caught = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     for number in caught:
         try:
             loop.add_signal_handler(number, handler)
@@ -3732,7 +3743,8 @@ def _invitation(host: str | None, port: int, domain: Origin | None, token: str, 
     secret = f" --token {token}" if token and sys.stderr.isatty() else ' --token "…"'
     where = f"   (the token is in {kept})" if token and not sys.stderr.isatty() else ""
     line = f"pytunnel connect 3000 --server {url}{secret}{where}"
-    return f"listening on port {port}; on the machine with your service, run:\n\n  {line}\n"
+    where = "" if domain else " (or with another address of this host that visitors can reach)"
+    return f"listening on port {port}; on the machine with your service, run{where}:\n\n  {line}\n"
 
 
 def _own_address() -> str:
@@ -3765,7 +3777,7 @@ async def _connect(options: argparse.Namespace, console: Console) -> int:
         console.emit(event, **fields)
 
     if server.startswith("http:") and Origin.from_url(server).zone != "localhost":
-        console.stderr.write("warning: the link is not encrypted; give the server a certificate and use https://")
+        console.stderr.write("warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://")
     return await _run_client(TunnelClient(server, token, tunnels, insecure=options.insecure, on_event=emit), console)
 
 

@@ -17,7 +17,7 @@ EXEC_START = re.findall(r"^ExecStart=\S+/pytunnel (.*)$", README, re.MULTILINE)
 
 @pytest.mark.parametrize("line", [*COMMANDS, *EXEC_START])
 def test_command_lines_parse(line: str) -> None:
-    words = shlex.split(line.partition(" | ")[0], comments=True)
+    words = shlex.split(re.split(r" [|>] ", line)[0], comments=True)
     options = pytunnel._parser().parse_args(words)
     for target in getattr(options, "targets", []):
         pytunnel.Target.parse(target.rpartition("=")[2])
@@ -54,7 +54,7 @@ def test_exit_statuses() -> None:
     [
         f"| {pytunnel.GRACE:g} s (`serve --grace`)",
         f"| {pytunnel.HOLD:g} s (`serve --hold`), {pytunnel.MAX_HELD} requests at a time",
-        f"requests wait {pytunnel.HOLD:g} s for it",
+        f"within {pytunnel.HOLD:g} s of its leaving",
         f"| {pytunnel.PING_INTERVAL + pytunnel.PING_TIMEOUT:g} s of silence",
         f"| {pytunnel.DRAIN:g} s (`serve --drain`)",
         f"The client: {pytunnel.GOODBYE:g} s",
