@@ -225,8 +225,7 @@ def parse_object(text: str) -> dict[str, Any]:
 #     TunnelError               one line for the user, with an exit status
 #     ├── UsageError            the command line or the environment is wrong
 #     ├── Unreachable           the server cannot be reached
-#     ├── Refused               the server said no in the handshake
-#     └── SessionEnded          a session is over, for the reason given
+#     └── Refused               the server said no in the handshake
 #     ProtocolError             the peer broke the wire protocol; the session ends
 #     MessageError              an HTTP message breaks RFC 9110 or 9112
 #     StreamReset               one stream ended early; the others go on
@@ -302,14 +301,6 @@ class Refused(TunnelError):
             "name": ExitStatus.NAME_REFUSED,
             "replaced": ExitStatus.NAME_REFUSED,
         }.get(code, ExitStatus.UNEXPECTED)
-
-
-class SessionEnded(TunnelError):
-    """A session is over; `error` tells why."""
-
-    def __init__(self, error: ErrorCode, reason: str) -> None:
-        super().__init__(reason)
-        self.error = error
 
 
 class ProtocolError(Exception):
@@ -771,7 +762,7 @@ class Session:
         if not self.connected:
             return False
         if self._ack_deadline is not None and now >= self._ack_deadline:
-            self._ack_due = True
+            self._ack_due, self._ack_deadline = True, None
         if self._ping_sent_at is not None:
             return now >= self._ping_sent_at + PING_TIMEOUT
         if now >= self._heard_at + PING_INTERVAL:
@@ -815,7 +806,7 @@ class Session:
                 events.append(frame)
         if self._bytes_to_ack >= ACK_BYTES:
             self._ack_due = True
-        elif self._bytes_to_ack and self._ack_deadline is None:
+        elif self._bytes_to_ack and not self._ack_due and self._ack_deadline is None:
             self._ack_deadline = now + ACK_DELAY
         return events
 
@@ -931,7 +922,8 @@ class Session:
         unknown = frame.payload[2] not in Kind.__members__.values()  # what a newer peer may ask for
         if unknown or self.leaving or len(self._streams) >= self.max_streams:
             self._last_id = frame.stream_id
-            refusal = encode_reason(ErrorCode.REFUSED, "unknown kind" if unknown else "too many streams")
+            code = ErrorCode.SHUTDOWN if self.leaving else ErrorCode.REFUSED
+            refusal = encode_reason(code, "unknown kind" if unknown else "no more streams")
             self._send_control(encode_frame(FrameType.RESET, 0, frame.stream_id, refusal))
             if len(self._control) > MAX_UNACKED_FRAMES:
                 raise ProtocolError("more streams than answers to them are read")
@@ -1033,7 +1025,7 @@ _HOST = re.compile(r"(?:((?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63})\.?|\[([0-9a-f:
 
 HOP_BY_HOP = frozenset(  # RFC 9110 section 7.6.1
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer "
-    b"transfer-encoding upgrade".split()
+    b"transfer-encoding upgrade http2-settings".split()
 )
 NEVER_NOMINATED = frozenset({b"host", b"content-length"})  # a Connection field may not take these away
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
@@ -1097,6 +1089,8 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
 
 
 def _encode_head(*start: bytes, headers: Headers) -> bytes:
+    if len(headers) > MAX_FIELDS:
+        raise MessageError(f"{len(headers)} fields, MAX_FIELDS is {MAX_FIELDS}", 431)
     parts = [*start, *itertools.chain.from_iterable(headers)]
     payload = b"\0".join(parts)
     if payload.count(b"\0") != len(parts) - 1:
@@ -1554,7 +1548,7 @@ def check_name(name: str) -> str:
 
 def default_name(token: str, machine: str, target: str) -> str:
     """Return the stable name of a tunnel that has not asked for one: 50 bits that strangers cannot guess."""
-    digest = _digest(token.encode(), f"name\0{machine}\0{target}".encode())
+    digest = _digest(token.encode(), f"name\0{machine}\0{target}".encode(errors="surrogateescape"))
     return base64.b32encode(digest).decode()[:10].lower()
 
 
@@ -1850,8 +1844,10 @@ class Link:
                 self._timer = None
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._free.set()
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+            finally:  # cancelled here, too, when the connection ends while it is being given up
+                self._free.set()
 
     async def detach(self, reason: str) -> None:
         """Give up the WebSocket in use, if any, so that another may be used."""
@@ -1869,10 +1865,10 @@ class Link:
         self._finishing = True
         self.wake()
 
-    def end(self, error: SessionEnded) -> None:
+    def end(self, error: StreamReset) -> None:
         """The session is over: all streams fail."""
         for stream in list(self._streams.values()):
-            stream.fail(StreamReset(error.error, str(error)), by_peer=True)
+            stream.fail(error, by_peer=True)
 
     def open(self, tunnel: int, kind: Kind, head: RequestHead, *, end: bool) -> Stream:
         """Open a stream. Raises StreamReset when the session takes no more."""
@@ -1998,10 +1994,12 @@ class TunnelRegistry:
     def __init__(self, path: Path, *, grace: float, hold: float) -> None:
         self.sessions: dict[str, Registration] = {}
         self.zones: list[str] = []
+        self.draining = False
         self._path, self._grace, self._hold = path, grace, hold
         self._tunnels: dict[str, Registration] = {}
         self._owners: dict[str, str] = {}
-        self._replaced: collections.deque[str] = collections.deque(maxlen=1024)
+        self._latest: dict[str, str] = {}  # name -> the last session that had it, even when it is over
+        self.replaced: collections.deque[str] = collections.deque(maxlen=1024)
         self._held: dict[str, list[asyncio.Future[None]]] = collections.defaultdict(list)
         self._load()
         now = asyncio.get_running_loop().time()
@@ -2012,34 +2010,43 @@ class TunnelRegistry:
         for name in names:
             if self._owners.get(name, key) != key:
                 raise Refused("name", f"the name {name!r} belongs to another token; choose another one with --name")
-        owned = sum(owner == key for owner in self._owners.values())
         fresh = [name for name in names if name not in self._owners]
-        if owned + len(fresh) > MAX_NAMES:
-            raise Refused("name", f"this token owns {owned} names already, MAX_NAMES is {MAX_NAMES}")
+        for name in names:
+            self._owners[name] = self._owners.pop(name, key)  # to the end: the first ones are those unused the longest
+        unused = [name for name, owner in self._owners.items() if owner == key and name not in {*self._tunnels, *names}]
+        for name in unused[: max(0, sum(owner == key for owner in self._owners.values()) - MAX_NAMES)]:
+            del self._owners[name]
         if fresh:
-            self._owners.update(dict.fromkeys(fresh, key))
             self._save()
 
-    def bind(self, session: Registration) -> None:
-        """Give a new session its names. Whoever had one of them, with the same token, is replaced."""
+    def bind(self, session: Registration, previous: str) -> None:
+        """Give a new session its names. Whoever had one of them last, with the same token, is replaced.
+
+        Unless that was the same client: `previous` is the session that it could not resume.
+        """
+        self.replaced.extend({self._latest.get(name, previous) for name in session.names} - {previous})
+        self._latest.update(dict.fromkeys(session.names, session.id))
         for other in {self._tunnels[name] for name in session.names if name in self._tunnels}:
-            self._replaced.append(other.id)
             other.link.session.send_goaway(ErrorCode.REPLACED, "another client with the same token took the name")
             other.link.finish()
-            self.end(other, SessionEnded(ErrorCode.REPLACED, "replaced by another client"))
+            self.end(other, StreamReset(ErrorCode.REPLACED, "replaced by another client"))
         self.sessions[session.id] = session
         self._tunnels.update(dict.fromkeys(session.names, session))
-
-    def was_replaced(self, session_id: str) -> bool:
-        """Whether that session's client must not come back."""
-        return session_id in self._replaced
 
     def connected(self, session: Registration) -> None:
         """A session has a link."""
         if session.expiry:
             session.expiry.cancel()
             session.expiry = None
-        for waiter in itertools.chain.from_iterable(self._held[name] for name in session.names):
+        self._wake(session.names)
+
+    def drain(self) -> None:
+        """Let no request wait any more."""
+        self.draining = True
+        self._wake(list(self._held))
+
+    def _wake(self, names: list[str]) -> None:
+        for waiter in itertools.chain.from_iterable(self._held[name] for name in names):
             if not waiter.done():
                 waiter.set_result(None)
 
@@ -2049,13 +2056,13 @@ class TunnelRegistry:
             return
         loop = asyncio.get_running_loop()
         self._last_seen.update(dict.fromkeys(session.names, loop.time()))
-        lost = SessionEnded(ErrorCode.LINK_LOST, "the client is gone")
+        lost = StreamReset(ErrorCode.LINK_LOST, "the client is gone")
         if session.link.session.goaway or session.link.session.leaving:
             self.end(session, lost)
         else:
             session.expiry = loop.call_later(self._grace, self.end, session, lost)
 
-    def end(self, session: Registration, error: SessionEnded) -> None:
+    def end(self, session: Registration, error: StreamReset) -> None:
         """Forget a session, for whatever reason; its streams fail."""
         for name in session.names:
             if self._tunnels.get(name) is session:
@@ -2073,6 +2080,8 @@ class TunnelRegistry:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._hold
         while not ((session := self._tunnels.get(name)) and session.link.session.accepts_streams):
+            if self.draining:
+                raise Unserved("shutting-down")
             if name not in self._owners:
                 raise Unserved("unknown-tunnel")
             until = deadline if session else min(deadline, self._last_seen.get(name, -self._hold) + self._hold)
@@ -2146,6 +2155,8 @@ PROBLEM_OF = {
     ErrorCode.REFUSED: "busy",
     ErrorCode.SHUTDOWN: "tunnel-offline",
     ErrorCode.CANCEL: "bad-request",
+    ErrorCode.PROTOCOL: "local-invalid",
+    ErrorCode.INTERNAL: "local-invalid",
 }
 
 
@@ -2166,6 +2177,8 @@ def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
     headers = [(b"Content-Type", kind), (b"Content-Length", b"%d" % len(body)), (b"X-Pytunnel-Error", problem.encode())]
     if status == 503:
         headers.append((b"Retry-After", b"5"))
+    if status == 426:
+        headers.append((b"Upgrade", b"websocket"))
     return ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers), body
 
 
@@ -2238,7 +2251,7 @@ class Visitor:
         if transport is None or self.encoder.started:
             self.encoder.keep_alive = False
             if transport and self.encoder.until_close:  # an orderly end would look like a complete response
-                linger = struct.pack("ii", 1, 0)
+                linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
                 transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             if transport:
                 transport.abort()
@@ -2305,8 +2318,8 @@ class Visitor:
         if transport is None:
             raise ConnectionResetError("the visitor is gone")
         pipe = RawPipe(SEND_BUFFER)
-        pipe.set_transport(transport)
         self.request.protocol.set_parser(pipe)  # type: ignore[arg-type]
+        pipe.set_transport(transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
         self.write(self.encoder.head(head, b""))
 
         async def upload() -> None:
@@ -2407,7 +2420,6 @@ class TunnelServer:
         self._listener: asyncio.Server
         self._handshakes = 0
         self._exchanges = 0
-        self._draining = False
         self._idle = asyncio.Event()
 
     async def start(self) -> None:
@@ -2426,7 +2438,7 @@ class TunnelServer:
 
     async def drain(self) -> None:
         """Take no new visitors or streams, send the clients away, and return when what runs has finished."""
-        self._draining = True
+        self._registry.drain()
         self._listener.close()
         for session in self._registry.sessions.values():
             session.link.session.send_goaway(ErrorCode.SHUTDOWN, "the server is restarting")
@@ -2439,14 +2451,14 @@ class TunnelServer:
         """End everything that is left, at once."""
         self._listener.close()
         for session in list(self._registry.sessions.values()):
-            self._registry.end(session, SessionEnded(ErrorCode.LINK_LOST, "the server stops"))
+            self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, "the server stops"))
             session.link.finish()
         await self._http.shutdown(0.2)
 
     # Requests
 
     async def _handle(self, request: web.BaseRequest) -> Any:
-        visitor = Visitor(request, keep_alive=not self._draining)
+        visitor = Visitor(request, keep_alive=not self._registry.draining)
         try:
             if (response := await self._route(visitor)) is not None:
                 return response
@@ -2488,7 +2500,7 @@ class TunnelServer:
     async def _forward(self, visitor: Visitor, name: str, host: bytes) -> None:
         if visitor.method in (b"CONNECT", b"TRACE"):
             raise Unserved("method")
-        if self._draining:
+        if self._registry.draining:
             raise Unserved("shutting-down")
         if any(value.lower() != b"100-continue" for value in field_values(visitor.headers, b"expect")):
             raise Unserved("expectation")
@@ -2497,11 +2509,11 @@ class TunnelServer:
         if b"h2c" in visitor.upgrade:
             visitor.upgrade = b""
         head = self._request_head(visitor, host)
-        session = await self._registry.find(name)
         kind = Kind.UPGRADE if visitor.upgrade else Kind.HTTP
         end = not (visitor.upgrade or visitor.has_body)
         self._exchanges += 1
         try:
+            session = await self._registry.find(name)
             with session.link.open(session.names.index(name), kind, head, end=end) as stream:
                 await visitor.relay(stream)
         finally:
@@ -2510,8 +2522,6 @@ class TunnelServer:
 
     def _request_head(self, visitor: Visitor, host: bytes) -> RequestHead:
         headers = end_to_end(visitor.headers, keep_upgrade=bool(visitor.upgrade))
-        if b"http2-settings" in {name.lower() for name, _ in headers}:
-            headers = [(name, value) for name, value in headers if name.lower() != b"http2-settings"]
         if field_values(headers, b"host") != [host]:  # absolute-form: the target wins
             headers = [(name, host if name.lower() == b"host" else value) for name, value in headers]
         peer = visitor.request.remote or ""
@@ -2529,8 +2539,8 @@ class TunnelServer:
         offered = [name.strip() for name in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
         if SUBPROTOCOL not in offered or "Upgrade" not in request.headers:
             raise Unserved("not-a-link")
-        if self._handshakes >= MAX_HANDSHAKES or self._draining:
-            raise Unserved("shutting-down")
+        if self._handshakes >= MAX_HANDSHAKES or self._registry.draining:
+            raise Unserved("shutting-down" if self._registry.draining else "busy")
         ws = web.WebSocketResponse(protocols=(SUBPROTOCOL,), compress=False, max_msg_size=MAX_MESSAGE, timeout=1.0)
         ws.headers["Server"] = "pytunnel"
         transport = request.transport
@@ -2581,7 +2591,7 @@ class TunnelServer:
         except (Refused, ProtocolError) as error:
             reason = f"refused: {error}"
             if session:
-                self._registry.end(session, SessionEnded(ErrorCode.LINK_LOST, reason))
+                self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
             else:
                 await self._refuse(ws, error)
         finally:
@@ -2623,7 +2633,7 @@ class TunnelServer:
     async def _session_for(self, hello: Message, key: str) -> tuple[Registration, int]:
         """Return the session that a hello asks for, and how many of its frames the client has received."""
         previous = hello.get("session", str, "")
-        if self._registry.was_replaced(previous):
+        if previous in self._registry.replaced:
             raise Refused("replaced", "another client with the same token has taken the name since")
         session = self._registry.sessions.get(previous)
         if session and session.key == key:
@@ -2641,7 +2651,7 @@ class TunnelServer:
         )
         self._registry.claim(key, names)
         session = Registration(key, names, state)
-        self._registry.bind(session)
+        self._registry.bind(session, previous)
         return session, 0
 
     def _fake_verifier(self, key: str) -> Verifier:
@@ -2715,7 +2725,9 @@ class Target(NamedTuple):
     @property
     def is_loopback(self) -> bool:
         """Whether the connection never leaves this machine."""
-        return self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return self.host == "localhost"
 
 
 class LocalConnection(asyncio.Protocol):
@@ -2785,7 +2797,7 @@ class LocalConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         self._eof = True
         self._readable.set()
-        return True  # the other direction stays open
+        return self._transport.can_write_eof()  # the other direction stays open, where there are two
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._eof, self._error = True, exc
@@ -3041,7 +3053,7 @@ class TunnelClient:
         self._stopping, self._hurrying = asyncio.Event(), asyncio.Event()
         self._fatal: TunnelError | None = None
         self._renewal: asyncio.Task[None] | None = None
-        self._socket: socket.socket | None = None
+        self._give_up_at = self._connected_at = float("inf")
         self._redial: asyncio.Future[None] | None = None
 
     async def run(self) -> None:
@@ -3059,7 +3071,7 @@ class TunnelClient:
             for task in (clock, running, stopping):
                 task.cancel()
             await asyncio.gather(clock, running, stopping, return_exceptions=True)
-            await self._end_session(SessionEnded(ErrorCode.LINK_LOST, "the client stops"))
+            await self._end_session(StreamReset(ErrorCode.LINK_LOST, "the client stops"))
             for service in self._services:
                 service.close()
             await asyncio.sleep(0)  # one more turn, in which the transports that were aborted close
@@ -3092,16 +3104,17 @@ class TunnelClient:
         import aiohttp
 
         loop = asyncio.get_running_loop()
-        delays, started = backoff(), loop.time()
+        delays = backoff()
+        self._give_up_at = loop.time() + DIAL_TIMEOUT
         while True:
-            connected_at = loop.time()
+            self._connected_at = float("inf")
             try:
                 reason = await self._connect()
             except (OSError, aiohttp.ClientError, TimeoutError) as error:
                 reason = _describe(error)
             except ProtocolError as error:
                 reason = f"the server broke the protocol: {error}"
-                await self._end_session(SessionEnded(ErrorCode.PROTOCOL, reason))
+                await self._end_session(StreamReset(ErrorCode.PROTOCOL, reason))
             except Refused as error:
                 if not error.retry:
                     raise
@@ -3110,9 +3123,9 @@ class TunnelClient:
                 raise self._fatal
             if self._stopping.is_set():
                 return
-            if not self.urls and loop.time() - started + BACKOFF_MIN > DIAL_TIMEOUT:
+            if not self.urls and loop.time() + BACKOFF_MIN > self._give_up_at:
                 raise Unreachable(f"no server at {self.server}: {reason}; check the address, or start pytunnel serve")
-            if loop.time() - connected_at > STABLE:
+            if loop.time() - self._connected_at > STABLE:
                 delays = backoff()
             delay = next(delays) if self.urls else min(next(delays), 1.0)
             self._emit("disconnected", reason=reason, retry_in=round(delay, 1))
@@ -3126,22 +3139,27 @@ class TunnelClient:
 
     async def _connect(self) -> str:
         """Dial, shake hands, and use the link until it is lost; return why."""
-        async with self._dial() as ws:
-            async with asyncio.timeout(DIAL_TIMEOUT):
+        loop = asyncio.get_running_loop()
+        until = loop.time() + DIAL_TIMEOUT if self.urls else self._give_up_at
+        async with self._dial(until) as ws:
+            async with asyncio.timeout_at(until):
                 ready = await self._handshake(ws)
             link = await self._enter_session(ready)
+            self._connected_at = loop.time()
             return await link.run(ws, ready.number("received", 0, 2**63))
 
     @contextlib.asynccontextmanager
-    async def _dial(self) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+    async def _dial(self, until: float) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
         import aiohttp
+
+        sockets: list[socket.socket] = []  # of all addresses that were tried
 
         async def refuse_redirect(*_: object) -> NoReturn:
             raise aiohttp.ClientError("the server redirects; dial the address that it redirects to")
 
         def make_socket(info: Any) -> socket.socket:
-            self._socket = socket.socket(*info[:3])
-            return self._socket
+            sockets.append(socket.socket(*info[:3]))
+            return sockets[-1]
 
         trace = aiohttp.TraceConfig()
         trace.on_request_redirect.append(refuse_redirect)
@@ -3153,7 +3171,7 @@ class TunnelClient:
             trust_env=True,
             headers={"User-Agent": f"pytunnel/{__version__}"},
         ) as http_session:
-            async with asyncio.timeout(DIAL_TIMEOUT):
+            async with asyncio.timeout_at(until):
                 ws = await http_session.ws_connect(
                     self.server + LINK_PATH,
                     protocols=(SUBPROTOCOL,),
@@ -3167,14 +3185,9 @@ class TunnelClient:
                 with contextlib.suppress(OSError, TimeoutError):
                     async with asyncio.timeout(1.0):
                         await ws.close()
-                self._drop_socket()
-
-    def _drop_socket(self) -> None:
-        """End the TCP connection whatever state it is in, so that nothing waits for a dead peer."""
-        if self._socket:
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-            self._socket = None
+                for sock in sockets:  # whatever state it is in, so that nothing waits for a dead peer
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)
 
     async def _handshake(self, ws: aiohttp.ClientWebSocketResponse) -> Message:
         """Return the server's ready, once both ends have proved that they know the token. Raises Refused."""
@@ -3220,7 +3233,7 @@ class TunnelClient:
         resumed = ready.get("resumed", bool)
         if not resumed or not self._link:
             if self._link:
-                await self._end_session(SessionEnded(ErrorCode.LINK_LOST, "the server has forgotten the session"))
+                await self._end_session(StreamReset(ErrorCode.LINK_LOST, "the server has forgotten the session"))
             session = Session(
                 is_server=False,
                 send_window=ready.number("window", 1, MAX_WINDOW),
@@ -3237,7 +3250,7 @@ class TunnelClient:
                 self._emit("ready", url=url, name=tunnel.name, target=tunnel.target.text)
         return self._link
 
-    async def _end_session(self, error: SessionEnded) -> None:
+    async def _end_session(self, error: StreamReset) -> None:
         if self._renewal:
             self._renewal.cancel()
             await asyncio.gather(self._renewal, return_exceptions=True)
@@ -3285,7 +3298,8 @@ class TunnelClient:
         self._forwarding.add(task)
 
         def reset(code: ErrorCode) -> None:
-            if code is ErrorCode.NO_ERROR:  # the visitor has left, but what it sent before is still to be delivered
+            # NO_ERROR: the visitor has left, but what it sent before is still to be delivered
+            if code is ErrorCode.NO_ERROR and len(self._forwarding) <= MAX_STREAMS:
                 asyncio.get_running_loop().call_later(LINGER, task.cancel)
             else:
                 task.cancel()
@@ -3503,12 +3517,13 @@ def client_settings(options: argparse.Namespace, memory: Memory) -> tuple[str, s
     token = options.token or os.environ.get("PYTUNNEL_TOKEN") or memory.token_for(server)
     if not token:
         raise UsageError(f"no token for {server}: add --token with what `pytunnel serve` printed there")
+    check_token(token, "copy the whole of what `pytunnel serve` printed")
     if len(options.name) > 1:
         raise UsageError("--name was given twice; write NAME=TARGET for each, like web=3000 api=8080")
     name = options.name[0] if options.name else os.environ.get("PYTUNNEL_NAME", "")
     tunnels = []
     for text in options.targets:
-        label, separator, rest = text.partition("=")
+        label, separator, rest = text.partition("=") if not text.startswith("unix:") else ("", "", "")
         target = Target.parse(rest if separator else text)
         if name and (separator or len(options.targets) > 1):
             raise UsageError("--name and PYTUNNEL_NAME are for one target; write NAME=TARGET, like web=3000 api=8080")
@@ -3518,7 +3533,7 @@ def client_settings(options: argparse.Namespace, memory: Memory) -> tuple[str, s
         tunnels.append(Tunnel(wanted or default_name(token, memory.machine(), target.text), target))
     if len({tunnel.name for tunnel in tunnels}) < len(tunnels):
         raise UsageError("two targets with one name; give each its own, like web=3000 api=8080")
-    return server, check_token(token, "copy the whole of what `pytunnel serve` printed"), tunnels
+    return server, token, tunnels
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -3681,7 +3696,9 @@ class Console:
 def _signals(handler: Callable[[], None]) -> Iterator[None]:
     """Call `handler` on SIGINT, SIGTERM, and when the terminal is closed."""
     loop = asyncio.get_running_loop()
-    caught = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        caught.append(signal.SIGHUP)
     for number in caught:
         try:
             loop.add_signal_handler(number, handler)
@@ -3739,12 +3756,19 @@ def _invitation(host: str | None, port: int, domain: Origin | None, token: str, 
     if domain:
         url = f"{domain.scheme}://{domain.zone}" + (f":{domain.port}" if domain.port else "")
     else:
-        url = f"http://{host or _own_address()}:{port}"
+        url = f"http://{_dialled(host, _own_address())}:{port}"
     secret = f" --token {token}" if token and sys.stderr.isatty() else ' --token "…"'
     where = f"   (the token is in {kept})" if token and not sys.stderr.isatty() else ""
     line = f"pytunnel connect 3000 --server {url}{secret}{where}"
     where = "" if domain else " (or with another address of this host that visitors can reach)"
     return f"listening on port {port}; on the machine with your service, run{where}:\n\n  {line}\n"
+
+
+def _dialled(host: str | None, everywhere: str) -> str:
+    """Return the host of a URL that reaches what listens on `host`; `everywhere` stands for all addresses."""
+    if host in (None, "0.0.0.0", "::"):
+        return everywhere
+    return f"[{host}]" if ":" in host else host
 
 
 def _own_address() -> str:
@@ -3798,7 +3822,8 @@ async def _demo(options: argparse.Namespace, console: Console) -> int:
         try:
             async with demo_service() as local:
                 tunnel = Tunnel("demo", Target.parse(f"127.0.0.1:{local}"))
-                client = TunnelClient(f"http://127.0.0.1:{server.port}", token, [tunnel], on_event=console.emit)
+                url = f"http://{_dialled(host, '127.0.0.1')}:{server.port}"
+                client = TunnelClient(url, token, [tunnel], on_event=console.emit)
                 return await _run_client(client, console)
         finally:
             await server.close()

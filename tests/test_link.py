@@ -1,0 +1,125 @@
+"""The link's own timing, with WebSockets made of queues: what happens when two things end it at once."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+import pytunnel
+from pytunnel import MAX_FIELDS, Kind, Link, RequestHead, Session, Target, TunnelRegistry
+
+CLOSED = aiohttp.WSMessage(aiohttp.WSMsgType.CLOSED, None, None)
+
+
+class FakeWebSocket:
+    """Receives what the test puts in; what is sent waits for `room`."""
+
+    def __init__(self) -> None:
+        self.received: asyncio.Queue[aiohttp.WSMessage] = asyncio.Queue()
+        self.sent: list[bytes] = []
+        self.room = asyncio.Event()
+        self.room.set()
+
+    async def receive(self) -> aiohttp.WSMessage:
+        return await self.received.get()
+
+    async def send_bytes(self, data: bytes) -> None:
+        await self.room.wait()
+        self.sent.append(data)
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_link_that_is_cancelled_while_it_is_given_up_can_be_detached(turns: int) -> None:
+    """The server's handler is cancelled when the connection ends, also while a newer link takes over."""
+    link = Link(Session(is_server=True))
+    running = asyncio.ensure_future(link.run(FakeWebSocket(), 0))
+    await asyncio.sleep(0)
+    link.lose("another link took over")
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    async with asyncio.timeout(5):
+        await link.detach("once more")
+        ws = FakeWebSocket()
+        ws.received.put_nowait(CLOSED)
+        assert await link.run(ws, 0) == "the connection was closed"
+
+
+async def test_an_ack_that_cannot_be_written_does_not_keep_the_loop_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytunnel, "ACK_DELAY", 0.0)
+    calls = 0
+    session = Session(is_server=False)
+    handle_timeout = session.handle_timeout
+
+    def counted(now: float) -> bool:
+        nonlocal calls
+        calls += 1
+        return handle_timeout(now)
+
+    monkeypatch.setattr(session, "handle_timeout", counted)
+    peer = Session(is_server=True)
+    peer.resume(0, 0.0)
+    link, ws = Link(session), FakeWebSocket()
+    ws.room.clear()
+    running = asyncio.ensure_future(link.run(ws, 0))
+    head = RequestHead(b"GET", b"/", []).encode()
+    for _ in range(3):  # the first one's RESET blocks the writer, the others' ACK waits behind it
+        peer.open_stream(0, Kind.HTTP, head, end=True)
+        ws.received.put_nowait(aiohttp.WSMessage(aiohttp.WSMsgType.BINARY, peer.data_to_send(), None))
+        for _ in range(200):
+            await asyncio.sleep(0)
+    assert calls < 20
+    ws.room.set()
+    link.lose("done")
+    assert await running == "done"
+
+
+async def registry(path: Path) -> TunnelRegistry:
+    return TunnelRegistry(path / "names.json", grace=60.0, hold=60.0)
+
+
+async def test_a_name_goes_to_the_newest_session_even_after_the_older_one_is_over(tmp_path: Path) -> None:
+    names = await registry(tmp_path)
+    older, newer = (pytunnel.Registration("key", ["web"], Session(is_server=True)) for _ in range(2))
+    names.bind(older, previous="")
+    names.end(older, pytunnel.StreamReset(pytunnel.ErrorCode.LINK_LOST))
+    names.bind(newer, previous="")
+    assert older.id in names.replaced, "its client slept past the grace, and must not take the name back"
+    again = pytunnel.Registration("key", ["web"], Session(is_server=True))
+    names.bind(again, previous=newer.id)
+    assert newer.id not in names.replaced, "the same client, whose session could not be resumed"
+
+
+async def test_names_that_are_unused_the_longest_make_room(tmp_path: Path) -> None:
+    names = await registry(tmp_path)
+    for number in range(pytunnel.MAX_NAMES):
+        names.claim("key", [f"web{number}"])
+    names.claim("other", ["theirs"])
+    names.claim("key", ["web0"])  # used again
+    names.claim("key", ["one-more"])
+    again = await registry(tmp_path)
+    again.claim("stranger", ["web1"])
+    for name in ("web0", "web2", "one-more", "theirs"):
+        with pytest.raises(pytunnel.Refused):
+            again.claim("stranger", [name])
+
+
+def test_a_head_with_what_a_proxy_adds_keeps_to_the_limit() -> None:
+    fields = [(b"X-%d" % number, b"") for number in range(MAX_FIELDS)]
+    RequestHead(b"GET", b"/", fields).encode()
+    with pytest.raises(pytunnel.MessageError) as caught:
+        RequestHead(b"GET", b"/", [*fields, (b"X-Forwarded-For", b"::1")]).encode()
+    assert caught.value.status == 431
+
+
+@pytest.mark.parametrize(
+    ("text", "loopback"),
+    [("3000", True), ("127.1.2.3:80", True), ("[::1]:80", True),
+     ("127.0.0.1.evil.com:80", False), ("10.0.0.1:1", False)],
+)
+def test_what_is_loopback(text: str, loopback: bool) -> None:
+    assert Target.parse(text).is_loopback is loopback
