@@ -3123,11 +3123,11 @@ class TunnelClient:
                 raise self._fatal
             if self._stopping.is_set():
                 return
-            if not self.urls and loop.time() + BACKOFF_MIN > self._give_up_at:
-                raise Unreachable(f"no server at {self.server}: {reason}; check the address, or start pytunnel serve")
             if loop.time() - self._connected_at > STABLE:
                 delays = backoff()
             delay = next(delays) if self.urls else min(next(delays), 1.0)
+            if not self.urls and loop.time() + delay + BACKOFF_MIN > self._give_up_at:
+                raise Unreachable(f"no server at {self.server}: {reason}; check the address, or start pytunnel serve")
             self._emit("disconnected", reason=reason, retry_in=round(delay, 1))
             await self._pause(delay)
 

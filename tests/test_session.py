@@ -1075,7 +1075,7 @@ def test_goaway_by_the_client() -> None:
     assert at_client == []
     refusals = [event for event in at_server if event.type == FrameType.RESET]
     assert [event.stream_id for event in refusals] == [crossing]
-    assert pytunnel.decode_reason(refusals[0].payload)[0] is ErrorCode.REFUSED
+    assert pytunnel.decode_reason(refusals[0].payload)[0] is ErrorCode.SHUTDOWN
     assert pair.server.goaway == (ErrorCode.REPLACED, "")
     with pytest.raises(StreamReset) as caught:
         pair.server.open_stream(0, Kind.HTTP, REQUEST)
