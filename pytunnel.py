@@ -76,7 +76,7 @@ Command line
 
 # ---- Imports and version --------------------------------------------------------------------------------------------
 # The standard library only: aiohttp takes a quarter of a second to import, so the functions that need it import it
-# themselves, and `--help` is there at once. The check for an old Python stands before anything that it cannot read.
+# themselves, and `--help` is there at once. The check for an old Python (3.8 to 3.10) stands before what those cannot run.
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ log = logging.getLogger("pytunnel")
 
 # ---- Limits and defaults --------------------------------------------------------------------------------------------
 # Every number that a peer or a visitor could push is bounded here, once, with its unit and its reason.
-# A session's worst case on either side is MAX_STREAMS x INITIAL_WINDOW of unread bodies (128 MiB) and MAX_UNACKED of
-# frames kept for resume, reached only by MAX_STREAMS readers who have all stopped reading.
+# A session's worst case on either side is MAX_STREAMS x INITIAL_WINDOW of unread bodies (128 MiB), MAX_INTERIM + 1 heads
+# of each of these streams, and MAX_UNACKED of frames kept for resume. It takes MAX_STREAMS readers who have all stopped.
 
 KiB = 1024
 MiB = 1024 * KiB
@@ -160,7 +160,7 @@ HANDSHAKE_TIMEOUT = 10.0  # seconds for the whole handshake
 MAX_HANDSHAKES = 128  # links at a time that have not shown their token yet
 MAX_HELLO = 16 * KiB  # bytes of a handshake message
 MAX_TUNNELS = 64  # tunnels of one session
-MAX_NAMES = 100  # names one token may own on a server
+MAX_NAMES = 100  # names one token may own on a server; those unused the longest make room for new ones
 MAX_ZONES = 16  # hosts under which clients have dialled this server; each serves tunnels below it
 MAX_ITERATIONS = 100_000  # PBKDF2 rounds a server may ask a client for
 ITERATIONS = 4096  # PBKDF2 rounds, the least RFC 7677 allows: our tokens are random, not memorable
@@ -1600,7 +1600,7 @@ class Exchange:
     method: str
     target: str
     started: float
-    status: int | None = None  # None: no final response
+    status: int | None = None  # what the visitor gets; None: nothing
     bytes_in: int = 0
     bytes_out: int = 0
     error: str = ""

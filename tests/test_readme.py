@@ -64,7 +64,7 @@ def test_exit_statuses() -> None:
         f"{pytunnel.MAX_FIELD // pytunnel.KiB} KiB each",
         f"at most {pytunnel.MAX_STREAMS * pytunnel.INITIAL_WINDOW // pytunnel.MiB} MiB of unread bodies "
         f"and {pytunnel.MAX_UNACKED // pytunnel.MiB} MiB kept",
-        f"| names of one token | {pytunnel.MAX_NAMES} |",
+        f"| names of one token | {pytunnel.MAX_NAMES};",
         f"turns of {pytunnel.TURN // pytunnel.KiB} KiB",
         f"{pytunnel.INITIAL_WINDOW // pytunnel.KiB} KiB a stream",
         f"within {pytunnel.DIAL_TIMEOUT:g} s of starting",
