@@ -76,7 +76,7 @@ Command line
 
 # ---- Imports and version --------------------------------------------------------------------------------------------
 # The standard library only: aiohttp takes a quarter of a second to import, so the functions that need it import it
-# themselves, and `--help` is there at once. The check for an old Python (3.8 to 3.10) stands before what those cannot run.
+# themselves, and `--help` is there at once. The check for Python 3.8 to 3.10 stands before what those cannot run.
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ log = logging.getLogger("pytunnel")
 
 # ---- Limits and defaults --------------------------------------------------------------------------------------------
 # Every number that a peer or a visitor could push is bounded here, once, with its unit and its reason.
-# A session's worst case on either side is MAX_STREAMS x INITIAL_WINDOW of unread bodies (128 MiB), MAX_INTERIM + 1 heads
-# of each of these streams, and MAX_UNACKED of frames kept for resume. It takes MAX_STREAMS readers who have all stopped.
+# A session's worst case on either side is MAX_STREAMS x INITIAL_WINDOW of unread bodies (128 MiB), MAX_INTERIM + 1
+# heads of each of these streams, and MAX_UNACKED of frames kept for resume; it takes that many stopped readers.
 
 KiB = 1024
 MiB = 1024 * KiB
