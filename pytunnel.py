@@ -2290,7 +2290,7 @@ class Visitor:
 
     async def _respond(self, stream: Stream, head: ResponseHead) -> None:
         out = self.encoder.head(head, _date(), end=stream.at_eof)
-        while not stream.at_eof:
+        while head.has_body(self.method) and not stream.at_eof:  # without a body there is no end to wait for
             if not stream.readable or len(out) > SEND_BUFFER:
                 self.write(out)
                 out = b""
