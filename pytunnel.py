@@ -189,6 +189,7 @@ VISITOR_KEEPALIVE = 75.0  # seconds an idle visitor connection is kept (nginx ke
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
 
 DEFAULT_PORT = 8080
+DEFAULT_PORTS = {"http": 80, "https": 443}  # of URLs that name none
 LINK_PATH = "/_pytunnel/link"
 SUBPROTOCOL = "pytunnel.1"
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
@@ -1015,6 +1016,8 @@ Headers = list[tuple[bytes, bytes]]
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TOKENS = re.compile(rb"%b(?:\0%b)*" % (_TOKEN, _TOKEN))
+_METHOD = re.compile(_TOKEN)
+_STATUS = re.compile(rb"[1-5][0-9][0-9]")
 _FIELD_TEXT = re.compile(rb"[\0\t\x20-\x7e\x80-\xff]*")  # the NULs are our own separators
 _TARGET = re.compile(rb"[\x21\x22\x24-\x7e\x80-\xff]+")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
@@ -1100,6 +1103,20 @@ def _encode_head(*start: bytes, headers: Headers) -> bytes:
     return payload
 
 
+def _decode_head(
+    payload: bytes, one: re.Pattern[bytes], two: re.Pattern[bytes]
+) -> tuple[bytes, bytes, Headers]:
+    """Return the two parts of a start line, which match their patterns, and the fields. Raises ProtocolError."""
+    first, _, rest = payload.partition(b"\0")
+    second, *fields = rest.split(b"\0")
+    if not one.fullmatch(first) or not two.fullmatch(second):
+        raise ProtocolError("a head without its start line")
+    try:
+        return first, second, check_fields(fields)
+    except MessageError as error:
+        raise ProtocolError(f"a head with {error}") from None
+
+
 def _wire_head(start_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     lines = [start_line, *(b"%b: %b" % pair for pair in headers), b"", b""]
     return b"\r\n".join(lines)
@@ -1120,13 +1137,7 @@ class RequestHead:
     @classmethod
     def decode(cls, payload: bytes) -> RequestHead:
         """Read what `encode` made. Raises ProtocolError."""
-        method, target, *fields = payload.split(b"\0") + [b""] * (payload.count(b"\0") < 1)
-        if not re.fullmatch(_TOKEN, method) or not _TARGET.fullmatch(target):
-            raise ProtocolError("OPEN without a request line")
-        try:
-            return cls(method, target, check_fields(fields))
-        except MessageError as error:
-            raise ProtocolError(f"OPEN with {error}") from None
+        return cls(*_decode_head(payload, _METHOD, _TARGET))
 
     def to_wire(self, *, chunked: bool, upgrade: bool) -> bytes:
         """Return the head for the local service; the body's framing is made anew (RFC 9112 section 6)."""
@@ -1151,13 +1162,8 @@ class ResponseHead:
     @classmethod
     def decode(cls, payload: bytes) -> ResponseHead:
         """Read what `encode` made. Raises ProtocolError."""
-        status, reason, *fields = payload.split(b"\0") + [b""] * (payload.count(b"\0") < 1)
-        if not re.fullmatch(rb"[1-5][0-9][0-9]", status) or not _FIELD_TEXT.fullmatch(reason):
-            raise ProtocolError("HEAD without a status line")
-        try:
-            return cls(int(status), reason, check_fields(fields))
-        except MessageError as error:
-            raise ProtocolError(f"HEAD with {error}") from None
+        status, reason, headers = _decode_head(payload, _STATUS, _FIELD_TEXT)
+        return cls(int(status), reason, headers)
 
     @property
     def interim(self) -> bool:
@@ -1575,7 +1581,7 @@ class Origin(NamedTuple):
             dashed = str(address).replace(".", "-").replace(":", "-")
             dashed = "0" * dashed.startswith("-") + dashed + "0" * dashed.endswith("-")  # `::` at an end
             host = "localhost" if address.is_loopback else f"{dashed}.sslip.io"
-        return cls(scheme, host, port if port != {"http": 80, "https": 443}[scheme] else None)
+        return cls(scheme, host, port if port != DEFAULT_PORTS[scheme] else None)
 
     def url(self, name: str) -> str:
         """Return a tunnel's public URL."""
@@ -2715,7 +2721,7 @@ class Target(NamedTuple):
         if scheme not in ("http", "https") or not host or port == 0 or not (port or separator):
             forms = "a port like 3000, host:port, http://host:port, https://host:port or unix:/path"
             raise UsageError(f"{escape(text)!r} is not a target: give {forms}")
-        return cls(text, host.strip("[]"), port or {"http": 80, "https": 443}[scheme], scheme == "https")
+        return cls(text, host.strip("[]"), port or DEFAULT_PORTS[scheme], scheme == "https")
 
     @property
     def addresses(self) -> list[str]:
