@@ -92,6 +92,7 @@ import collections
 import contextlib
 import email.utils
 import enum
+import fnmatch
 import hashlib
 import hmac
 import html
@@ -113,7 +114,7 @@ import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
@@ -180,6 +181,12 @@ STABLE = 2.0  # seconds a link must hold before its loss is answered by a dial a
 CLOCK_JUMP = 5.0  # seconds between the wall and the monotonic clock that mean this machine has slept
 
 MAX_LINES = 1000  # lines of output that wait for a slow reader
+MAX_EXCHANGES = 500  # exchanges the client's log keeps
+MAX_PREFIX = 256 * KiB  # bytes of each body that are kept with them
+MAX_LOG = 32 * MiB  # bytes of heads and bodies in the log; the oldest exchanges make room
+MAX_NOTE = 512  # bytes kept of a WebSocket message or an event
+MAX_NOTES = 64  # of these in one exchange, the last ones
+REPLAY_TIMEOUT = 30.0  # seconds a replayed request may take: an event stream would take for ever
 
 LOCAL_CONNECT_TIMEOUT = 5.0  # seconds to connect to the local service
 LOCAL_IDLE = 4.0  # seconds an idle local connection is kept: Node.js closes its own after 5
@@ -1595,33 +1602,262 @@ def tunnel_name(host: str, zones: Iterable[str]) -> str | None:
 
 
 # ---- Exchanges ------------------------------------------------------------------------------------------------------
-# One request and its response, as whoever watches sees it: a record to read, which never holds up the traffic.
+# One request and its response, as whoever watches sees it. Terminal view, inspector, scripts and the Python API read
+# this one log; nothing here holds up the traffic, and it is bounded in number and bytes.
+
+SECRET_FIELDS = frozenset(
+    b"authorization proxy-authorization cookie set-cookie x-api-key x-auth-token x-csrf-token".split()
+)
+_SECRET_PARAMETER = re.compile(
+    r"(?i)(?<![^?&\s])([a-z_.-]*(?:token|secret|password|passwd|api_?key|signature|auth)=|(?:sig|key|code)=)[^&#\s]+"
+)
+MASK = "•••"
 
 
-@dataclass(slots=True)
+def mask_target(text: str) -> str:
+    """Return a target, or a form, with the values of parameters that look like secrets masked."""
+    return _SECRET_PARAMETER.sub(rf"\1{MASK}", text)
+
+
+def mask_headers(headers: Headers) -> Headers:
+    """Return header fields with the values of those that carry secrets masked."""
+    return [(name, MASK.encode() if name.lower() in SECRET_FIELDS else value) for name, value in headers]
+
+
+class Note(NamedTuple):
+    """A WebSocket message's frame, or an event of an event stream, in an exchange that goes on."""
+
+    at: float  # seconds since the exchange began
+    from_visitor: bool
+    kind: str
+    size: int
+    data: bytes  # its first MAX_NOTE bytes
+
+
+class WebSocketReader:
+    """Reads the frames of one direction of a WebSocket, sliced anyhow (RFC 6455 section 5.2), for people to see."""
+
+    KINDS: ClassVar = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong"}
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._skip = 0  # bytes of a long payload that are not kept
+
+    def feed(self, data: bytes) -> Iterator[tuple[str, int, bytes]]:
+        """Yield kind, size and first bytes of each frame."""
+        buffer = self._buffer
+        buffer += data
+        while True:
+            skipped = min(self._skip, len(buffer))
+            del buffer[:skipped]
+            self._skip -= skipped
+            if self._skip or len(buffer) < 2:
+                return
+            size, extended = buffer[1] & 0x7F, {126: 2, 127: 8}.get(buffer[1] & 0x7F, 0)
+            start = 2 + extended + (4 if buffer[1] & 0x80 else 0)
+            if extended:
+                size = int.from_bytes(buffer[2 : 2 + extended])
+            kept = min(size, MAX_NOTE)
+            if len(buffer) < start + kept:
+                return
+            payload = bytes(buffer[start : start + kept])
+            if buffer[1] & 0x80:
+                mask = (bytes(buffer[start - 4 : start]) * (kept // 4 + 1))[:kept]
+                payload = (int.from_bytes(payload) ^ int.from_bytes(mask)).to_bytes(kept)
+            kind = self.KINDS.get(buffer[0] & 0x0F, "reserved") + (", compressed" if buffer[0] & 0x40 else "")
+            del buffer[: start + kept]
+            self._skip = size - kept
+            yield kind, size, payload
+
+
+class EventReader:
+    """Reads an event stream's events, sliced anyhow (WHATWG HTML section 9.2)."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> Iterator[tuple[str, int, bytes]]:
+        """Yield kind, size and first bytes of each event."""
+        *events, rest = re.split(rb"\r\n\r\n|\n\n|\r\r", self._buffer + data)
+        self._buffer = rest[-MAX_DATA:]
+        yield from (("event", len(event), event[:MAX_NOTE]) for event in events if event)
+
+
+@dataclass(slots=True, eq=False)
 class Exchange:
-    """Sizes are bytes of content, times seconds of the monotonic clock."""
+    """Sizes are bytes of content, times seconds of the monotonic clock; bodies are prefixes of MAX_PREFIX bytes.
+
+    The request is as the visitor sent it, the response as the visitor gets it.
+    """
 
     tunnel: str
     method: str
     target: str
     started: float
+    time: float = 0.0  # when it started, in seconds since 1970
+    id: int = 0  # counts from 1
+    request_headers: Headers = field(default_factory=list)
+    response_headers: Headers = field(default_factory=list)
+    request_body: bytearray = field(default_factory=bytearray)
+    response_body: bytearray = field(default_factory=bytearray)
+    notes: collections.deque[Note] = field(default_factory=lambda: collections.deque(maxlen=MAX_NOTES))
     status: int | None = None  # what the visitor gets; None: nothing
+    reason: str = ""
     bytes_in: int = 0
     bytes_out: int = 0
     error: str = ""
+    waited: float = 0.0  # seconds on the server, for a client that was away
+    round_trip: float | None = None  # seconds, of the link
+    answered: float | None = None  # when the local service's response began
     ended: float | None = None
+    replay_of: int | None = None
+    version: int = 0  # the log's, when this was last changed
+    readers: tuple[WebSocketReader | EventReader | None, WebSocketReader | EventReader | None] = (None, None)
 
     @property
     def duration(self) -> float:
         """Seconds from the request's arrival to the response's end."""
         return (self.ended or self.started) - self.started
 
+    @property
+    def path(self) -> str:
+        """The target without its query."""
+        return self.target.partition("?")[0]
+
     def line(self) -> str:
         """Return it as one line for a terminal."""
         outcome = str(self.status) if self.status else "---"
         error = f"  {escape(self.error)}" if self.error else ""
         return f"{outcome} {self.method:<7} {escape(self.target, 80)}  {self.duration * 1000:.0f} ms{error}"
+
+    def summary(self) -> dict[str, Any]:
+        """Return it as a program sees it in a list: plain JSON values; sizes in bytes, `ms` None while it runs."""
+        return {
+            "id": self.id,
+            "name": self.tunnel,
+            "method": self.method,
+            "path": self.target,
+            "status": self.status,
+            "ms": round(self.duration * 1000, 1) if self.ended else None,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "error": self.error or None,
+        }
+
+    def matches(self, query: str) -> bool:
+        """Whether each word of a filter is found: `5xx`, `404`, `post`, `body:text`, or a part of what a list shows."""
+        status, texts = str(self.status or "---"), (self.method, self.target, self.tunnel, self.error)
+        line = " ".join(texts).lower()
+        for word in query.lower().split():
+            key, _, value = word.partition(":")
+            if key == "body" and value:
+                found = value.encode() in self.request_body.lower() or value.encode() in self.response_body.lower()
+            elif re.fullmatch(r"[1-5](xx|[0-9]{2})", word):
+                found = status == word or status[0] + "xx" == word
+            else:
+                found = word in line
+            if not found:
+                return False
+        return True
+
+
+def _size(headers: Headers) -> int:
+    return sum(len(name) + len(value) for name, value in headers)
+
+
+class ExchangeLog:
+    """The last exchanges of a client, at most MAX_EXCHANGES of them and MAX_LOG bytes; the oldest make room."""
+
+    def __init__(self) -> None:
+        self.exchanges: dict[int, Exchange] = {}  # by id, the oldest first
+        self.listeners: set[Callable[[], object]] = set()  # called at each change; they return at once
+        self.version = 0  # counts changes
+        self.total = self.in_flight = self.bytes_in = self.bytes_out = 0
+        self.classes = dict.fromkeys((1, 2, 3, 4, 5), 0)  # how many responses of each class of status
+        self._kept = 0
+
+    def begin(self, exchange: Exchange) -> None:
+        """Take up an exchange, whose request's head is known."""
+        self.total += 1
+        self.in_flight += 1
+        exchange.id = self.total
+        self.exchanges[exchange.id] = exchange
+        self._keep(exchange, _size(exchange.request_headers))
+        self.touch(exchange)
+
+    def respond(self, exchange: Exchange, head: ResponseHead) -> None:
+        """Note the head that the visitor gets."""
+        exchange.status, exchange.reason = head.status, head.reason.decode("latin-1")
+        exchange.response_headers = head.headers
+        content_type = b"".join(field_values(head.headers, b"content-type")).lower()
+        if head.status == 101 and field_tokens(head.headers, b"upgrade") == {b"websocket"}:
+            exchange.readers = WebSocketReader(), WebSocketReader()
+        elif content_type.startswith(b"text/event-stream"):
+            exchange.readers = None, EventReader()
+        self._keep(exchange, _size(head.headers))
+        self.touch(exchange)
+
+    def receive(self, exchange: Exchange, data: bytes, now: float) -> None:
+        """Note bytes of the request's content, or a visitor's in a connection that was upgraded."""
+        exchange.bytes_in += len(data)
+        self.bytes_in += len(data)
+        self._record(exchange, exchange.request_body, data, now, from_visitor=True)
+
+    def send(self, exchange: Exchange, data: bytes, now: float) -> None:
+        """Note bytes of the response's content, or of the local service in a connection that was upgraded."""
+        exchange.bytes_out += len(data)
+        self.bytes_out += len(data)
+        self._record(exchange, exchange.response_body, data, now, from_visitor=False)
+
+    def finish(self, exchange: Exchange, now: float) -> None:
+        """The exchange is over, well or not."""
+        exchange.ended = now
+        exchange.readers = None, None
+        self.in_flight -= 1
+        if exchange.status:
+            self.classes[exchange.status // 100] += 1
+        self.touch(exchange)
+
+    def since(self, version: int) -> list[Exchange]:
+        """Return the exchanges that have changed since the log had this version."""
+        return [exchange for exchange in self.exchanges.values() if exchange.version > version]
+
+    def clear(self) -> None:
+        """Forget all exchanges; the counts stay."""
+        self.exchanges.clear()
+        self._kept = 0
+        self.touch()
+
+    def percentiles(self) -> tuple[float, float] | None:
+        """Return p50 and p90 of the durations of those that have ended, in seconds; None without any."""
+        ended = sorted(e.duration for e in self.exchanges.values() if e.ended is not None and e.status != 101)
+        return (ended[len(ended) // 2], ended[len(ended) * 9 // 10]) if ended else None
+
+    def _record(self, exchange: Exchange, body: bytearray, data: bytes, now: float, *, from_visitor: bool) -> None:
+        reader = exchange.readers[0 if from_visitor else 1]
+        if reader:
+            at = now - exchange.started
+            exchange.notes.extend(Note(at, from_visitor, *note) for note in reader.feed(data))
+        if (room := MAX_PREFIX - len(body)) > 0 and exchange.id in self.exchanges:
+            body += data[:room]
+            self._keep(exchange, min(len(data), room))
+        self.touch(exchange)
+
+    def _keep(self, exchange: Exchange, size: int) -> None:
+        if exchange.id in self.exchanges:
+            self._kept += size
+        while len(self.exchanges) > MAX_EXCHANGES or self._kept > MAX_LOG:
+            oldest = self.exchanges.pop(next(iter(self.exchanges)))
+            bodies = len(oldest.request_body) + len(oldest.response_body)
+            self._kept -= bodies + _size(oldest.request_headers) + _size(oldest.response_headers)
+
+    def touch(self, exchange: Exchange | None = None) -> None:
+        """Something has changed: in an exchange, or in the link that they come over."""
+        self.version += 1
+        if exchange:
+            exchange.version = self.version
+        for listener in self.listeners:
+            listener()
 
 
 # ==== Everything below does I/O ======================================================================================
@@ -2724,6 +2960,13 @@ class Target(NamedTuple):
         return cls(text, host.strip("[]"), port or DEFAULT_PORTS[scheme], scheme == "https")
 
     @property
+    def authority(self) -> str:
+        """What a client that dials it writes into Host."""
+        host = f"[{self.host}]" if ":" in self.host else self.host if self.port else "localhost"
+        default = self.port in (0, DEFAULT_PORTS["https" if self.tls else "http"])
+        return host if default else f"{host}:{self.port}"
+
+    @property
     def addresses(self) -> list[str]:
         """What to connect to, in order: `localhost` means both loopbacks, wherever the service listens."""
         return ["127.0.0.1", "::1"] if self.host == "localhost" else [self.host]
@@ -2734,6 +2977,40 @@ class Target(NamedTuple):
         with contextlib.suppress(ValueError):
             return ipaddress.ip_address(self.host).is_loopback
         return self.host == "localhost"
+
+
+class Edits(NamedTuple):
+    """What changes in the fields of a head: those in `put` replace others of their name, those in `drop` go."""
+
+    put: Headers = []  # noqa: RUF012
+    drop: frozenset[bytes] = frozenset()  # in lower case
+
+    @classmethod
+    def parse(cls, put: Iterable[str], drop: Iterable[str]) -> Edits:
+        """Read `Name: value` lines, and names. Raises UsageError."""
+        fields: Headers = []
+        for line in put:
+            name, colon, value = line.partition(":")
+            fields.append((name.strip().encode(), value.strip().encode()))
+            if not colon:
+                raise UsageError(f"{escape(line)!r} is not a header field: write it like 'Name: value'")
+        names = [name.strip().encode() for name in drop]
+        every = [*fields, *((name, b"") for name in names)]
+        try:
+            check_fields([part for pair in every for part in pair])
+        except MessageError:
+            raise UsageError("a header field's name or value has characters that may not be there") from None
+        for known, _ in every:
+            if known.lower() in FRAMING | HOP_BY_HOP:
+                raise UsageError(f"{known.decode()} belongs to the connection; it is made anew on each side")
+        return cls(fields, frozenset(name.lower() for name in names))
+
+    def apply(self, headers: Headers) -> Headers:
+        """Return the fields as they go on."""
+        if not (self.put or self.drop):
+            return headers
+        drop = self.drop.union(name.lower() for name, _ in self.put)
+        return [*self.put, *(pair for pair in headers if pair[0].lower() not in drop)]
 
 
 class LocalConnection(asyncio.Protocol):
@@ -2901,11 +3178,52 @@ class LocalService:
 # those are no relays, they merge, drop and re-quote.
 
 
+class Route(NamedTuple):
+    """Where the requests of a tunnel below `prefix` go, and what changes in their heads and in those of responses."""
+
+    prefix: str
+    service: LocalService
+    request: Edits
+    response: Edits
+
+    def takes(self, path: str) -> bool:
+        """Whether a path is the prefix, or below it."""
+        return path.startswith(self.prefix) and path[len(self.prefix) :][:1] in ("", "/", "?")
+
+
+class Replay:
+    """Stands in for the stream when a recorded request is sent again: nobody gets the answer, but the log has it."""
+
+    kind, finished = Kind.HTTP, False
+
+    def __init__(self, content: bytes) -> None:
+        self.has_content = bool(content)
+        self._chunks = [content] if content else []
+
+    async def read(self) -> bytes:
+        """Return the content, then b""."""
+        return self._chunks.pop() if self._chunks else b""
+
+    def write_head(self, head: ResponseHead, *, end: bool = False) -> None:
+        """The log has it."""
+
+    async def write(self, data: bytes, *, end: bool = False) -> None:
+        """The log has it."""
+
+    def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None:
+        """The log has it."""
+
+
 class Forwarding:
     """One exchange on its way from a stream to the local service and back."""
 
-    def __init__(self, stream: Stream, service: LocalService, head: RequestHead, exchange: Exchange) -> None:
-        self._stream, self._service, self._head, self._exchange = stream, service, head, exchange
+    def __init__(
+        self, stream: Stream | Replay, route: Route, head: RequestHead, exchange: Exchange, log: ExchangeLog
+    ) -> None:
+        self._stream, self._service, self._exchange, self._log = stream, route.service, exchange, log
+        self._head = RequestHead(head.method, head.target, route.request.apply(head.headers))
+        self._edits = route.response
+        self._time = asyncio.get_running_loop().time
         self._parser = ResponseParser(head.method)
         self._has_body = stream.has_content and stream.kind is Kind.HTTP
         self._chunked = self._has_body and not field_values(head.headers, b"content-length")
@@ -2958,7 +3276,8 @@ class Forwarding:
         while not parser.done:
             data = await connection.read()
             if data:
-                self._received = True
+                if not self._received:
+                    self._received, self._exchange.answered = True, self._time()
                 events = parser.receive_data(data)
             else:
                 parser.receive_eof()
@@ -2974,15 +3293,16 @@ class Forwarding:
     def _write_head(self, head: ResponseHead, *, end: bool) -> None:
         if head.status == 101 and self._stream.kind is not Kind.UPGRADE:
             raise MessageError("101 without an Upgrade", 502)
+        head = ResponseHead(head.status, head.reason, self._edits.apply(head.headers))
         if not head.interim:
-            self._exchange.status = head.status
+            self._log.respond(self._exchange, head)
         self._stream.write_head(head, end=end and head.status != 101)
 
     async def _write_body(self, data: bytes) -> None:
         head = self._parser.head
         if head is None or head.status == 101:
             return
-        self._exchange.bytes_out += len(data)
+        self._log.send(self._exchange, data, self._time())
         if not self._stream.finished and (data or self._parser.done):
             await self._stream.write(data, end=self._parser.done)
 
@@ -2990,7 +3310,7 @@ class Forwarding:
         """Send the request's content, or a pipe's bytes; True says that all of it went out."""
         try:
             while data := await self._stream.read():
-                self._exchange.bytes_in += len(data)
+                self._log.receive(self._exchange, data, self._time())
                 await connection.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
             if chunked:
                 await connection.write(b"0\r\n\r\n")
@@ -3011,7 +3331,7 @@ class Forwarding:
         """Move the local service's bytes after a 101, whatever they are, until it ends."""
         data = self._parser.excess
         while data or (data := await connection.read()):
-            self._exchange.bytes_out += len(data)
+            self._log.send(self._exchange, data, self._time())
             await self._stream.write(data)
             data = b""
         await self._stream.write(b"", end=True)
@@ -3031,10 +3351,29 @@ def backoff() -> Iterator[float]:
 
 
 class Tunnel(NamedTuple):
-    """What one tunnel of this client is called and leads to."""
+    """What one tunnel of this client is called and leads to; `host` is `rewrite`, a fixed Host, or nothing."""
 
     name: str
     target: Target
+    routes: tuple[tuple[str, Target], ...] = ()  # other local services for the paths below a prefix
+    host: str = ""
+    request: Edits = Edits()
+    response: Edits = Edits()
+
+    def open(self, *, insecure: bool) -> list[Route]:
+        """Return the routes with their local services, the longest prefix first."""
+        routes = []
+        for prefix, target in sorted([*self.routes, ("", self.target)], key=lambda route: -len(route[0])):
+            host = target.authority if self.host == "rewrite" else self.host
+            put = [(b"Host", host.encode()), *self.request.put] if host else self.request.put
+            request = Edits(put, self.request.drop)
+            routes.append(Route(prefix, LocalService(target, insecure=insecure), request, self.response))
+        return routes
+
+
+REFUSED_HOST = re.compile(  # what development servers answer to a Host they do not know
+    rb"Blocked request\. This host|Invalid Host header|Blocked hosts?:|DisallowedHost|Invalid HTTP_HOST header"
+)
 
 
 class TunnelClient:
@@ -3047,12 +3386,19 @@ class TunnelClient:
         tunnels: list[Tunnel],
         *,
         insecure: bool = False,
+        max_retries: int | None = None,
         on_event: Callable[..., None] = lambda event, **fields: None,
     ) -> None:
-        self.server = server
+        self.server, self.tunnels = server, tunnels
         self.urls: list[str] = []
-        self._token, self._tunnels, self._emit = token, tunnels, on_event
-        self._services = [LocalService(tunnel.target, insecure=insecure) for tunnel in tunnels]
+        self.log = ExchangeLog()
+        self.problem = "connecting"  # why there is no link; "" while there is one
+        self.retry_at: float | None = None  # when the next dial is, in the event loop's time
+        self._token, self._on_event, self._max_retries = token, on_event, max_retries
+        self._routes = [tunnel.open(insecure=insecure) for tunnel in tunnels]
+        self._changed = asyncio.Event()
+        self.log.listeners.add(self._changed.set)
+        self._hinted = False
         self._session_id = ""
         self._link: Link | None = None
         self._forwarding: set[asyncio.Task[None]] = set()
@@ -3078,8 +3424,8 @@ class TunnelClient:
                 task.cancel()
             await asyncio.gather(clock, running, stopping, return_exceptions=True)
             await self._end_session(StreamReset(ErrorCode.LINK_LOST, "the client stops"))
-            for service in self._services:
-                service.close()
+            for route in itertools.chain.from_iterable(self._routes):
+                route.service.close()
             await asyncio.sleep(0)  # one more turn, in which the transports that were aborted close
 
     def stop(self) -> None:
@@ -3087,9 +3433,77 @@ class TunnelClient:
         (self._hurrying if self._stopping.is_set() else self._stopping).set()
 
     @property
-    def active(self) -> int:
-        """Number of exchanges in flight."""
-        return len(self._forwarding)
+    def url(self) -> str:
+        """The public URL of the first tunnel; "" before it is known."""
+        return self.urls[0] if self.urls else ""
+
+    @property
+    def round_trip(self) -> float | None:
+        """Seconds to the server and back, when last measured."""
+        return self._link.session.round_trip if self._link else None
+
+    async def wait_changed(self, version: int) -> None:
+        """Return when the log is no longer of this version; a change of the link counts, too."""
+        while self.log.version == version:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def wait_for(
+        self, *, method: str = "", path: str = "", count: int = 1, after: int = 0, timeout: float | None = 60.0
+    ) -> Exchange:
+        """Return the `count`th exchange that has ended and that fits; those that are in the log already count, too.
+
+        `path` is without the query, `*` and `?` in it are wildcards; `after` is the id of an exchange to start behind.
+        Raises TimeoutError after `timeout` seconds.
+        """
+        found: dict[int, Exchange] = {}
+        version = 0
+        async with asyncio.timeout(timeout):
+            while True:
+                changed, version = self.log.since(version), self.log.version
+                for e in changed:
+                    fits = not path or fnmatch.fnmatchcase(e.path, path)
+                    if fits and e.ended is not None and e.id > after and method.upper() in ("", e.method):
+                        found[e.id] = e
+                if len(found) >= count:
+                    return list(found.values())[count - 1]
+                await self.wait_changed(version)
+
+    async def replay(self, exchange: Exchange, **edits: Any) -> Exchange:
+        """Send a recorded request to the local service once more, and return the new exchange when it has ended.
+
+        `edits` are `method`, `target` (str), `headers` and `body` (bytes) that differ. Raises MessageError when they
+        make no request, or when the content is longer than what was kept.
+        """
+        body = edits.get("body")
+        if body is None:
+            if exchange.bytes_in > len(exchange.request_body) or exchange.status == 101:
+                raise MessageError(f"only {len(exchange.request_body)} bytes of its content were kept")
+            body = bytes(exchange.request_body)
+        headers: Headers = edits.get("headers", exchange.request_headers)
+        headers = [pair for pair in headers if pair[0].lower() not in FRAMING | HOP_BY_HOP]
+        if body or field_values(exchange.request_headers, b"content-length"):
+            headers.append((b"Content-Length", b"%d" % len(body)))
+        method, target = edits.get("method", exchange.method), edits.get("target", exchange.target)
+        index = [tunnel.name for tunnel in self.tunnels].index(exchange.tunnel)
+        try:
+            head = RequestHead.decode(RequestHead(method.encode(), target.encode(), headers).encode())
+        except ProtocolError as error:
+            raise MessageError(str(error)) from None
+        if not target.startswith("/"):
+            raise MessageError("a target begins with /")
+        again = self._begin(index, head, replay_of=exchange.id)
+        task = asyncio.ensure_future(self._exchange(Replay(body), index, head, again))
+        self._forwarding.add(task)
+        task.add_done_callback(self._forwarding.discard)
+        await asyncio.wait([task], timeout=REPLAY_TIMEOUT)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return again
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        self._on_event(event, **fields)
+        self.log.touch()
 
     # The link
 
@@ -3110,7 +3524,7 @@ class TunnelClient:
         import aiohttp
 
         loop = asyncio.get_running_loop()
-        delays = backoff()
+        delays, retries = backoff(), 0
         self._give_up_at = loop.time() + DIAL_TIMEOUT
         while True:
             self._connected_at = float("inf")
@@ -3131,9 +3545,15 @@ class TunnelClient:
                 return
             if loop.time() - self._connected_at > STABLE:
                 delays = backoff()
+            if self._connected_at < float("inf"):
+                retries = 0
+            if self.urls and self._max_retries is not None and retries >= self._max_retries:
+                raise Unreachable(f"no server at {self.server}: {reason}; gave up after {retries} retries")
+            retries += 1
             delay = next(delays) if self.urls else min(next(delays), 1.0)
             if not self.urls and loop.time() + delay + BACKOFF_MIN > self._give_up_at:
                 raise Unreachable(f"no server at {self.server}: {reason}; check the address, or start pytunnel serve")
+            self.problem, self.retry_at = reason, loop.time() + delay
             self._emit("disconnected", reason=reason, retry_in=round(delay, 1))
             await self._pause(delay)
 
@@ -3205,7 +3625,7 @@ class TunnelClient:
             key=key_id(self._token),
             nonce=nonce,
             server=self.server,
-            tunnels=[tunnel.name for tunnel in self._tunnels],
+            tunnels=[tunnel.name for tunnel in self.tunnels],
             session=self._session_id,
             received=link.session.received if link else 0,
             window=INITIAL_WINDOW,
@@ -3248,11 +3668,12 @@ class TunnelClient:
             self._link = Link(session)
             self._link.on_stream, self._link.on_goaway = self._on_stream, self._on_goaway
             self._session_id = ready.get("session", str)
+        self.problem, self.retry_at = "", None
         if urls == self.urls:
             self._emit("reconnected", resumed=resumed)
         else:
             self.urls = urls
-            for tunnel, url in zip(self._tunnels, urls, strict=False):
+            for tunnel, url in zip(self.tunnels, urls, strict=False):
                 self._emit("ready", url=url, name=tunnel.name, target=tunnel.target.text)
         return self._link
 
@@ -3319,22 +3740,36 @@ class TunnelClient:
         task.add_done_callback(done)
 
     async def _forward(self, stream: Stream) -> None:
-        loop = asyncio.get_running_loop()
-        exchange = Exchange("", "", "", started=loop.time())
         try:
             head = RequestHead.decode(stream.head)
-            tunnel, service = self._tunnels[stream.tunnel], self._services[stream.tunnel]
-            exchange.tunnel, exchange.method = tunnel.name, head.method.decode()
-            exchange.target = head.target.decode("utf-8", "backslashreplace")
-            await Forwarding(stream, service, head, exchange).run()
+            exchange = self._begin(stream.tunnel, head)
+        except (ProtocolError, IndexError):
+            return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
+        await self._exchange(stream, stream.tunnel, head, exchange)
+
+    def _begin(self, tunnel: int, head: RequestHead, replay_of: int | None = None) -> Exchange:
+        exchange = Exchange(
+            self.tunnels[tunnel].name,
+            head.method.decode(),
+            head.target.decode("utf-8", "backslashreplace"),
+            started=asyncio.get_running_loop().time(),
+            time=time.time(),
+            request_headers=head.headers,
+            round_trip=self.round_trip,
+            replay_of=replay_of,
+        )
+        self.log.begin(exchange)
+        return exchange
+
+    async def _exchange(self, stream: Stream | Replay, tunnel: int, head: RequestHead, exchange: Exchange) -> None:
+        route = next(route for route in self._routes[tunnel] if route.takes(exchange.target))
+        try:
+            await Forwarding(stream, route, head, exchange, self.log).run()
         except StreamReset as error:
             if error.code is not ErrorCode.NO_ERROR:
                 exchange.error = error.reason or error.code.name
                 exchange.status = exchange.status or PROBLEMS[PROBLEM_OF.get(error.code, "internal")][0]
             stream.abort(error.code, error.reason, flush=True)
-        except (ProtocolError, IndexError) as error:
-            exchange.error = str(error)
-            stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
         except asyncio.CancelledError:
             exchange.error = "" if exchange.status == 101 else "the visitor went away"
         except Exception:
@@ -3342,8 +3777,11 @@ class TunnelClient:
             stream.abort(ErrorCode.INTERNAL)
             log.exception("a request failed")
         finally:
-            exchange.ended = loop.time()
-            self._emit("request", exchange=exchange)
+            self.log.finish(exchange, asyncio.get_running_loop().time())
+            self._on_event("request", exchange=exchange)
+            if exchange.status in (400, 403) and not self._hinted and REFUSED_HOST.search(exchange.response_body):
+                self._hinted = True
+                self._emit("hint", message="the local service refuses this host name; add --host-header rewrite")
 
 
 # ---- Demo -----------------------------------------------------------------------------------------------------------
@@ -3656,16 +4094,7 @@ class Console:
         """Report an event."""
         exchange = fields.pop("exchange", None)
         if exchange and self._json:
-            fields = {
-                "name": exchange.tunnel,
-                "method": exchange.method,
-                "path": exchange.target,
-                "status": exchange.status,
-                "ms": round(exchange.duration * 1000, 1),
-                "bytes_in": exchange.bytes_in,
-                "bytes_out": exchange.bytes_out,
-                "error": exchange.error or None,
-            }
+            fields = exchange.summary()
         line = exchange.line() if exchange else self._line(event, fields)
         if self._json:
             self.stdout.write(json.dumps({"event": event, **fields}))
@@ -3695,6 +4124,8 @@ class Console:
             return f"not connected: {escape(fields['reason'])}; trying again"
         if event == "reconnected":
             return "connected again, " + ("nothing lost" if fields["resumed"] else "but what was running is lost")
+        if event == "hint":
+            return f"hint: {fields['message']}"
         return ""
 
 
@@ -3787,8 +4218,8 @@ def _own_address() -> str:
 
 async def _run_client(client: TunnelClient, console: Console) -> int:
     def stop() -> None:
-        if client.active:
-            console.stderr.write(f"finishing what still runs ({client.active}); once more to stop now")
+        if client.log.in_flight:
+            console.stderr.write(f"finishing what still runs ({client.log.in_flight}); once more to stop now")
         client.stop()
 
     with _signals(stop):

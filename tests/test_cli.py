@@ -369,7 +369,7 @@ async def test_json_events_of_a_client(home: Path) -> None:
         event = await t.client.event("request")
         assert event.pop("ms") >= 0
         assert event == {
-            "event": "request", "name": "web", "method": "POST", "path": "/a?b=%20c", "status": 201,
+            "event": "request", "id": 1, "name": "web", "method": "POST", "path": "/a?b=%20c", "status": 201,
             "bytes_in": 3, "bytes_out": 5, "error": None,
         }  # fmt: skip
 
