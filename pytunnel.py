@@ -61,6 +61,7 @@ Session
 HTTP/1.1 messages
 Handshake
 Exchanges
+Views
 State
 Link
 Registry
@@ -88,8 +89,11 @@ if sys.version_info < (3, 11):  # noqa: UP036
 import argparse
 import asyncio
 import base64
+import codecs
 import collections
 import contextlib
+import datetime
+import difflib
 import email.utils
 import enum
 import fnmatch
@@ -107,13 +111,16 @@ import queue
 import random
 import re
 import secrets
+import shlex
 import signal
 import socket
 import ssl
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+import urllib.parse
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
@@ -186,6 +193,7 @@ MAX_PREFIX = 256 * KiB  # bytes of each body that are kept with them
 MAX_LOG = 32 * MiB  # bytes of heads and bodies in the log; the oldest exchanges make room
 MAX_NOTE = 512  # bytes kept of a WebSocket message or an event
 MAX_NOTES = 64  # of these in one exchange, the last ones
+MAX_VIEW = 1 * MiB  # bytes of a body that are unpacked for a person to see, whatever a bomb holds
 REPLAY_TIMEOUT = 30.0  # seconds a replayed request may take: an event stream would take for ever
 
 LOCAL_CONNECT_TIMEOUT = 5.0  # seconds to connect to the local service
@@ -1858,6 +1866,211 @@ class ExchangeLog:
             exchange.version = self.version
         for listener in self.listeners:
             listener()
+
+
+# ---- Views ----------------------------------------------------------------------------------------------------------
+# What terminal view, inspector and scripts make of a recorded exchange: bodies by type, a curl command, a HAR, a diff.
+
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"?|[{}\[\],:]|[^\s{}\[\],:"]+')
+
+
+class View(NamedTuple):
+    """A body as a person reads it: `text`, not yet escaped for a terminal; `note` says what is missing."""
+
+    kind: str  # json, form, text, image, hex or empty
+    text: str = ""
+    note: str = ""
+
+
+def human_size(size: float) -> str:
+    """Return a number of bytes in a few characters, like `3.1 MiB`."""
+    step = 0
+    while size >= 1000 and step < 4:
+        size, step = size / 1024, step + 1
+    return f"{size:.{0 if size >= 100 or not step else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[step]}"
+
+
+def indent_json(text: str) -> str:
+    """Return JSON with a line for each member; tokens stay as they were written, and half a text is no error."""
+    out: list[str] = []
+    depth, before = 0, ""
+    for token in _JSON_TOKEN.findall(text):
+        depth -= token in ("}", "]") and depth > 0
+        if token in ("}", "]"):
+            out.append("" if before in ("{", "[") else "\n" + "  " * depth)
+        elif before in ("{", "[", ",") or (before and not depth):  # at depth 0 another document begins
+            out.append("\n" + "  " * depth)
+        elif before == ":":
+            out.append(" ")
+        out.append(token)
+        depth += token in ("{", "[")
+        before = token
+    return "".join(out)
+
+
+def hex_dump(data: bytes) -> str:
+    """Return the first 4 KiB as offset, 16 bytes in hexadecimal, and the printable ones of them."""
+    rows = []
+    for at in range(0, min(len(data), 4 * KiB), 16):
+        row = data[at : at + 16]
+        shown = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
+        rows.append(f"{at:08x}  {row[:8].hex(' '):<23}  {row[8:].hex(' '):<23}  {shown}")
+    return "\n".join(rows)
+
+
+def unpack(coding: bytes, data: bytes) -> bytes:
+    """Undo a content coding, up to MAX_VIEW bytes and as far as `data` goes. Raises ValueError when it cannot."""
+    try:
+        if coding in (b"gzip", b"x-gzip", b"deflate"):
+            return zlib.decompressobj(47).decompress(data, MAX_VIEW)
+        if coding == b"zstd":
+            import zstandard
+
+            return zstandard.ZstdDecompressor(max_window_size=8 * MiB).stream_reader(data).read(MAX_VIEW)
+    except Exception as error:  # zlib.error, zstandard.ZstdError
+        raise ValueError(f"not {coding.decode()}: {error}") from None
+    raise ValueError(f"{escape(coding)} cannot be unpacked here")
+
+
+def body_view(headers: Headers, body: bytes | bytearray, size: int) -> View:
+    """Return what to show of a body of `size` bytes, of which `body` is the kept beginning."""
+    data, notes = bytes(body), []
+    if not size:
+        return View("empty")
+    if size > len(data):
+        notes.append(f"the first {human_size(len(data))} of {human_size(size)}")
+    content_type = b"".join(field_values(headers, b"content-type")[:1]).lower()
+    try:
+        for coding in field_tokens(headers, b"content-encoding") - {b"identity", b""}:
+            data = unpack(coding, data)
+            notes.append(f"unpacked from {escape(coding)}")
+        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=False)  # the last character may be cut
+        if "\0" in text:
+            raise ValueError("binary")
+    except ValueError as error:
+        if not isinstance(error, UnicodeDecodeError) and str(error) != "binary":
+            notes.append(str(error))
+        if content_type.startswith(b"image/") and size <= len(body):
+            return View("image", "", ", ".join(notes))
+        return View("hex", hex_dump(data), ", ".join(notes))
+    note = ", ".join(notes)
+    if b"json" in content_type or text.lstrip()[:1] in ("{", "["):
+        return View("json", indent_json(text), note)
+    if content_type.startswith(b"application/x-www-form-urlencoded"):
+        pairs = urllib.parse.parse_qsl(mask_target(text), keep_blank_values=True)
+        return View("form", "\n".join(f"{name} = {value}" for name, value in pairs), note)
+    return View("text", text, note)
+
+
+def text_fields(headers: Headers, *, reveal: bool = False) -> list[tuple[str, str]]:
+    """Return header fields as text; secrets are masked unless `reveal`."""
+    shown = headers if reveal else mask_headers(headers)
+    return [(name.decode(), value.decode("utf-8", "replace")) for name, value in shown]
+
+
+def timings(exchange: Exchange) -> dict[str, float | None]:
+    """Return seconds: waiting on the server, over the link and back, until the local service answered, its content."""
+    answered, ended = exchange.answered, exchange.ended
+    return {
+        "server": exchange.waited,
+        "link": exchange.round_trip,
+        "local": (answered or ended or exchange.started) - exchange.started if answered or ended else None,
+        "content": ended - answered if ended is not None and answered is not None else None,
+    }
+
+
+def as_curl(exchange: Exchange, url: str, *, reveal: bool = False) -> str:
+    """Return a shell command that sends the request to its tunnel at `url`; secrets are masked unless `reveal`."""
+    target = exchange.target if reveal else mask_target(exchange.target)
+    words = ["curl", "--globoff"] if set(target) & set("[]{}") else ["curl"]
+    if "/." in target:
+        words.append("--path-as-is")
+    body = bytes(exchange.request_body)
+    if exchange.method != "GET" or body:
+        words += ["--head"] if exchange.method == "HEAD" else ["-X", exchange.method]
+    skipped = {"host", "content-length", *(name.decode().lower() for name in OUR_FORWARDED)}
+    for name, value in text_fields(exchange.request_headers, reveal=reveal):
+        if name.lower() not in skipped:
+            words += ["-H", f"{name}: {value}"]
+    before = ""
+    try:
+        words += ["--data-raw", body.decode()] if body and b"\0" not in body else []
+        binary = b"\0" in body
+    except UnicodeDecodeError:
+        binary = True
+    if binary:
+        before = f"echo {base64.b64encode(body).decode()} | base64 -d | "
+        words += ["--data-binary", "@-"]
+    cut = f"  # only the first {len(body)} bytes of its content" if exchange.bytes_in > len(body) else ""
+    return before + shlex.join([*words, url + target]) + cut
+
+
+def as_har(exchanges: Iterable[Exchange], urls: Mapping[str, str], *, reveal: bool = False) -> dict[str, Any]:
+    """Return an HTTP archive (HAR 1.2); `urls` are those of the tunnels by name, secrets are masked unless `reveal`."""
+
+    def fields(headers: Headers) -> list[dict[str, str]]:
+        return [{"name": name, "value": value} for name, value in text_fields(headers, reveal=reveal)]
+
+    def content(headers: Headers, body: bytearray) -> dict[str, Any]:
+        mime = b"".join(field_values(headers, b"content-type")[:1]).decode("latin-1")
+        try:
+            return {"mimeType": mime, "text": body.decode()}
+        except UnicodeDecodeError:
+            return {"mimeType": mime, "text": base64.b64encode(body).decode(), "encoding": "base64"}
+
+    entries = []
+    for e in exchanges:
+        seconds = timings(e)
+        target = e.target if reveal else mask_target(e.target)
+        query = urllib.parse.parse_qsl(target.partition("?")[2], keep_blank_values=True)
+        request = {
+            "method": e.method,
+            "url": urls.get(e.tunnel, "") + target,
+            "httpVersion": "HTTP/1.1",
+            "cookies": [],
+            "headers": fields(e.request_headers),
+            "queryString": [{"name": name, "value": value} for name, value in query],
+            "headersSize": -1,
+            "bodySize": e.bytes_in,
+        }
+        if e.request_body:
+            request["postData"] = content(e.request_headers, e.request_body)
+        response = {
+            "status": e.status or 0,
+            "statusText": e.reason,
+            "httpVersion": "HTTP/1.1",
+            "cookies": [],
+            "headers": fields(e.response_headers),
+            "content": {"size": e.bytes_out, **content(e.response_headers, e.response_body)},
+            "redirectURL": b"".join(field_values(e.response_headers, b"location")).decode("latin-1"),
+            "headersSize": -1,
+            "bodySize": e.bytes_out,
+        }
+        ms = {name: round(1000 * (value or 0.0), 3) for name, value in seconds.items()}
+        entries.append(
+            {
+                "startedDateTime": datetime.datetime.fromtimestamp(e.time, datetime.UTC).isoformat(),
+                "time": sum(ms.values()),
+                "request": request,
+                "response": response,
+                "cache": {},
+                "timings": {"blocked": ms["server"], "send": ms["link"], "wait": ms["local"], "receive": ms["content"]},
+                "comment": e.error,
+            }
+        )
+    return {"log": {"version": "1.2", "creator": {"name": "pytunnel", "version": __version__}, "entries": entries}}
+
+
+def diff(before: Exchange, after: Exchange) -> list[str]:
+    """Return what differs between two responses, as lines of a unified diff; none when nothing does."""
+
+    def lines(e: Exchange) -> list[str]:
+        fields = [f"{name}: {value}" for name, value in text_fields(e.response_headers)]
+        body = body_view(e.response_headers, e.response_body, e.bytes_out)
+        return [f"{e.status} {e.reason}", *fields, "", *body.text.splitlines(), *filter(None, [body.note])]
+
+    names = f"#{before.id}", f"#{after.id}"
+    return list(difflib.unified_diff(lines(before), lines(after), *names, lineterm=""))
 
 
 # ==== Everything below does I/O ======================================================================================
