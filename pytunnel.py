@@ -70,6 +70,7 @@ Server
 Local service
 Forwarding
 Client
+Files
 Demo
 Settings
 Command line
@@ -115,6 +116,7 @@ import shlex
 import signal
 import socket
 import ssl
+import stat
 import struct
 import threading
 import time
@@ -3997,6 +3999,142 @@ class TunnelClient:
                 self._emit("hint", message="the local service refuses this host name; add --host-header rewrite")
 
 
+# ---- Files ----------------------------------------------------------------------------------------------------------
+# A folder as a local service. Nothing is served but what lies in it: a target is cut at its slashes before it is
+# decoded, its names are checked, and what they lead to is checked again, symbolic links followed.
+
+FILE_NAME = re.compile(r"[^./\\\0][^/\\\0]*")  # dotfiles (.env, .git) are nobody's business, and `..` is one of them
+LISTING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>%(title)s</title>
+<style>
+body{font:16px/1.7 system-ui;margin:2rem auto;max-width:50rem;padding:0 1rem;color-scheme:light dark}
+h1{font-size:1.2rem}table{width:100%%}td:last-child{text-align:right;font-variant-numeric:tabular-nums}
+td{overflow-wrap:anywhere}
+</style>
+<h1>%(title)s</h1>
+<table>%(rows)s
+</table>
+"""
+
+
+class Found(NamedTuple):
+    """A file or folder that may be served."""
+
+    path: Path
+    status: os.stat_result
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder; else it is a regular file."""
+        return stat.S_ISDIR(self.status.st_mode)
+
+
+def _find(root: Path, names: list[str]) -> Found | None:
+    """Return what the names lead to, None when it does not exist or is not to be served; `root` is resolved already."""
+    if not all(map(FILE_NAME.fullmatch, names)):
+        return None
+    try:
+        path = root.joinpath(*names).resolve(strict=True)
+        found = Found(path, path.stat())
+    except (OSError, RuntimeError):  # the latter for a loop of links, before Python 3.13
+        return None
+    inside = path.is_relative_to(root) and all(map(FILE_NAME.fullmatch, path.relative_to(root).parts))
+    return found if inside and (found.is_folder or stat.S_ISREG(found.status.st_mode)) else None  # no FIFO, no device
+
+
+def _listing(root: Path, names: list[str]) -> str:
+    """Return a folder's page. Raises OSError."""
+    entries = [(name, found) for name in os.listdir(root.joinpath(*names)) if (found := _find(root, [*names, name]))]
+    rows = ['\n<tr><td><a href="../">../</a><td>'] if names else []
+    for name, found in sorted(entries, key=lambda entry: (not entry[1].is_folder, entry[0].casefold(), entry[0])):
+        slash, size = ("/", "") if found.is_folder else ("", f"{found.status.st_size:,}")
+        link = "./" + urllib.parse.quote(os.fsencode(name)) + slash
+        rows.append(f'\n<tr><td><a href="{link}">{html.escape(escape(name, 255))}{slash}</a><td>{size}')
+    return LISTING % {"title": html.escape(escape("/".join(["", *names, ""]))), "rows": "".join(rows)}
+
+
+def _folder_app(root: Path, *, spa: bool) -> web.Application:
+    from aiohttp import web, web_fileresponse
+
+    root = root.resolve()
+    fresh = {"Cache-Control": "no-cache"}  # kept, but asked about each time: what is being worked on changes
+
+    class FileResponse(web.FileResponse):
+        """aiohttp's, which knows ranges and conditions, without two of its habits."""
+
+        def __init__(self, found: Found) -> None:
+            super().__init__(found.path, headers=fresh)
+            self.validator = f'"{found.status.st_mtime_ns:x}-{found.status.st_size:x}"'  # the ETag that aiohttp makes
+            self.content_type = web_fileresponse.CONTENT_TYPES.guess_type(found.path)[0] or "application/octet-stream"
+            if self.content_type.startswith("text/") or self.content_type.endswith("javascript"):
+                self.charset = "utf-8"
+
+        async def prepare(self, request: web.BaseRequest) -> Any:
+            # It would send a sibling `.gz`, however old, to who accepts that, and a Range whatever ETag If-Range has.
+            conditions = ("If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since", "If-Range", "Range")
+            headers = {name: request.headers[name] for name in conditions if request.headers.get(name, "é").isascii()}
+            if '"' in headers.get("If-Range", "") and headers["If-Range"] != self.validator:
+                headers.pop("Range", None)
+            return await super().prepare(request.clone(headers=headers))
+
+    def answer(request: web.Request) -> web.StreamResponse:
+        path, mark, query = request.raw_path.partition("?")
+        names = [urllib.parse.unquote(name, errors="surrogateescape") for name in path.split("/")[1:]]
+        if slash := names[-1:] == [""]:
+            names.pop()
+        wants_page = spa and "text/html" in request.headers.get("Accept", "") and all(map(FILE_NAME.fullmatch, names))
+        found = _find(root, names)
+        if found and found.is_folder:
+            index = _find(root, [*names, "index.html"])
+            if not slash and (index or not spa):
+                raise web.HTTPFound(path + "/" + mark + query)
+            if not index and not spa:
+                return web.Response(text=_listing(root, names), content_type="text/html", headers=fresh)
+            found = index
+        elif slash:
+            found = None
+        if not found and wants_page:
+            found = _find(root, ["index.html"])
+        if not found or found.is_folder:
+            raise web.HTTPNotFound
+        return FileResponse(found)
+
+    async def serve(request: web.Request) -> web.StreamResponse:
+        try:
+            return await asyncio.to_thread(answer, request)
+        except OSError:
+            raise web.HTTPForbidden from None
+
+    app = web.Application()
+    app.router.add_get("/{path:(?s:.*)}", serve)  # which answers 405 to other methods
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _running(app: web.Application) -> AsyncIterator[int]:
+    """Run an application on a free port of 127.0.0.1, which is what the context gives."""
+    from aiohttp import web
+
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def folder_service(root: Path, *, spa: bool = False) -> AsyncIterator[int]:
+    """Serve a folder on a free port of 127.0.0.1, which is what the context gives.
+
+    With `spa`, a browser gets the root's index.html for each path that has no file.
+    """
+    async with _running(_folder_app(root, spa=spa)) as port:
+        yield port
+
+
 # ---- Demo -----------------------------------------------------------------------------------------------------------
 # A small local service to try a tunnel with: a page, an event stream, a WebSocket and an upload.
 
@@ -4057,16 +4195,8 @@ def _demo_app() -> web.Application:
 @contextlib.asynccontextmanager
 async def demo_service() -> AsyncIterator[int]:
     """Run the sample service on a free port of 127.0.0.1, which is what the context gives."""
-    from aiohttp import web
-
-    runner = web.AppRunner(_demo_app(), access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
+    async with _running(_demo_app()) as port:
+        yield port
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
