@@ -73,6 +73,10 @@ Client
 Files
 Demo
 Settings
+Running clients
+Python API
+Console
+Commands
 Command line
 """
 
@@ -118,11 +122,13 @@ import socket
 import ssl
 import stat
 import struct
+import subprocess
 import threading
 import time
+import tomllib
 import urllib.parse
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
@@ -132,7 +138,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 __version__ = "0.1.0"
-__all__ = ["Session", "TunnelClient", "TunnelServer", "main"]
+__all__ = ["Exchange", "Session", "TunnelClient", "TunnelError", "TunnelServer", "connect", "main", "serve"]
 
 log = logging.getLogger("pytunnel")
 
@@ -243,6 +249,8 @@ def parse_object(text: str) -> dict[str, Any]:
 #     TunnelError               one line for the user, with an exit status
 #     ├── UsageError            the command line or the environment is wrong
 #     ├── Unreachable           the server cannot be reached
+#     ├── LocalDown             the local service did not come up
+#     ├── NotRun                the command after `--` cannot be run
 #     └── Refused               the server said no in the handshake
 #     ProtocolError             the peer broke the wire protocol; the session ends
 #     MessageError              an HTTP message breaks RFC 9110 or 9112
@@ -260,6 +268,7 @@ class ExitStatus(enum.IntEnum):
     NAME_REFUSED = 4
     UNREACHABLE = 5
     LOCAL_DOWN = 6
+    NOT_RUN = 127
     INTERRUPTED = 130
 
 
@@ -306,6 +315,20 @@ class Unreachable(TunnelError):
 
     exit_status = ExitStatus.UNREACHABLE
     code = "unreachable"
+
+
+class LocalDown(TunnelError):
+    """The local service did not come up."""
+
+    exit_status = ExitStatus.LOCAL_DOWN
+    code = "local-down"
+
+
+class NotRun(TunnelError):
+    """The command after `--` cannot be run."""
+
+    exit_status = ExitStatus.NOT_RUN
+    code = "not-run"
 
 
 class Refused(TunnelError):
@@ -1734,12 +1757,6 @@ class Exchange:
         """The target without its query."""
         return self.target.partition("?")[0]
 
-    def line(self) -> str:
-        """Return it as one line for a terminal."""
-        outcome = str(self.status) if self.status else "---"
-        error = f"  {escape(self.error)}" if self.error else ""
-        return f"{outcome} {self.method:<7} {escape(self.target, 80)}  {self.duration * 1000:.0f} ms{error}"
-
     def summary(self) -> dict[str, Any]:
         """Return it as a program sees it in a list: plain JSON values; sizes in bytes, `ms` None while it runs."""
         return {
@@ -1773,6 +1790,13 @@ class Exchange:
 
 def _size(headers: Headers) -> int:
     return sum(len(name) + len(value) for name, value in headers)
+
+
+def one_line(summary: Mapping[str, Any]) -> str:
+    """Return an exchange's summary as a line for a terminal."""
+    error = f"  {escape(summary['error'])}" if summary["error"] else ""
+    start = f"{summary['status'] or '---'} {escape(summary['method']):<7} {escape(summary['path'], 80)}"
+    return f"{start}  {summary['ms'] or 0:.0f} ms{error}"
 
 
 class ExchangeLog:
@@ -3154,10 +3178,16 @@ class Target(NamedTuple):
     host: str  # or the path of a Unix socket
     port: int  # 0 for a Unix socket
     tls: bool = False
+    folder: bool = False  # `host` is its path
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read `3000`, `host:port`, `http://…`, `https://…` or `unix:/path`. Raises UsageError."""
+        """Read `3000`, `host:port`, `http://…`, `https://…`, `unix:/path` or a folder's path. Raises UsageError."""
+        if text.startswith((".", "/", "~")) or (not text.isdecimal() and os.path.isdir(text)):
+            path = os.path.abspath(os.path.expanduser(text))
+            if not os.path.isdir(path):
+                raise UsageError(f"there is no folder {escape(path)}")
+            return cls(path, path, 0, folder=True)
         if text.startswith("unix:/"):
             return cls(text, text.removeprefix("unix:"), 0)
         scheme, separator, rest = text.partition("://")
@@ -3170,7 +3200,7 @@ class Target(NamedTuple):
         except MessageError:
             host, port = "", None
         if scheme not in ("http", "https") or not host or port == 0 or not (port or separator):
-            forms = "a port like 3000, host:port, http://host:port, https://host:port or unix:/path"
+            forms = "a port like 3000, host:port, http:// or https://host:port, unix:/path or a folder like ./dist"
             raise UsageError(f"{escape(text)!r} is not a target: give {forms}")
         return cls(text, host.strip("[]"), port or DEFAULT_PORTS[scheme], scheme == "https")
 
@@ -3574,15 +3604,22 @@ class Tunnel(NamedTuple):
     host: str = ""
     request: Edits = Edits()
     response: Edits = Edits()
+    insecure: bool = False  # do not verify the certificate of a service that is not on this machine
+    spa: bool = False  # of a folder: its index.html for paths that are no file
 
-    def open(self, *, insecure: bool) -> list[Route]:
+    @property
+    def targets(self) -> list[Target]:
+        """All its local services."""
+        return [self.target, *(target for _, target in self.routes)]
+
+    def open(self) -> list[Route]:
         """Return the routes with their local services, the longest prefix first."""
         routes = []
         for prefix, target in sorted([*self.routes, ("", self.target)], key=lambda route: -len(route[0])):
             host = target.authority if self.host == "rewrite" else self.host
             put = [(b"Host", host.encode()), *self.request.put] if host else self.request.put
             request = Edits(put, self.request.drop)
-            routes.append(Route(prefix, LocalService(target, insecure=insecure), request, self.response))
+            routes.append(Route(prefix, LocalService(target, insecure=self.insecure), request, self.response))
         return routes
 
 
@@ -3600,7 +3637,6 @@ class TunnelClient:
         token: str,
         tunnels: list[Tunnel],
         *,
-        insecure: bool = False,
         max_retries: int | None = None,
         on_event: Callable[..., None] = lambda event, **fields: None,
     ) -> None:
@@ -3610,7 +3646,7 @@ class TunnelClient:
         self.problem = "connecting"  # why there is no link; "" while there is one
         self.retry_at: float | None = None  # when the next dial is, in the event loop's time
         self._token, self._on_event, self._max_retries = token, on_event, max_retries
-        self._routes = [tunnel.open(insecure=insecure) for tunnel in tunnels]
+        self._routes = [tunnel.open() for tunnel in tunnels]
         self._changed = asyncio.Event()
         self.log.listeners.add(self._changed.set)
         self._hinted = False
@@ -3664,7 +3700,14 @@ class TunnelClient:
             await self._changed.wait()
 
     async def wait_for(
-        self, *, method: str = "", path: str = "", count: int = 1, after: int = 0, timeout: float | None = 60.0
+        self,
+        *,
+        method: str = "",
+        path: str = "",
+        tunnel: str = "",
+        count: int = 1,
+        after: int = 0,
+        timeout: float | None = 60.0,
     ) -> Exchange:
         """Return the `count`th exchange that has ended and that fits; those that are in the log already count, too.
 
@@ -3677,8 +3720,8 @@ class TunnelClient:
             while True:
                 changed, version = self.log.since(version), self.log.version
                 for e in changed:
-                    fits = not path or fnmatch.fnmatchcase(e.path, path)
-                    if fits and e.ended is not None and e.id > after and method.upper() in ("", e.method):
+                    fits = method.upper() in ("", e.method) and tunnel in ("", e.tunnel)
+                    if fits and e.ended is not None and e.id > after and fnmatch.fnmatchcase(e.path, path or "*"):
                         found[e.id] = e
                 if len(found) >= count:
                     return list(found.values())[count - 1]
@@ -3719,6 +3762,17 @@ class TunnelClient:
     def _emit(self, event: str, **fields: Any) -> None:
         self._on_event(event, **fields)
         self.log.touch()
+
+    async def log_in(self) -> None:
+        """Shake hands with the server once, and leave. Raises Unreachable or Refused."""
+        import aiohttp
+
+        until = asyncio.get_running_loop().time() + DIAL_TIMEOUT
+        try:
+            async with self._dial(until) as ws, asyncio.timeout_at(until):
+                await self._handshake(ws)
+        except (OSError, aiohttp.ClientError, TimeoutError, ProtocolError) as error:
+            raise Unreachable(f"no server at {self.server}: {_describe(error)}; check the address") from None
 
     # The link
 
@@ -4200,7 +4254,7 @@ async def demo_service() -> AsyncIterator[int]:
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
-# Where values come from: a flag, else the environment, else what a former run remembered, else a default.
+# Where values come from, and what is remembered between runs.
 
 
 def state_directory() -> Path:
@@ -4283,13 +4337,6 @@ class Memory:
             with contextlib.suppress(OSError):
                 write_private(self._path, json.dumps({"server": server, "tokens": self.tokens}, indent=1))
 
-    def token_for(self, server: str) -> str:
-        """Return the token for a server: the one that worked, on this machine else the one that serve keeps."""
-        if server not in self.tokens and Origin.from_url(server).zone == "localhost":
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                return (self.directory / "token").read_text().strip()
-        return self.tokens.get(server, "")
-
     def machine(self) -> str:
         """Return what tells this machine from the user's others, so that its tunnels' names stay."""
         try:
@@ -4298,105 +4345,323 @@ class Memory:
             return platform.node()
 
 
-def client_settings(options: argparse.Namespace, memory: Memory) -> tuple[str, str, list[Tunnel]]:
-    """Return server, token and tunnels. Raises UsageError or Refused."""
-    server = parse_server(options.server or os.environ.get("PYTUNNEL_SERVER") or memory.server or "localhost")
-    token = options.token or os.environ.get("PYTUNNEL_TOKEN") or memory.token_for(server)
-    if not token:
-        raise UsageError(f"no token for {server}: add --token with what `pytunnel serve` printed there")
-    check_token(token, "copy the whole of what `pytunnel serve` printed")
-    if len(options.name) > 1:
-        raise UsageError("--name was given twice; write NAME=TARGET for each, like web=3000 api=8080")
-    name = options.name[0] if options.name else os.environ.get("PYTUNNEL_NAME", "")
-    tunnels = []
-    for text in options.targets:
-        label, separator, rest = text.partition("=") if not text.startswith("unix:") else ("", "", "")
-        target = Target.parse(rest if separator else text)
-        if name and (separator or len(options.targets) > 1):
-            raise UsageError("--name and PYTUNNEL_NAME are for one target; write NAME=TARGET, like web=3000 api=8080")
-        wanted = label if separator else name
-        if wanted:
-            check_name(wanted)
-        tunnels.append(Tunnel(wanted or default_name(token, memory.machine(), target.text), target))
-    if len({tunnel.name for tunnel in tunnels}) < len(tunnels):
-        raise UsageError("two targets with one name; give each its own, like web=3000 api=8080")
-    return server, token, tunnels
+class Setting(NamedTuple):
+    """A value and where it comes from."""
+
+    value: str
+    source: str
+
+    @classmethod
+    def first(cls, *candidates: tuple[str | None, str]) -> Setting:
+        """Return the first of the candidates that has a value, else nothing from nowhere."""
+        return next((cls(value, source) for value, source in candidates if value), cls("", "not set"))
 
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
-# Parse, wire things together, turn signals into stops and errors into one line and an exit status.
-# stdout is for programs: the public URL on a line of its own, or with --json one object a line. stderr is for people.
-
-EXAMPLES = {
-    "": """\
-  pytunnel serve                      on a host that visitors can reach; prints the line to paste at home
-  pytunnel connect 3000               at home: gives localhost:3000 a public URL
-  pytunnel connect web=3000 api=8080  two tunnels, with names of your choice
-  pytunnel demo                       all of it on this machine, with a sample page
-""",
-    "serve": """\
-  pytunnel serve                           port 8080, URLs from the address that clients dial
-  pytunnel serve --domain t.example.com    tunnels at NAME.t.example.com, whatever they dial
-  pytunnel serve --listen 127.0.0.1:8080 --domain https://t.example.com --trusted-proxy 127.0.0.1
-                                           behind Caddy or nginx on the same host
-""",
-    "connect": """\
-  pytunnel connect 3000                            localhost:3000, under a name that stays the same
-  pytunnel connect 3000 --name web                 https://web.t.example.com
-  pytunnel connect web=3000 api=https://10.0.0.7   two tunnels
-  pytunnel connect unix:/run/app.sock              a Unix socket
-  pytunnel connect 3000 >url &                     stdout is the URL, when it works, and nothing else
-""",
-    "demo": """\
-  pytunnel demo                        a server, a sample page and a tunnel to it, on this machine alone
-  pytunnel demo --listen 127.0.0.1:80  on another port
-""",
+SETTINGS = {"server": str, "token": str, "tunnels": dict}  # of a settings file
+TUNNEL_SETTINGS = {  # of each of its tunnels; also flags of `connect`
+    "target": str,
+    "host-header": str,
+    "header": list,
+    "remove-header": list,
+    "response-header": list,
+    "remove-response-header": list,
+    "route": list,
+    "spa": bool,
+    "insecure": bool,
 }
 
 
-class CommandParser(argparse.ArgumentParser):
-    """argparse, with examples before everything else and errors in one line."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return what a settings file (TOML) says, {} when there is none. Raises UsageError that says what is wrong."""
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {escape(str(error))}") from None
+    _check_settings(settings, SETTINGS, f"{path}: ")
+    for name, tunnel in settings.get("tunnels", {}).items():
+        where = f"{path}: tunnel {escape(name)}: "
+        _check_settings(tunnel if isinstance(tunnel, dict) else {"=": tunnel}, TUNNEL_SETTINGS, where)
+        if "target" not in tunnel:
+            raise UsageError(f"{where}it has no target; add one, like target = \"3000\"")
+    return settings
 
-    def format_help(self) -> str:
-        """Return the examples, then what argparse has to say."""
-        _, _, rest = super().format_help().partition(f"{self.description}\n\n")
-        return f"{self.description}\n\n{EXAMPLES[self.prog.partition(' ')[2]]}\n{self.format_usage()}\n{rest}"
 
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and one line."""
-        self.exit(ExitStatus.USAGE, f"error: {message}; see {self.prog} --help\n")
+def _check_settings(settings: dict[str, Any], known: Mapping[str, type], where: str) -> None:
+    for key, value in settings.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, 1, 0.0)[0]
+            raise UsageError(f"{where}unknown setting {escape(key)!r}; did you mean {nearest!r}?")
+        items = value if isinstance(value, list) else []
+        if type(value) is not known[key] or any(not isinstance(item, str) for item in items):
+            kind = {str: "text in quotes", list: "a list of texts", bool: "true or false", dict: "a table"}[known[key]]
+            raise UsageError(f"{where}{key} is not {kind}")
 
 
-def _parser() -> CommandParser:
-    common = CommandParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="events on stdout, one JSON object a line")
-    common.add_argument("-v", "--verbose", action="store_true", help="more about links on stderr")
-    common.add_argument("--debug", action="store_true", help="frames that arrive, and tracebacks")
-    parser = CommandParser(prog="pytunnel", description="A public URL for a service on your machine.")
-    parser.add_argument("--version", action="version", version=f"pytunnel {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+class Settings:
+    """What a client uses: a flag, else the environment, else a file, else what worked before, else a default."""
 
-    def add(name: str, summary: str) -> CommandParser:
-        what = summary[0].lower() + summary[1:]
-        return commands.add_parser(name, parents=[common], help=what, description=f"{summary}.")
+    def __init__(self, flags: Mapping[str, Any], *, project: bool = False) -> None:
+        """Read them; `project` says that ./pytunnel.toml counts. Raises UsageError."""
+        import platformdirs
 
-    serve = add("serve", "Serve visitors and tunnels")
-    serve.add_argument("--listen", default=f":{DEFAULT_PORT}", metavar="HOST:PORT", help="default: 8080, everywhere")
-    serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
-    serve.add_argument("--token", metavar="T", help="default: one that is made once and kept")
-    serve.add_argument("--trusted-proxy", action="append", default=[], metavar="CIDR", help="believe its X-Forwarded-*")
-    serve.add_argument("--grace", type=float, default=GRACE, metavar="S", help=f"sessions outlive links by {GRACE:g} s")
-    serve.add_argument("--hold", type=float, default=HOLD, metavar="S", help=f"requests wait {HOLD:g} s for a client")
-    serve.add_argument("--drain", type=float, default=DRAIN, metavar="S", help=f"exchanges get {DRAIN:g} s on SIGTERM")
-    connect = add("connect", "Give local services public URLs")
-    connect.add_argument("targets", nargs="+", metavar="TARGET", help="[NAME=] port, host:port, URL or unix:/path")
-    connect.add_argument("--server", metavar="URL", help="default: the last one that worked, else localhost:8080")
-    connect.add_argument("--token", metavar="T", help="default: the one remembered for that server")
-    connect.add_argument("--name", action="append", default=[], metavar="N", help="default: one that stays the same")
-    connect.add_argument("--insecure", action="store_true", help="do not verify a local service's certificate")
-    demo = add("demo", "Try it on this machine")
-    demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
-    return parser
+        self._flags = flags
+        self.memory = Memory(state_directory())
+        own = os.environ.get("PYTUNNEL_CONFIG") or Path(platformdirs.user_config_dir("pytunnel")) / "config.toml"
+        self.files = {path: read_settings(path) for path in [Path("pytunnel.toml")] * project + [Path(own)]}
+        candidates = [*self._given("server"), *((file.get("server"), str(path)) for path, file in self.files.items())]
+        last = (self.memory.server, "the last one that worked")
+        server, source = Setting.first(*candidates, last, ("localhost", "default"))
+        self.server = Setting(parse_server(server), source)
+        self.token = Setting.first(*self._given("token"), *self._kept_tokens())
+
+    def _given(self, key: str) -> list[tuple[str | None, str]]:
+        variable = f"PYTUNNEL_{key.upper()}"
+        return [(self._flags.get(key), f"--{key}"), (os.environ.get(variable), f"${variable}")]
+
+    def _kept_tokens(self) -> Iterator[tuple[str | None, str]]:
+        for path, file in self.files.items():
+            if parse_server(file.get("server") or self.server.value) == self.server.value:  # else it is another's
+                yield file.get("token"), str(path)
+        yield self.memory.tokens.get(self.server.value), "the one that worked for this server"
+        if Origin.from_url(self.server.value).zone == "localhost":
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                path = self.memory.directory / "token"
+                yield path.read_text(encoding="utf-8").strip(), str(path)
+
+    def checked_token(self) -> str:
+        """Return the token. Raises UsageError when there is none."""
+        if not self.token.value:
+            raise UsageError(f"no token for {self.server.value}: add --token with what `pytunnel serve` printed there")
+        return check_token(self.token.value, "copy the whole of what `pytunnel serve` printed")
+
+    def from_targets(self, texts: Sequence[str]) -> list[Tunnel]:
+        """Return the tunnels of targets like `3000` or `web=3000`. Raises UsageError or Refused."""
+        name = Setting.first(*self._given("name")).value
+        tunnels = []
+        for text in texts:
+            label, separator, rest = text.partition("=") if re.match(r"[^:/\\]+=", text) else ("", "", text)
+            if name and (separator or len(texts) > 1):
+                raise UsageError("--name and PYTUNNEL_NAME are for one target; write NAME=TARGET, like web=3000")
+            tunnels.append(self._tunnel(label if separator else name, rest, self._flags))
+        if len({tunnel.name for tunnel in tunnels}) < len(tunnels):
+            raise UsageError("two targets with one name; give each its own, like web=3000 api=8080")
+        return tunnels
+
+    def named(self) -> dict[str, Tunnel]:
+        """Return the tunnels of the settings files, by name; those of ./pytunnel.toml first."""
+        tables: dict[str, dict[str, Any]] = {}
+        for file in self.files.values():
+            for name, table in file.get("tunnels", {}).items():
+                tables.setdefault(name, {key.replace("-", "_"): value for key, value in table.items()})
+        return {name: self._tunnel(name, table["target"], table) for name, table in tables.items()}
+
+    def _tunnel(self, name: str, target: str, options: Mapping[str, Any]) -> Tunnel:
+        parsed = Target.parse(target)
+        routes = []
+        for text in options.get("route") or ():
+            prefix, separator, rest = text.partition("=")
+            if not separator or not prefix.startswith("/"):
+                raise UsageError(f"{escape(text)!r} is not a route: write PATH=TARGET, like /api=8080")
+            routes.append((prefix.rstrip("/"), Target.parse(rest)))
+        host = options.get("host_header") or ""
+        if host and host != "rewrite":
+            try:
+                parse_host(host)
+            except MessageError:
+                raise UsageError(f"{escape(host)!r} is not a host; give one, or `rewrite` for the target's") from None
+        return Tunnel(
+            check_name(name) if name else default_name(self.checked_token(), self.memory.machine(), parsed.text),
+            parsed,
+            tuple(routes),
+            host,
+            Edits.parse(options.get("header") or (), options.get("remove_header") or ()),
+            Edits.parse(options.get("response_header") or (), options.get("remove_response_header") or ()),
+            bool(options.get("insecure")),
+            bool(options.get("spa")),
+        )
+
+
+# ---- Running clients ------------------------------------------------------------------------------------------------
+# A client leaves a private note of itself, so that other commands find it and talk to it through its inspector.
+
+
+class Run:
+    """A client that runs on this machine: its tunnels, and the way to its inspector."""
+
+    def __init__(self, path: Path, note: Mapping[str, Any]) -> None:
+        self.path, self.tunnels = path, list(note["tunnels"])  # of each: name, url, target
+        self.pid, self.inspector, self._token = int(note["pid"]), str(note["inspector"]), str(note["token"])
+
+    @staticmethod
+    @contextlib.contextmanager
+    def noted(inspector: Inspector) -> Iterator[Callable[[TunnelClient], None]]:
+        """Give a function that leaves the note of a client; it is removed when the context ends."""
+        path = state_directory() / "run" / f"{os.getpid()}.json"
+
+        def leave(client: TunnelClient) -> None:
+            pairs = zip(client.tunnels, client.urls, strict=True)
+            tunnels = [{"name": tunnel.name, "url": url, "target": tunnel.target.text} for tunnel, url in pairs]
+            note = {"pid": os.getpid(), "inspector": inspector.url, "token": inspector.token, "tunnels": tunnels}
+            with contextlib.suppress(OSError):  # a full disk is no reason to stop
+                write_private(path, json.dumps(note))
+
+        try:
+            yield leave
+        finally:
+            path.unlink(missing_ok=True)
+
+    @classmethod
+    def all(cls) -> list[Run]:
+        """Return the clients that run here; what killed ones have left is removed."""
+        runs = []
+        for path in sorted((state_directory() / "run").glob("*.json")):
+            try:
+                run = cls(path, parse_object(path.read_text(encoding="utf-8")))
+                run.ask("/api/status", timeout=2.0)
+            except (OSError, ValueError, LookupError, TypeError, TunnelError):
+                path.unlink(missing_ok=True)
+            else:
+                runs.append(run)
+        return runs
+
+    @classmethod
+    def find(cls, name: str | None) -> Run:
+        """Return the client that has a tunnel of this name, without one the only client. Raises TunnelError."""
+        runs = cls.all()
+        fitting = [run for run in runs if not name or name in run.names]
+        if len(fitting) == 1:
+            return fitting[0]
+        names = ", ".join(name for run in runs for name in run.names)
+        if not runs:
+            raise TunnelError("no client runs here; start one with pytunnel connect")
+        raise TunnelError(f"which tunnel? these run here: {escape(names)}")
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its tunnels."""
+        return [str(tunnel["name"]) for tunnel in self.tunnels]
+
+    def ask(self, path: str, *, post: bool = False, timeout: float = 10.0, **query: object) -> Any:
+        """Return the inspector's answer: an object, or bytes that are no JSON. Raises TunnelError with its reason."""
+        import urllib.request
+
+        url = self.inspector + path + ("?" + urllib.parse.urlencode(query) if query else "")
+        request = urllib.request.Request(url, b"{}" if post else None, {"X-Pytunnel-Token": self._token})
+        request.add_header("Content-Type", "application/json")
+        try:
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(request, timeout=timeout) as response:
+                data: bytes = response.read()
+                return parse_object(data.decode()) if "json" in response.headers["Content-Type"] else data
+        except urllib.error.HTTPError as error:
+            with error, contextlib.suppress(ValueError):
+                raise TunnelError(escape(str(parse_object(error.read().decode()).get("error")))) from None
+            raise TunnelError(f"the client answered with HTTP status {error.code}") from None
+        except (OSError, ValueError) as error:
+            raise TunnelError(f"the client at {self.inspector} does not answer: {_describe(error)}") from None
+
+
+# ---- Python API -----------------------------------------------------------------------------------------------------
+# What the commands do, for a test suite or a notebook.
+
+
+@contextlib.asynccontextmanager
+async def open_folders(tunnels: Iterable[Tunnel]) -> AsyncIterator[list[Tunnel]]:
+    """Serve the folders among the targets while the context lasts, and give the tunnels that lead there."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def opened(target: Target, spa: bool) -> Target:
+            if not target.folder:
+                return target
+            port = await stack.enter_async_context(folder_service(Path(target.host), spa=spa))
+            return target._replace(host="127.0.0.1", port=port, folder=False)
+
+        yield [
+            tunnel._replace(
+                target=await opened(tunnel.target, tunnel.spa),
+                routes=tuple([(prefix, await opened(target, tunnel.spa)) for prefix, target in tunnel.routes]),
+            )
+            for tunnel in tunnels
+        ]
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    *targets: int | str,
+    server: str = "",
+    token: str = "",
+    name: str = "",
+    host_header: str = "",
+    header: Sequence[str] = (),
+    remove_header: Sequence[str] = (),
+    response_header: Sequence[str] = (),
+    remove_response_header: Sequence[str] = (),
+    route: Sequence[str] = (),
+    spa: bool = False,
+    insecure: bool = False,
+) -> AsyncIterator[TunnelClient]:
+    """Give local services public URLs while the context lasts; it is entered when they work.
+
+    The arguments are those of the command line, like `connect(3000, name="web")`, `connect("web=3000", "api=8080")`
+    or `connect("./dist", spa=True)`. The client has `url` and `urls`, `wait_for`, `replay`, and the exchanges in its
+    `log`. Raises TunnelError, also at the end when the session was lost for good.
+    """
+    settings = Settings(locals())
+    async with open_folders(settings.from_targets([str(target) for target in targets])) as tunnels:
+        client = TunnelClient(settings.server.value, settings.checked_token(), tunnels)
+        running = asyncio.ensure_future(client.run())
+        try:
+            while client.problem and not running.done():
+                changed = asyncio.ensure_future(client.wait_changed(client.log.version))
+                await asyncio.wait([running, changed], return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+            if running.done():
+                running.result()
+            yield client
+        finally:
+            client.stop()
+            client.stop()
+            await running
+
+
+def _dialled(host: str | None, everywhere: str) -> str:
+    """Return the host of a URL that reaches what listens on `host`; `everywhere` stands for all addresses."""
+    if host in (None, "0.0.0.0", "::"):
+        return everywhere
+    return f"[{host}]" if ":" in host else host
+
+
+class Served(NamedTuple):
+    """A server that runs, and what a client needs to use it."""
+
+    url: str
+    token: str
+    server: TunnelServer
+
+
+@contextlib.asynccontextmanager
+async def serve(listen: str = "127.0.0.1:0", *, token: str = "", state: Path | None = None) -> AsyncIterator[Served]:
+    """Run a server while the context lasts, with `url` and `token` for clients. Raises TunnelError.
+
+    Which name belongs to which token is kept in the directory `state`, else nowhere.
+    """
+    import tempfile
+
+    host, port = parse_listen(listen)
+    token = check_token(token or make_token())
+    with tempfile.TemporaryDirectory(prefix="pytunnel-") as directory:
+        server = TunnelServer(tokens=[token], state=state or Path(directory), host=host, port=port)
+        await server.start()
+        try:
+            yield Served(f"http://{_dialled(host, '127.0.0.1')}:{server.port}", token, server)
+        finally:
+            await server.close()
+
+
+# ---- Console --------------------------------------------------------------------------------------------------------
+# stdout is for programs: the public URL on a line of its own, or with --json one object a line. stderr is for people.
 
 
 class Output(threading.Thread):
@@ -4428,31 +4693,34 @@ class Output(threading.Thread):
 class Console:
     """Tells programs and people what happens."""
 
-    def __init__(self, *, as_json: bool) -> None:
-        self._json = as_json
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.as_json: bool = options.json
+        self.format: str = getattr(options, "format", None) or "{url}"
+        self.quiet = bool(getattr(options, "detached", False))  # about requests
         self.stdout, self.stderr = Output(1), Output(2)
+        self.say: Callable[[str], None] = self.stderr.write  # a line for people; the terminal view takes its place
         self._last_line = ""
 
     def emit(self, event: str, **fields: Any) -> None:
         """Report an event."""
         exchange = fields.pop("exchange", None)
-        if exchange and self._json:
+        if exchange:
             fields = exchange.summary()
-        line = exchange.line() if exchange else self._line(event, fields)
-        if self._json:
+        line = one_line(fields) if exchange else self._line(event, fields)
+        if self.as_json:
             self.stdout.write(json.dumps({"event": event, **fields}))
         else:
             if event == "ready":
-                self.stdout.write(fields["url"])
-            if line and line != self._last_line:  # an outage is reported once, not at every dial
-                self.stderr.write(line)
-            self._last_line = line if event == "disconnected" else ""
+                self.stdout.write(self.format.format(**fields))
+            if line and line != self._last_line and not (exchange and self.quiet):
+                self.say(line)
+            self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
 
     def fail(self, error: TunnelError) -> None:
         """Report what a command ends with."""
-        if self._json:
+        if self.as_json:
             self.emit("error", code=error.code, message=str(error))
-        self.stderr.write(f"error: {error}")
+        self.say(f"error: {error}")
 
     def close(self) -> None:
         """Let everything out."""
@@ -4472,8 +4740,12 @@ class Console:
         return ""
 
 
+# ---- Commands -------------------------------------------------------------------------------------------------------
+# Each subcommand wires things together, turns signals into stops, and returns an exit status.
+
+
 @contextlib.contextmanager
-def _signals(handler: Callable[[], None]) -> Iterator[None]:
+def _signals(handler: Callable[[int], object]) -> Iterator[None]:
     """Call `handler` on SIGINT, SIGTERM, and when the terminal is closed."""
     loop = asyncio.get_running_loop()
     caught = [signal.SIGINT, signal.SIGTERM]
@@ -4481,15 +4753,88 @@ def _signals(handler: Callable[[], None]) -> Iterator[None]:
         caught.append(signal.SIGHUP)
     for number in caught:
         try:
-            loop.add_signal_handler(number, handler)
+            loop.add_signal_handler(number, handler, number)
         except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(handler))
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(handler, number))
     try:
         yield
     finally:
         for number in caught:
             with contextlib.suppress(NotImplementedError):
                 loop.remove_signal_handler(number)
+
+
+PACKAGES = "aiohttp zstandard platformdirs"
+
+
+def _run(command: Coroutine[Any, Any, int]) -> int:
+    """Run a command on uvloop when it is installed, else on asyncio's own loop."""
+    factory = None
+    if os.environ.get("PYTUNNEL_LOOP") != "asyncio":
+        with contextlib.suppress(ImportError):
+            import uvloop
+
+            factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(command)
+
+
+class Command:
+    """What `connect … -- COMMAND` runs, in a process group of its own that has the terminal meanwhile."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Run it with these variables, too. Raises NotRun."""
+        group: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {"creationflags": 0x200}
+        try:
+            self._process = subprocess.Popen(self._words, env={**os.environ, **environment}, **group)
+        except OSError as error:
+            raise NotRun(f"cannot run {escape(self._words[0])}: {_describe(error)}") from None
+
+    async def wait(self) -> int:
+        """Return its exit status, as a shell tells it; what it has started ends with it."""
+        assert self._process
+        wait = self._wait if os.name == "posix" else self._process.wait
+        waiting = asyncio.ensure_future(asyncio.to_thread(wait))
+        try:
+            status = await asyncio.shield(waiting)
+        finally:
+            self.send_signal(signal.SIGTERM)
+            if not waiting.done():
+                await asyncio.wait([waiting], timeout=GOODBYE)
+                if not waiting.done():
+                    self.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+                    await waiting
+        return status if status >= 0 else 128 - status
+
+    def send_signal(self, number: int) -> bool:
+        """Pass a signal on to its process group; False before there is one."""
+        if self._process:
+            with contextlib.suppress(OSError):
+                if os.name == "posix":
+                    os.killpg(self._process.pid, number)
+                else:
+                    self._process.terminate()
+        return self._process is not None
+
+    def _wait(self) -> int:
+        assert self._process
+        group, own_group = self._process.pid, os.getpgrp()
+        has_terminal = os.isatty(0) and os.tcgetpgrp(0) == own_group
+        while True:
+            if has_terminal:
+                os.tcsetpgrp(0, group)
+                self.send_signal(signal.SIGCONT)  # it may have been stopped when it read before it had the terminal
+            _, status = os.waitpid(group, os.WUNTRACED)
+            if has_terminal:
+                os.tcsetpgrp(0, own_group)  # SIGTTOU is ignored
+            if not os.WIFSTOPPED(status):
+                self._process.returncode = os.waitstatus_to_exitcode(status)
+                return self._process.returncode
+            os.kill(os.getpid(), signal.SIGSTOP)  # Ctrl-Z is for both, and so is the shell's `fg`
 
 
 async def _serve(options: argparse.Namespace, console: Console) -> int:
@@ -4514,11 +4859,11 @@ async def _serve(options: argparse.Namespace, console: Console) -> int:
     except ValueError as error:
         raise UsageError(f"--trusted-proxy: {error}; give an address or a network, like 10.0.0.0/8") from None
     await server.start()
-    signals: asyncio.Queue[None] = asyncio.Queue()
-    with _signals(lambda: signals.put_nowait(None)):
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    with _signals(signals.put_nowait):
         console.emit("listening", host=host or "*", port=server.port)
         if not options.json:
-            console.stderr.write(_invitation(host, server.port, domain, token if not given else "", state / "token"))
+            console.say(_invitation(host, server.port, domain, token if not given else "", state / "token"))
         await signals.get()
         log.info("stopping; running requests have %g s, a second signal ends them", options.drain)
         drained = asyncio.ensure_future(server.drain())
@@ -4544,13 +4889,6 @@ def _invitation(host: str | None, port: int, domain: Origin | None, token: str, 
     return f"listening on port {port}; on the machine with your service, run{where}:\n\n  {line}\n"
 
 
-def _dialled(host: str | None, everywhere: str) -> str:
-    """Return the host of a URL that reaches what listens on `host`; `everywhere` stands for all addresses."""
-    if host in (None, "0.0.0.0", "::"):
-        return everywhere
-    return f"[{host}]" if ":" in host else host
-
-
 def _own_address() -> str:
     """Return the address that this machine has towards the internet; nothing is sent to find out."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -4559,97 +4897,475 @@ def _own_address() -> str:
     return "localhost"
 
 
-async def _run_client(client: TunnelClient, console: Console) -> int:
-    def stop() -> None:
-        if client.log.in_flight:
-            console.stderr.write(f"finishing what still runs ({client.log.in_flight}); once more to stop now")
-        client.stop()
+def _connect(options: argparse.Namespace, console: Console) -> int:
+    settings = Settings(vars(options))
+    return _share(settings, settings.from_targets(options.targets), options, console)
 
+
+def _start(options: argparse.Namespace, console: Console) -> int:
+    settings = Settings(vars(options), project=True)
+    tunnels = settings.named()
+    if not tunnels:
+        raise UsageError(f"no tunnels are set up in {' or '.join(map(str, settings.files))}; see pytunnel start --help")
+    names = list(tunnels) if options.all or (len(tunnels) == 1 and not options.names) else options.names
+    for name in names:
+        if name not in tunnels:
+            nearest = difflib.get_close_matches(name, tunnels, 1, 0.0)[0]
+            raise UsageError(f"no tunnel is called {escape(name)!r}; did you mean {nearest!r}?")
+    if not names:
+        raise UsageError(f"which tunnel? give --all, or some of: {', '.join(tunnels)}")
+    return _share(settings, [tunnels[name] for name in names], options, console)
+
+
+def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespace, console: Console) -> int:
+    settings.checked_token()
+    inspectors = {urllib.parse.urlsplit(run.inspector).port for run in Run.all()}
+    for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
+        if target.is_loopback and target.port in inspectors:
+            raise UsageError(f"port {target.port} is a pytunnel inspector; it stays on this machine")
+    if options.detach and not options.detached:
+        return _detach(options, console, len(tunnels))
+    try:
+        return _run(_share_here(settings, tunnels, options, console))
+    finally:
+        if options.detached:
+            Path(options.detached).unlink(missing_ok=True)
+
+
+def _detach(options: argparse.Namespace, console: Console, count: int) -> int:
+    """Run the same command in the background; return when its tunnels are live, or when it has failed."""
+    path = state_directory() / "run" / f"{secrets.token_hex(8)}.log"
+    write_private(path, "")
+    words = [sys.executable, os.path.abspath(__file__), *options.argv, "--detached", str(path)]
+    with open(path, "ab") as errors:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        )
+    assert process.stdout
+    try:
+        lines = list(itertools.islice(process.stdout, count))
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
+    for line in lines:
+        console.stdout.write(line.decode().rstrip("\n"))
+    if len(lines) == count:
+        process.returncode = 0  # it goes on without us
+        return ExitStatus.OK
+    status = process.wait()
+    for problem in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        console.say(problem)
+    path.unlink(missing_ok=True)
+    return status if status >= 0 else 128 - status
+
+
+async def _share_here(
+    settings: Settings, tunnels: list[Tunnel], options: argparse.Namespace, console: Console
+) -> int:
+    """Run a client with all that the command line offers around it."""
+    server, token = settings.server.value, settings.token.value
+    if server.startswith("http:") and Origin.from_url(server).zone != "localhost":
+        console.say("warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://")
+    if options.wait_local is not None:
+        await _wait_local(tunnels, options.wait_local)
+    live = asyncio.Event()
+
+    def emit(event: str, **fields: Any) -> None:
+        if event == "ready" and fields["url"] == client.urls[-1]:
+            settings.memory.remember(server, token)
+            leave_note(client)
+            if options.url_file:
+                write_private(Path(options.url_file), "\n".join(client.urls) + "\n")
+            live.set()
+        console.emit(event, **fields)
+
+    async with contextlib.AsyncExitStack() as stack:
+        tunnels = await stack.enter_async_context(open_folders(tunnels))
+        client = TunnelClient(server, token, tunnels, max_retries=options.max_retries, on_event=emit)
+        inspector = Inspector(client, on_stop=client.stop)
+        await inspector.start()
+        stack.push_async_callback(inspector.close)
+        leave_note = stack.enter_context(Run.noted(inspector))
+        if options.url_file:
+            stack.callback(Path(options.url_file).unlink, missing_ok=True)
+        if options.run:
+            command = Command(options.run)
+
+            async def run_command() -> int:
+                await live.wait()
+                command.start({"PYTUNNEL_URL": client.url})
+                return await command.wait()
+
+            return await _run_client(client, console, run_command(), command.send_signal)
+        on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
+        if on_terminal and not (options.no_tui or options.json or os.environ.get("CI")):
+            terminal = Terminal(client, inspector_url=inspector.url)
+            console.say = terminal.notice
+            return await _run_client(client, console, terminal.show())
+        return await _run_client(client, console)
+
+
+async def _wait_local(tunnels: Iterable[Tunnel], seconds: float) -> None:
+    """Return when all local services take connections. Raises LocalDown."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
+        while not target.folder:
+            try:
+                (await LocalService(target, insecure=True).connect()).abort()
+                break
+            except StreamReset as error:
+                if loop.time() > until:
+                    raise LocalDown(f"{error.reason}; it did not come up within {seconds:g} s") from None
+            await asyncio.sleep(0.1)
+
+
+async def _run_client(
+    client: TunnelClient,
+    console: Console,
+    companion: Coroutine[Any, Any, int] | None = None,
+    on_signal: Callable[[int], bool] = lambda number: False,
+) -> int:
+    """Run a client until it is stopped, or until its companion ends, whose result is the exit status then."""
+
+    def stop(number: int) -> None:
+        if not on_signal(number):
+            if client.log.in_flight:
+                console.say(f"finishing what still runs ({client.log.in_flight}); once more to stop now")
+            client.stop()
+
+    running = asyncio.ensure_future(client.run())
+    tasks: list[asyncio.Future[Any]] = [running, *([asyncio.ensure_future(companion)] if companion else [])]
     with _signals(stop):
-        await client.run()
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                client.stop()
+            await running
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     console.emit("closed")
+    if companion and not tasks[1].cancelled():
+        return int(tasks[1].result())
     return ExitStatus.OK if client.urls else ExitStatus.INTERRUPTED
 
 
-async def _connect(options: argparse.Namespace, console: Console) -> int:
-    memory = Memory(state_directory())
-    server, token, tunnels = client_settings(options, memory)
-
-    def emit(event: str, **fields: Any) -> None:
-        if event == "ready":
-            memory.remember(server, token)
-        console.emit(event, **fields)
-
-    if server.startswith("http:") and Origin.from_url(server).zone != "localhost":
-        console.stderr.write("warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://")
-    return await _run_client(TunnelClient(server, token, tunnels, insecure=options.insecure, on_event=emit), console)
-
-
 async def _demo(options: argparse.Namespace, console: Console) -> int:
-    import tempfile
-
-    token = make_token()
-    host, port = parse_listen(options.listen or f"127.0.0.1:{DEFAULT_PORT}")
-    with tempfile.TemporaryDirectory(prefix="pytunnel-demo-") as directory:
-        server = TunnelServer(tokens=[token], state=Path(directory), host=host, port=port)
+    async with contextlib.AsyncExitStack() as stack:
         try:
-            await server.start()
+            server = await stack.enter_async_context(serve(options.listen or f"127.0.0.1:{DEFAULT_PORT}"))
         except TunnelError:
             if options.listen:
                 raise
-            server.port = 0
-            await server.start()
-        try:
-            async with demo_service() as local:
-                tunnel = Tunnel("demo", Target.parse(f"127.0.0.1:{local}"))
-                url = f"http://{_dialled(host, '127.0.0.1')}:{server.port}"
-                client = TunnelClient(url, token, [tunnel], on_event=console.emit)
-                return await _run_client(client, console)
-        finally:
-            await server.close()
+            server = await stack.enter_async_context(serve())
+        local = await stack.enter_async_context(demo_service())
+        tunnel = Tunnel("demo", Target.parse(f"127.0.0.1:{local}"))
+        return await _run_client(TunnelClient(server.url, server.token, [tunnel], on_event=console.emit), console)
 
 
-def _run(command: Callable[[argparse.Namespace, Console], Any], options: argparse.Namespace, console: Console) -> int:
-    """Run a command on uvloop when it is installed, else on asyncio's own loop. Raises TunnelError."""
-    factory = None
-    if os.environ.get("PYTUNNEL_LOOP") != "asyncio":
-        with contextlib.suppress(ImportError):
-            import uvloop
+def _status(options: argparse.Namespace, console: Console) -> int:
+    runs = Run.all()
+    for run in runs:
+        status = run.ask("/api/status")
+        for tunnel in run.tunnels:
+            state = status["problem"] or "connected"
+            if options.json:
+                fields = {"connected": not status["problem"], "requests": status["total"], "inspector": run.inspector}
+                console.stdout.write(json.dumps({**tunnel, **fields, "pid": run.pid}))
+            else:
+                line = f"{tunnel['url']} -> {tunnel['target']}  {state}, {status['total']} requests  {run.inspector}"
+                console.stdout.write(escape(f"{tunnel['name']}  {line}", 500))
+    if not runs:
+        console.say("no client runs here")
+    return ExitStatus.OK
 
-            factory = uvloop.new_event_loop
-    try:
-        with asyncio.Runner(loop_factory=factory) as runner:
-            return int(runner.run(command(options, console)))
-    except ModuleNotFoundError as error:
-        packages = "aiohttp zstandard platformdirs"
-        raise TunnelError(f"the package {error.name} is missing; run: python3 -m pip install {packages}") from error
-    except OSError as error:
-        raise TunnelError(f"{_describe(error)}: {error.filename or ''}".rstrip(": ")) from error
+
+def _stop(options: argparse.Namespace, console: Console) -> int:
+    for run in Run.all() if options.all else [Run.find(options.name)]:
+        run.ask("/api/stop", post=True)
+        until = time.monotonic() + 2 * GOODBYE
+        while run.path.exists():
+            if time.monotonic() > until:
+                raise TunnelError(f"process {run.pid} does not stop; end it with kill {run.pid}")
+            time.sleep(0.02)
+        console.say(f"stopped {', '.join(run.names)}")
+    return ExitStatus.OK
+
+
+def _expect(options: argparse.Namespace, console: Console) -> int:
+    run = Run.find(options.name)
+    wanted = {"method": options.method, "path": options.path, "count": options.count, "tunnel": options.name or ""}
+    found = run.ask("/api/wait", timeout=options.timeout + 10.0, seconds=options.timeout, **wanted)
+    if not found["exchange"]:
+        what = " ".join(filter(None, [options.method, options.path])) or "request"
+        raise TunnelError(f"{found['count']} of {options.count} {escape(what)} within {options.timeout:g} s")
+    summary = found["exchange"]
+    if options.save:
+        body = run.ask(f"/api/exchanges/{summary['id']}/body", which="request")
+        if len(body) < summary["bytes_in"]:
+            raise TunnelError(f"only {len(body)} of its {summary['bytes_in']} bytes were kept")
+        Path(options.save).write_bytes(body)
+    console.stdout.write(json.dumps(summary) if options.json else one_line(summary))
+    return ExitStatus.OK
+
+
+def _replay(options: argparse.Namespace, console: Console) -> int:
+    run, failed = Run.find(options.name), False
+    for _ in range(options.times):
+        summary = run.ask(f"/api/exchanges/{options.id}/replay", post=True, timeout=REPLAY_TIMEOUT + 10.0)["exchange"]
+        console.stdout.write(json.dumps(summary) if options.json else one_line(summary))
+        failed = failed or bool(summary["error"]) or (summary["status"] or 500) >= 500
+    return ExitStatus.UNEXPECTED if failed else ExitStatus.OK
+
+
+def _config(options: argparse.Namespace, console: Console) -> int:
+    settings = Settings(vars(options), project=True)
+    token = settings.token
+    if token.value:
+        token = Setting(f"{token.value[:4]}…", token.source)
+    rows = {"server": settings.server, "token": token}
+    for name, tunnel in settings.named().items():
+        source = next(path for path, file in settings.files.items() if name in file.get("tunnels", {}))
+        rows[f"tunnels.{name}"] = Setting(tunnel.target.text, str(source))
+    for key, setting in rows.items():
+        fields = {"setting": key, "value": setting.value or None, "source": setting.source}
+        console.stdout.write(json.dumps(fields) if options.json else f"{key} = {setting.value}  ({setting.source})")
+    return ExitStatus.OK
+
+
+def _login(options: argparse.Namespace, console: Console) -> int:
+    import getpass
+
+    server = parse_server(options.server)
+    token = options.token or os.environ.get("PYTUNNEL_TOKEN")
+    if not token:
+        token = getpass.getpass("token: ") if sys.stdin.isatty() else sys.stdin.readline()
+    token = check_token(token.strip(), "copy the whole of what `pytunnel serve` printed")
+
+    async def log_in() -> int:
+        await TunnelClient(server, token, []).log_in()
+        return ExitStatus.OK
+
+    _run(log_in())
+    Memory(state_directory()).remember(server, token)
+    console.say(f"{server} knows this token; from now on `pytunnel connect 3000` uses both")
+    return ExitStatus.OK
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+# Flags, help and exit statuses.
+
+EXAMPLES = {
+    "": """\
+  pytunnel serve                      on a host that visitors can reach; prints the line to paste at home
+  pytunnel connect 3000               at home: gives localhost:3000 a public URL
+  pytunnel connect web=3000 api=8080  two tunnels, with names of your choice
+  pytunnel demo                       all of it on this machine, with a sample page
+""",
+    "serve": """\
+  pytunnel serve                           port 8080, URLs from the address that clients dial
+  pytunnel serve --domain t.example.com    tunnels at NAME.t.example.com, whatever they dial
+  pytunnel serve --listen 127.0.0.1:8080 --domain https://t.example.com --trusted-proxy 127.0.0.1
+                                           behind Caddy or nginx on the same host
+""",
+    "connect": """\
+  pytunnel connect 3000                            localhost:3000, under a name that stays the same
+  pytunnel connect 3000 --name web                 https://web.t.example.com
+  pytunnel connect web=3000 api=https://10.0.0.7   two tunnels
+  pytunnel connect 3000 --route /api=8080          one tunnel, /api goes to another port
+  pytunnel connect ./dist --spa                    a folder
+  pytunnel connect 5173 --host-header rewrite      for a development server that refuses unknown hosts
+  pytunnel connect 3000 -- npm test                run a command with $PYTUNNEL_URL, exit with its status
+  URL=$(pytunnel connect 3000 --detach)            go on in the background; see status, stop, expect
+""",
+    "start": """\
+  pytunnel start            the only tunnel of ./pytunnel.toml or of your config.toml
+  pytunnel start web api    some of them
+  pytunnel start --all      all, in one process
+
+  pytunnel.toml:            server = "https://t.example.com"
+
+                            [tunnels.web]
+                            target = "5173"
+                            host-header = "rewrite"
+""",
+    "status": """\
+  pytunnel status           a line for each tunnel of this machine
+  pytunnel status --json    the same for programs
+""",
+    "stop": """\
+  pytunnel stop             the only client of this machine
+  pytunnel stop web         the client that has the tunnel web, with all its tunnels
+  pytunnel stop --all       all clients of this machine
+""",
+    "expect": """\
+  pytunnel expect --method POST --path /hook          wait until such a request has arrived; earlier ones count
+  pytunnel expect --path '/hook/*' --count 3 --timeout 10
+  pytunnel expect --path /hook --save body.json       keep its content
+""",
+    "replay": """\
+  pytunnel replay 12                send request 12 to the local service again
+  pytunnel replay 12 --times 10
+""",
+    "login": """\
+  pytunnel login https://t.example.com             asks for the token and keeps it
+  pytunnel login https://t.example.com <token.txt  in a script
+""",
+    "config": """\
+  pytunnel config           the values in force for `start`, and where each comes from
+""",
+    "doctor": """\
+  pytunnel doctor           the server used last, and the way there
+  pytunnel doctor 3000 --server https://t.example.com
+""",
+    "demo": """\
+  pytunnel demo                        a server, a sample page and a tunnel to it, on this machine alone
+  pytunnel demo --listen 127.0.0.1:80  on another port
+""",
+}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, with examples before everything else and errors in one line."""
+
+    def format_help(self) -> str:
+        """Return the examples, then what argparse has to say."""
+        _, _, rest = super().format_help().partition(f"{self.description}\n\n")
+        return f"{self.description}\n\n{EXAMPLES[self.prog.partition(' ')[2]]}\n{self.format_usage()}\n{rest}"
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and one line."""
+        self.exit(ExitStatus.USAGE, f"error: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> CommandParser:
+    common = CommandParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="events on stdout, one JSON object a line")
+    common.add_argument("-v", "--verbose", action="store_true", help="more about links on stderr")
+    common.add_argument("--debug", action="store_true", help="frames that arrive, and tracebacks")
+    parser = CommandParser(prog="pytunnel", description="A public URL for a service on your machine.")
+    parser.add_argument("--version", action="version", version=f"pytunnel {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, summary: str, *parents: CommandParser) -> CommandParser:
+        what = summary[0].lower() + summary[1:]
+        return commands.add_parser(name, parents=[*parents, common], help=what, description=f"{summary}.")
+
+    link = CommandParser(add_help=False)
+    link.add_argument("--server", metavar="URL", help="default: the last one that worked, else localhost:8080")
+    link.add_argument("--token", metavar="T", help="default: the one remembered for that server")
+    client = CommandParser(add_help=False)
+    client.add_argument("--detach", action="store_true", help="go on in the background once the tunnels work")
+    client.add_argument("--detached", help=argparse.SUPPRESS)  # what --detach starts; the file its stderr goes to
+    client.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
+    client.add_argument("--wait-local", type=float, metavar="S", help="wait for the local service first; default: 60 s")
+    client.add_argument("--max-retries", type=int, metavar="N", help="give up after N dials; default: never")
+    client.add_argument("--url-file", metavar="FILE", help="write the public URL there while it works")
+    client.add_argument("--format", metavar="F", help="what stdout gets instead of the URL, like 'url={url}'")
+
+    serve = add("serve", "Serve visitors and tunnels")
+    serve.add_argument("--listen", default=f":{DEFAULT_PORT}", metavar="HOST:PORT", help="default: 8080, everywhere")
+    serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
+    serve.add_argument("--token", metavar="T", help="default: one that is made once and kept")
+    serve.add_argument("--trusted-proxy", action="append", default=[], metavar="CIDR", help="believe its X-Forwarded-*")
+    serve.add_argument("--grace", type=float, default=GRACE, metavar="S", help=f"sessions outlive links by {GRACE:g} s")
+    serve.add_argument("--hold", type=float, default=HOLD, metavar="S", help=f"requests wait {HOLD:g} s for a client")
+    serve.add_argument("--drain", type=float, default=DRAIN, metavar="S", help=f"exchanges get {DRAIN:g} s on SIGTERM")
+    connect = add("connect", "Give local services public URLs", link, client)
+    connect.usage = "pytunnel connect [OPTION...] TARGET... [-- COMMAND...]"
+    what = "[NAME=] port, host:port, URL, unix:/path or ./folder"
+    connect.add_argument("targets", nargs="+", metavar="TARGET", help=what)
+    connect.add_argument("--name", action="append", default=[], metavar="N", help="default: one that stays the same")
+    connect.add_argument("--route", action="append", metavar="P=TARGET", help="where requests below a path go")
+    connect.add_argument("--host-header", metavar="H", help="the Host for the local service; `rewrite`: its own")
+    connect.add_argument("--header", action="append", metavar="'K: V'", help="put a field into each request")
+    connect.add_argument("--remove-header", action="append", metavar="K", help="drop a field from each request")
+    connect.add_argument("--response-header", action="append", metavar="'K: V'", help="the same for responses")
+    connect.add_argument("--remove-response-header", action="append", metavar="K", help="the same for responses")
+    connect.add_argument("--spa", action="store_true", help="a folder's index.html for paths that are no file")
+    connect.add_argument("--insecure", action="store_true", help="do not verify a local service's certificate")
+    start = add("start", "Start tunnels that are set up in a file", link, client)
+    start.add_argument("names", nargs="*", metavar="NAME", help="default: the only one there is")
+    start.add_argument("--all", action="store_true", help="all of them")
+    add("status", "Show the tunnels of this machine")
+    stop = add("stop", "Stop a client")
+    stop.add_argument("name", nargs="?", metavar="NAME", help="one of its tunnels; default: the only client")
+    stop.add_argument("--all", action="store_true", help="all clients of this machine")
+    running = CommandParser(add_help=False)
+    running.add_argument("--name", metavar="N", help="the tunnel; default: those of the only client")
+    expect = add("expect", "Wait until a request has arrived", running)
+    expect.add_argument("--method", default="", metavar="M", help="default: any")
+    expect.add_argument("--path", default="", metavar="P", help="* and ? are wildcards; default: any")
+    expect.add_argument("--count", type=int, default=1, metavar="N", help="this many of them; default: 1")
+    expect.add_argument("--timeout", type=float, default=60.0, metavar="S", help="default: 60 s")
+    expect.add_argument("--save", metavar="FILE", help="write the content of the last one there")
+    replay = add("replay", "Send a recorded request to the local service again", running)
+    replay.add_argument("id", type=int, metavar="ID", help="its number in the terminal view, the inspector or --json")
+    replay.add_argument("--times", type=int, default=1, metavar="N", help="this often; default: once")
+    login = add("login", "Keep a server's token")
+    login.add_argument("server", metavar="SERVER", help="its URL")
+    login.add_argument("--token", metavar="T", help="default: asked for, or read from stdin")
+    add("config", "Show which values are in force, and where they come from", link)
+    doctor = add("doctor", "Find out what is wrong on the way", link)
+    doctor.add_argument("targets", nargs="*", metavar="TARGET", help="local services to look at, too")
+    doctor.add_argument("--idle", type=float, default=0.0, metavar="S", help="see whether an idle link lasts this long")
+    demo = add("demo", "Try it on this machine", client)
+    demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
+    return parser
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
+    "serve": lambda options, console: _run(_serve(options, console)),
+    "connect": _connect,
+    "start": _start,
+    "status": _status,
+    "stop": _stop,
+    "expect": _expect,
+    "replay": _replay,
+    "login": _login,
+    "config": _config,
+    "doctor": _doctor,
+    "demo": lambda options, console: _run(_demo(options, console)),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = _parser()
-    options, unknown = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    end = words.index("--") if "--" in words else len(words)
+    known = ["--wait-local=60" if word == "--wait-local" else word for word in words[:end]]  # its value needs a `=`
+    options, unknown = parser.parse_known_args(known)
+    parser.prog = f"pytunnel {options.command}"
     if unknown:
-        parser.prog = f"pytunnel {options.command}"
         parser.error(f"unrecognized arguments: {escape(' '.join(unknown))}")
-    console = Console(as_json=options.json)
+    options.argv, options.run = words, words[end + 1 :]
+    if options.run and (options.command not in ("connect", "start") or options.detach):
+        parser.error("a command after -- is for connect and start, without --detach")
+    console = Console(options)
     handler = logging.Handler()
-    handler.emit = lambda record: console.stderr.write(handler.format(record))  # type: ignore[method-assign]
+    handler.emit = lambda record: console.say(handler.format(record))  # type: ignore[method-assign]
     logging.basicConfig(handlers=[handler], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     chatty = options.verbose or options.command == "serve"
     log.setLevel(logging.DEBUG if options.debug else logging.INFO if chatty else logging.WARNING)
     try:
-        return _run({"serve": _serve, "connect": _connect, "demo": _demo}[options.command], options, console)
+        return COMMANDS[options.command](options, console)
     except TunnelError as error:
         log.debug("stopped", exc_info=True)
         console.fail(error)
         return error.exit_status
+    except ModuleNotFoundError as error:
+        console.fail(TunnelError(f"the package {error.name} is missing; run: python3 -m pip install {PACKAGES}"))
+    except OSError as error:
+        log.debug("stopped", exc_info=True)
+        console.fail(TunnelError(f"{_describe(error)}: {error.filename or ''}".rstrip(": ")))
     except KeyboardInterrupt:
         return ExitStatus.INTERRUPTED
     finally:
         console.close()
+    return ExitStatus.UNEXPECTED
 
 
 if __name__ == "__main__":
