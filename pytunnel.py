@@ -71,6 +71,7 @@ Local service
 Forwarding
 Client
 Files
+Inspector
 Demo
 Settings
 Running clients
@@ -209,9 +210,12 @@ LOCAL_IDLE = 4.0  # seconds an idle local connection is kept: Node.js closes its
 MAX_LOCAL_IDLE = 64  # idle local connections kept per target
 READ_BUFFER = 128 * KiB  # bytes a local connection reads ahead of its stream
 VISITOR_KEEPALIVE = 75.0  # seconds an idle visitor connection is kept (nginx keepalive_timeout)
+INSPECTOR_PORTS = 20  # ports from INSPECTOR_PORT on that are tried
+MAX_POLL = 25.0  # seconds the inspector's page waits for something new: below what browsers and proxies allow
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
 
 DEFAULT_PORT = 8080
+INSPECTOR_PORT = 4040
 DEFAULT_PORTS = {"http": 80, "https": 443}  # of URLs that name none
 LINK_PATH = "/_pytunnel/link"
 SUBPROTOCOL = "pytunnel.1"
@@ -1958,7 +1962,7 @@ def unpack(coding: bytes, data: bytes) -> bytes:
     raise ValueError(f"{escape(coding)} cannot be unpacked here")
 
 
-def body_view(headers: Headers, body: bytes | bytearray, size: int) -> View:
+def body_view(headers: Headers, body: bytes | bytearray, size: int, *, reveal: bool = False) -> View:
     """Return what to show of a body of `size` bytes, of which `body` is the kept beginning."""
     data, notes = bytes(body), []
     if not size:
@@ -1983,7 +1987,7 @@ def body_view(headers: Headers, body: bytes | bytearray, size: int) -> View:
     if b"json" in content_type or text.lstrip()[:1] in ("{", "["):
         return View("json", indent_json(text), note)
     if content_type.startswith(b"application/x-www-form-urlencoded"):
-        pairs = urllib.parse.parse_qsl(mask_target(text), keep_blank_values=True)
+        pairs = urllib.parse.parse_qsl(text if reveal else mask_target(text), keep_blank_values=True)
         return View("form", "\n".join(f"{name} = {value}" for name, value in pairs), note)
     return View("text", text, note)
 
@@ -2828,8 +2832,8 @@ def _date() -> bytes:
     return email.utils.formatdate(usegmt=True).encode()
 
 
-def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]]) -> web.Server:
-    """Return aiohttp's low-level server, with our own answer to what is not HTTP."""
+def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]], fields: Headers | None = None) -> web.Server:
+    """Return aiohttp's low-level server, with our own answer, and `fields` in it, to what is not HTTP."""
     from aiohttp import http_exceptions, http_parser, web
 
     if not http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
@@ -2848,6 +2852,7 @@ def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]]) -> web
             log.info("bad request from %s: %s", request.remote, escape(str(message or exc).splitlines()[0]))
             problem = "too-large" if isinstance(exc, http_exceptions.LineTooLong) else "bad-request"
             head, body = problem_page("internal" if status == 500 else problem, "")
+            head.headers += fields or []
             encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
             return Delivered(data=encoder.head(head, _date()) + body)
 
@@ -4187,6 +4192,883 @@ async def folder_service(root: Path, *, spa: bool = False) -> AsyncIterator[int]
     """
     async with _running(_folder_app(root, spa=spa)) as port:
         yield port
+# ---- Inspector ------------------------------------------------------------------------------------------------------
+# The client's log as a page in the developer's browser. What it shows was written by strangers, so it is only ever set
+# as text; and every other page in that browser can reach its port, so each request has to show that it is our own.
+
+INSPECTOR_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="token" content="%TOKEN%">
+<title>pytunnel</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath
+ d='M2 14V8a6 6 0 0 1 12 0v6h-3V8a3 3 0 0 0-6 0v6z' fill='%236366f1'/%3E%3C/svg%3E">
+<style>
+:root {
+  color-scheme: light dark;
+  --back: light-dark(#ffffff, #0f0f12); --raised: light-dark(#f6f6f8, #18181c); --line: light-dark(#e3e3e8, #2b2b32);
+  --edge: light-dark(#8b8b96, #6c6c78); --text: light-dark(#17171c, #ececf1); --soft: light-dark(#595964, #a3a3af);
+  --accent: light-dark(#4338ca, #a5b4fc); --tint: light-dark(#eef0ff, #22233a);
+  --good: light-dark(#116932, #6ee7a0); --moved: light-dark(#1d5fae, #8ec5ff); --warn: light-dark(#8a4b08, #fbbf60);
+  --bad: light-dark(#b3261e, #ff9a92); --good-tint: light-dark(#e8f6ed, #12291c); --bad-tint: light-dark(#fdeceb, #331a1a);
+  --mono: ui-monospace, "SF Mono", "Cascadia Code", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font: 14px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); accent-color: var(--accent);
+}
+* { box-sizing: border-box; margin: 0 }
+[hidden] { display: none !important }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+h1, h2, h3 { font-size: inherit; font-weight: 600 }
+a { color: var(--accent); text-underline-offset: 3px }
+ul, ol, dd { list-style: none; padding: 0 }
+pre, code, .mono, td, dl.fields, textarea, input { font-family: var(--mono); font-size: 12.5px; unicode-bidi: plaintext }
+button, input, textarea, .chip { font-size: 13px; color: inherit; background: var(--back); border: 1px solid var(--edge);
+  border-radius: 6px; padding: 3px 10px; min-height: 30px }
+button { font-family: inherit; cursor: pointer; border-color: var(--line); white-space: nowrap }
+button:hover { background: var(--raised); border-color: var(--edge) }
+button[aria-pressed=true] { color: var(--accent); background: var(--tint); border-color: var(--accent) }
+button.main { color: var(--back); background: var(--accent); border-color: var(--accent); font-weight: 600 }
+button:disabled { opacity: .55; cursor: default }
+input, textarea { width: 100% }
+textarea { padding: 8px 10px; line-height: 1.6; resize: vertical }
+.unseen { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; white-space: nowrap }
+.soft, dt, th, label { color: var(--soft) }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: 6px }
+.fill { flex: 1 1 auto; min-width: 0 }
+
+body > header { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 20px; padding: 10px 16px;
+  border-bottom: 1px solid var(--line) }
+h1 { font-size: 15px; letter-spacing: -.01em }
+#state::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 8px; border-radius: 50%;
+  background: var(--good) }
+#state[data-bad]::before { background: none; border: 2px solid var(--bad) }
+#stats { display: flex; flex-wrap: wrap; gap: 0 16px; margin-left: auto; font-variant-numeric: tabular-nums }
+#stats div { display: flex; gap: 6px }
+#tunnels li { display: flex; flex-wrap: wrap; align-items: center; gap: 2px 8px; overflow-wrap: anywhere }
+#tunnels button, .small { min-height: 24px; padding: 0 8px; font-size: 12px }
+
+#list > .tools { position: sticky; top: 0; z-index: 1; display: grid; gap: 8px; padding: 10px 16px;
+  background: var(--back); border-bottom: 1px solid var(--line) }
+table { width: 100%; table-layout: fixed; border-collapse: collapse; font-variant-numeric: tabular-nums }
+tr > * { padding: 6px 8px; text-align: left; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
+tr > :first-child { padding-left: 16px; width: 68px } tr > :last-child { padding-right: 16px }
+thead th { font-size: 12px; font-weight: 500; border-bottom: 1px solid var(--line) }
+tbody th { font-weight: inherit }
+tbody tr { cursor: pointer }
+tbody tr:hover { background: var(--raised) }
+tbody tr:has([aria-current]) { background: var(--tint); box-shadow: inset 3px 0 var(--accent) }
+tbody a { display: block; overflow: hidden; text-overflow: ellipsis; color: inherit; text-decoration: none; border-radius: 3px }
+tbody a:focus-visible { outline-offset: -1px }
+.method { width: 72px } .ms, .size { width: 84px; text-align: right } .at { width: 88px; text-align: right }
+.s1, .s3 { color: var(--moved) } .s2 { color: var(--good) } .s4 { color: var(--warn) } .s5, .s- { color: var(--bad) }
+.status { font-weight: 600 }
+.empty { padding: 48px 24px; display: grid; gap: 12px; justify-items: center; text-align: center; overflow-wrap: anywhere }
+.empty strong { font-size: 16px; font-weight: 600 }
+#more { display: block; margin: 12px auto }
+
+#detail { padding: 14px 16px 32px; overflow-wrap: anywhere; outline-offset: -2px }
+#exchange { display: grid; gap: 14px; min-width: 0 }
+#title { font: 600 16px/1.4 var(--mono); unicode-bidi: plaintext }
+#facts { display: flex; flex-wrap: wrap; gap: 2px 16px }
+#times { display: grid; gap: 6px }
+#bar { display: flex; gap: 2px; height: 8px } #bar span { min-width: 2px; border-radius: 2px }
+#legend { display: flex; flex-wrap: wrap; gap: 2px 18px; font-variant-numeric: tabular-nums }
+#legend dt::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 2px; margin-right: 6px }
+#legend div { display: flex; gap: 6px }
+.t0, #legend .t0 dt::before { background: light-dark(#b9b9c4, #5b5b68) }
+.t1, #legend .t1 dt::before { background: light-dark(#0e8a8a, #4fd1c5) }
+.t2, #legend .t2 dt::before { background: light-dark(#4338ca, #818cf8) }
+.t3, #legend .t3 dt::before { background: light-dark(#c2650c, #f0a95b) }
+.sides { display: grid; gap: 14px; align-items: start } .sides > * { display: grid; gap: 8px; min-width: 0 }
+.head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 10px; min-height: 26px }
+.head .small { margin-left: auto }
+dl.fields { display: grid; grid-template-columns: minmax(80px, max-content) minmax(0, 1fr); gap: 2px 14px }
+dl.fields dt { max-width: 22ch }
+pre, .box { padding: 10px 12px; background: var(--raised); border: 1px solid var(--line); border-radius: 8px; line-height: 1.6 }
+pre { white-space: pre-wrap; overflow: auto; max-height: 60vh; tab-size: 2 }
+pre.hex { white-space: pre; overflow-wrap: normal }
+pre .key { color: var(--accent) } pre .string { color: var(--good) } pre .atom { color: var(--warn) }
+.box img { display: block; max-width: 100%; max-height: 50vh; margin: auto;
+  background: repeating-conic-gradient(#8883 0 25%, #0000 0 50%) 0 0 / 16px 16px }
+#notes { max-height: 50vh; overflow: auto; padding: 4px 12px }
+#notes li { display: grid; grid-template-columns: 1.2em 8ch 12ch minmax(0, 1fr); gap: 10px; padding: 4px 0 }
+#notes li + li { border-top: 1px solid var(--line) }
+.up { color: var(--accent) } .down { color: var(--good) }
+#diff span { display: block; min-height: 1.6em; margin: 0 -12px; padding: 0 12px }
+#diff .add { color: var(--good); background: var(--good-tint) } #diff .del { color: var(--bad); background: var(--bad-tint) }
+#edit { display: grid; gap: 10px; background: var(--raised) } #edit label { display: grid; gap: 3px }
+#toast { position: fixed; inset: auto 16px 16px auto; max-width: calc(100vw - 32px); padding: 8px 14px; border-radius: 8px;
+  color: var(--back); background: var(--text); overflow-wrap: anywhere; z-index: 2 }
+#toast:empty { visibility: hidden }
+dialog { margin: auto; padding: 20px; width: min(420px, calc(100vw - 32px)); color: inherit; background: var(--back);
+  border: 1px solid var(--line); border-radius: 12px } dialog::backdrop { background: #0008 }
+dialog dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 16px; margin: 12px 0 }
+kbd { font: 12px var(--mono); padding: 1px 6px; border: 1px solid var(--edge); border-radius: 4px; color: var(--text) }
+
+#list { container-type: inline-size; min-width: 0 } #detail { container-type: inline-size; min-width: 0 }
+@container (max-width: 640px) { .at, .size { display: none } }
+@container (max-width: 420px) { tr > :first-child { width: 56px } .method { width: 62px } .ms { width: 76px } }
+@container (min-width: 880px) { .sides { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 20px } }
+@media (max-width: 899px) {
+  body.open #list, body:not(.open) #detail { display: none }
+  #stats { margin-left: 0; font-size: 13px }
+  #notes li { grid-template-columns: 1.2em 8ch minmax(0, 1fr) } #notes li > :last-child { grid-column: 1 / -1 }
+}
+@media (min-width: 900px) {
+  body { display: flex; flex-direction: column; height: 100dvh }
+  main { flex: 1; min-height: 0; display: grid; grid-template-columns: minmax(400px, 2fr) 3fr }
+  #list, #detail { overflow-y: auto } #list { border-right: 1px solid var(--line) } #back { display: none }
+}
+@media (prefers-reduced-motion: no-preference) { button, tbody tr { transition: background .12s, border-color .12s } }
+</style>
+<header>
+  <h1>pytunnel</h1>
+  <p><span id="state" role="status" data-bad>Connecting</span> <span id="retry" class="soft" aria-hidden="true"></span></p>
+  <ul id="tunnels"></ul>
+  <dl id="stats"></dl>
+</header>
+<main>
+  <section id="list" aria-label="Exchanges">
+    <div class="tools">
+      <input id="filter" type="search" aria-label="Filter" placeholder="Filter: 5xx, post, /path, body:text" maxlength="200">
+      <div class="row">
+        <div id="chips" class="row fill" role="group" aria-label="Quick filters"></div>
+        <button id="pause" aria-pressed="false">Pause</button>
+        <button id="clear">Clear</button>
+        <button id="export">Export HAR</button>
+        <button id="ask" aria-label="Keyboard shortcuts">?</button>
+      </div>
+    </div>
+    <table>
+      <caption class="unseen">Requests and their responses, the newest first</caption>
+      <thead><tr><th scope="col">Status<th scope="col" class="method">Method<th scope="col">Path
+        <th scope="col" class="ms">Time<th scope="col" class="size">Size<th scope="col" class="at">At</thead>
+      <tbody id="rows"></tbody>
+    </table>
+    <div id="none" class="empty" hidden></div>
+    <button id="more" hidden>Show older ones</button>
+  </section>
+  <section id="detail" aria-labelledby="title" tabindex="-1">
+    <p id="nothing" class="empty soft">Choose an exchange to see its headers, bodies and timings.</p>
+    <div id="exchange" hidden>
+      <div class="row">
+        <button id="back">← All exchanges</button>
+        <button id="replay" class="main">Replay</button>
+        <button id="change" aria-expanded="false" aria-controls="edit">Edit and replay</button>
+        <button id="curl">Copy as curl</button>
+        <button id="har">HAR</button>
+        <button id="reveal" aria-pressed="false">Show secrets</button>
+      </div>
+      <h2 id="title"></h2>
+      <div id="facts"></div>
+      <form id="edit" class="box" hidden>
+        <label>Method <input name="method" required spellcheck="false"></label>
+        <label>Target <input name="target" required spellcheck="false"></label>
+        <label>Header fields, one a line <textarea name="headers" rows="6" spellcheck="false"></textarea></label>
+        <label>Body <textarea name="body" rows="6" spellcheck="false"></textarea></label>
+        <div class="row"><button class="main">Send</button> <button id="cancel" type="button">Cancel</button></div>
+      </form>
+      <section id="result" aria-label="Replay" hidden></section>
+      <section aria-label="Timings" id="times"><div id="bar"></div><dl id="legend"></dl></section>
+      <section id="messages" aria-label="Messages" hidden>
+        <div class="head"><h3>Messages</h3><span id="kept" class="soft"></span></div>
+        <ol id="notes" class="box mono" tabindex="0" aria-label="Messages"></ol>
+      </section>
+      <div class="sides">
+        <section id="request" aria-label="Request"></section>
+        <section id="response" aria-label="Response"></section>
+      </div>
+    </div>
+  </section>
+</main>
+<p id="news" class="unseen" role="status"></p>
+<output id="toast"></output>
+<dialog id="help" aria-labelledby="keys">
+  <h2 id="keys">Keyboard</h2>
+  <dl>
+    <dt><kbd>j</kbd> <kbd>k</kbd> <kbd>↓</kbd> <kbd>↑</kbd><dd>next and previous exchange
+    <dt><kbd>Enter</kbd><dd>open it
+    <dt><kbd>Esc</kbd><dd>back to the list
+    <dt><kbd>/</kbd><dd>filter: <code>404</code>, <code>5xx</code>, <code>post</code>, <code>body:text</code>, a part of the path
+    <dt><kbd>r</kbd> <kbd>e</kbd><dd>replay as it is, or edited
+    <dt><kbd>p</kbd><dd>pause and go on
+    <dt><kbd>?</kbd><dd>this help
+  </dl>
+  <form method="dialog"><button class="main">Close</button></form>
+</dialog>
+<script>
+"use strict"
+const $ = id => document.getElementById(id)
+const STEP = 100, PACE = 500  // rows shown at first and added each time; milliseconds between two polls
+let token = document.querySelector("meta[name=token]").content
+let version = 0, limit = STEP, total = 0, selected = 0, loaded, exchange, status = {}, retryAt = 0
+let paused = false, reveal = false, abort = new AbortController(), wake = () => {}
+
+// Text comes from strangers: control and direction characters in it are shown as escapes, and it never becomes markup.
+const visible = text => String(text).replace(/[^\P{C}\n\t\u200d]/gu, c => `\\u{${c.codePointAt(0).toString(16)}}`)
+const texts = nodes => nodes.map(node => node instanceof Node ? node : visible(node))
+function h(tag, properties, ...children) {
+  const node = Object.assign(document.createElement(tag), properties)
+  node.append(...texts(children))
+  return node
+}
+const put = (node, ...children) => node.replaceChildren(...texts(children))
+function size(n) {
+  let unit = 0
+  for (; n >= 1000 && unit < 4; unit++) n /= 1024
+  return `${n.toFixed(unit && n < 100 ? 1 : 0)} ${["B", "KiB", "MiB", "GiB", "TiB"][unit]}`
+}
+const seconds = s => s === null ? "–" : s < 1 ? `${(s * 1000).toFixed(s < 0.01 ? 1 : 0)} ms` : `${s.toFixed(2)} s`
+const duration = e => e.ms === null ? "…" : seconds(e.ms / 1000)
+const clock = time => new Date(time * 1000).toLocaleTimeString([], {hour12: false})
+const outcome = e => e.status ?? (e.ms === null ? "…" : "none")
+const statusClass = e => "s" + (e.status ? String(e.status)[0] : e.ms === null ? "" : "-")
+
+function toast(text) {
+  put($("toast"), text)
+  clearTimeout(toast.timer)
+  toast.timer = setTimeout(() => put($("toast")), 4000)
+}
+async function copy(text) {
+  await navigator.clipboard.writeText(text)
+  toast("Copied")
+}
+function save(name, blob) {
+  const link = h("a", {href: URL.createObjectURL(blob), download: name})
+  link.click()
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000)
+}
+
+// The interface
+
+async function api(path, options) {
+  const response = await fetch("/api/" + path, {...options, headers: {"X-Pytunnel-Token": token}})
+  if (response.ok) return response
+  throw Object.assign(Error((await response.json()).error), {status: response.status})
+}
+const json = async (path, options) => (await api(path, options)).json()
+const sleep = ms => new Promise(resolve => { wake = resolve; if (ms !== undefined) setTimeout(resolve, ms) })
+
+async function poll() {
+  for (;;) {
+    if (paused || document.hidden) {
+      await sleep()
+      continue
+    }
+    const {signal} = abort = new AbortController()
+    const started = performance.now()
+    const query = {since: version, filter: $("filter").value, limit, id: selected, wait: version ? 20 : 0}
+    try {
+      const data = await json("exchanges?" + new URLSearchParams(query), {signal})
+      if (!signal.aborted) update(data)
+      await sleep(signal.aborted ? 0 : started + PACE - performance.now())
+    } catch (error) {
+      if (!signal.aborted) await ended(error)
+    }
+  }
+}
+function again(from = version) {  // poll at once
+  version = from
+  abort.abort()
+  wake()
+}
+function restart() {
+  put($("rows"))
+  again(0)
+}
+async function ended(error) {
+  if (error.status === 403) {  // another client listens here now
+    token = /name="token" content="([^"]*)"/.exec(await (await fetch("/")).text())[1]
+    total = 0
+    return restart()
+  }
+  showState(true, error.status ? error.message : "The client has ended; this page waits for the next one")
+  await sleep(2000)
+}
+
+// The list
+
+function update(data) {
+  const fresh = version ? data.total - total : 0
+  status = data
+  version = data.version
+  total = data.total
+  const rows = $("rows")
+  for (const e of data.exchanges.reverse()) putRow(e)
+  for (let last; (last = rows.lastChild) && (rows.rows.length > limit || +last.dataset.id < data.oldest);) last.remove()
+  if (rows.firstChild && !rows.querySelector("a[tabindex='0']")) rows.firstChild.cells[2].firstChild.tabIndex = 0
+  $("more").hidden = rows.rows.length < limit
+  showNone()
+  retryAt = data.retry_in === null ? 0 : performance.now() + data.retry_in * 1000
+  const trip = data.round_trip === null ? "" : ` · ${seconds(data.round_trip)} away`
+  showState(data.problem, data.problem ? `Reconnecting: ${data.problem}` : `Connected${trip}`)
+  showHeader(data)
+  if (fresh) announce(fresh)
+  if (selected && data.selected !== loaded) load(data.selected)
+}
+function putRow(e) {
+  const rows = $("rows")
+  let next = rows.firstChild
+  while (next && +next.dataset.id > e.id) next = next.nextSibling
+  let row = next
+  if (!row || +row.dataset.id !== e.id) {
+    const cell = (tag, className) => h(tag, {className})
+    row = h("tr", {}, cell("td"), cell("td", "method"), h("th", {scope: "row"}, h("a", {href: "#" + e.id, tabIndex: -1})),
+      cell("td", "ms"), cell("td", "size"), cell("td", "at"))
+    row.dataset.id = e.id
+    rows.insertBefore(row, next)
+    mark(row)
+  }
+  const [state, method, path, ms, bytes, at] = row.cells
+  state.className = "status " + statusClass(e)
+  put(state, outcome(e))
+  put(method, e.method)
+  put(path.firstChild, e.path)
+  path.firstChild.title = visible(e.error ?? e.path)
+  put(ms, duration(e))
+  put(bytes, size(e.bytes_out))
+  put(at, clock(e.time))
+}
+function mark(row) {
+  const link = row.cells[2].firstChild
+  if (+row.dataset.id === selected) link.setAttribute("aria-current", "true")
+  else link.removeAttribute("aria-current")
+}
+function move(step) {
+  const rows = [...$("rows").rows]
+  const at = rows.findIndex(row => row.cells[2].firstChild.tabIndex === 0)
+  const row = rows[Math.max(0, Math.min(rows.length - 1, rows.some(row => row.contains(document.activeElement)) ? at + step : at))]
+  if (!row) return
+  row.cells[2].firstChild.focus()
+  if (selected && matchMedia("(min-width: 900px)").matches) location.replace("#" + row.dataset.id)
+}
+function announce(count) {  // at most every ten seconds, however many there are
+  announce.count = (announce.count ?? 0) + count
+  announce.timer ??= setTimeout(() => {
+    put($("news"), `${announce.count} new requests`)
+    announce.count = announce.timer = undefined
+  }, 10000)
+}
+function showState(bad, text) {
+  const state = $("state")
+  state.toggleAttribute("data-bad", Boolean(bad))
+  if (state.textContent !== visible(text)) put(state, text)
+  countDown()
+}
+function countDown() {
+  const left = Math.ceil((retryAt - performance.now()) / 1000)
+  put($("retry"), retryAt && left > 0 ? `again in ${left} s` : "")
+}
+const changed = (node, data) => node.shown !== (node.shown = JSON.stringify(data))
+function showHeader({tunnels, total, in_flight, p50, p90, bytes_in, bytes_out}) {
+  if (changed($("tunnels"), tunnels)) {
+    put($("tunnels"), ...tunnels.map(t => h("li", {}, publicLink(t), h("span", {className: "soft"}, `→ ${t.target}`))))
+    document.title = tunnels[0].name ? visible(`${tunnels[0].name} · pytunnel`) : "pytunnel"
+  }
+  const facts = {Requests: total, Running: in_flight, p50: seconds(p50), p90: seconds(p90),
+    In: size(bytes_in), Out: size(bytes_out)}
+  put($("stats"), ...Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))))
+}
+function publicLink({url, name}) {
+  if (!/^https?:\/\//.test(url)) return name
+  const button = h("button", {className: "small", onclick: () => copy(url), ariaLabel: visible(`Copy ${url}`)}, "Copy")
+  return h("span", {className: "row"}, h("a", {href: url, target: "_blank", rel: "noreferrer"}, url), button)
+}
+function showNone() {
+  const none = $("none"), words = $("filter").value
+  none.hidden = $("rows").rows.length > 0
+  if (none.hidden || !changed(none, [words, status.tunnels])) return
+  if (words) {
+    const all = h("button", {onclick: () => setFilter("")}, "Show all")
+    put(none, h("strong", {}, `Nothing matches “${words}”`), all)
+  } else {
+    put(none, h("strong", {}, "Waiting for the first request"), h("p", {className: "soft"}, "Open this address, or call it:"),
+      ...status.tunnels.map(publicLink))
+  }
+}
+function setFilter(words) {
+  $("filter").value = words
+  for (const chip of $("chips").children) chip.setAttribute("aria-pressed", chip.words === words.trim())
+  restart()
+}
+
+// One exchange
+
+async function load(newest) {
+  const wanted = selected
+  if (newest === null) return exchange && toast(`#${selected} is no longer kept`), loaded = null
+  try {
+    const data = await json(`exchanges/${wanted}${reveal ? "?reveal=1" : ""}`)
+    if (wanted !== selected) return
+    loaded = newest ?? loaded
+    show(exchange = data)
+  } catch (error) {
+    if (error.status === 404) leave()
+    toast(error.message)
+  }
+}
+function choose() {
+  const before = selected
+  selected = Number(location.hash.slice(1)) || 0
+  loaded = exchange = undefined
+  closeEdit()
+  $("result").hidden = true
+  for (const row of $("rows").rows) {
+    mark(row)
+    row.cells[2].firstChild.tabIndex = -1 // the row that Tab leads to is the one that was chosen last
+    if (+row.dataset.id === (selected || before)) row.cells[2].firstChild.tabIndex = 0
+  }
+  document.body.classList.toggle("open", selected > 0)
+  $("nothing").hidden = selected > 0
+  $("exchange").hidden = !selected
+  if (selected) load()
+  else $("rows").querySelector("a[tabindex='0']")?.focus()
+}
+const leave = () => { location.hash = "" }
+function show(e) {
+  put($("title"), `${e.method} ${e.target}`)
+  const facts = [h("span", {className: "status " + statusClass(e)}, `${outcome(e)} ${e.reason}`), duration(e),
+    `${size(e.request.size)} in, ${size(e.response.size)} out`, `#${e.id} at ${clock(e.time)}`]
+  if (e.replay_of) facts.push(h("a", {href: "#" + e.replay_of}, `replay of #${e.replay_of}`))
+  if (e.error) facts.push(h("span", {className: "s-"}, e.error))
+  put($("facts"), ...facts.map(fact => fact instanceof Node ? fact : h("span", {className: "soft"}, fact)))
+  showTimes(e.timings)
+  showNotes(e.notes)
+  showSide("request", "Request", e)
+  showSide("response", "Response", e)
+}
+function showTimes(times) {
+  if (!changed($("times"), times)) return
+  const names = {server: "waiting on the server", link: "link", local: "local service", content: "content"}
+  const parts = Object.entries(times)
+  put($("bar"), ...parts.map(([name, value], n) => {
+    const part = h("span", {className: "t" + n, hidden: !value})
+    part.style.flexGrow = value ?? 0
+    return part
+  }))
+  put($("legend"), ...parts.map(([name, value], n) =>
+    h("div", {className: "t" + n}, h("dt", {}, names[name]), h("dd", {}, seconds(value)))))
+}
+function showNotes(notes) {
+  $("messages").hidden = !notes.length
+  if (!changed($("notes"), notes)) return
+  put($("kept"), `the last ${notes.length}`)
+  const atEnd = $("notes").scrollTop + $("notes").clientHeight > $("notes").scrollHeight - 20
+  put($("notes"), ...notes.map(note => h("li", {},
+    note.from_visitor ? h("span", {className: "up", ariaLabel: "from the visitor", role: "img"}, "↑")
+      : h("span", {className: "down", ariaLabel: "to the visitor", role: "img"}, "↓"),
+    h("span", {className: "soft"}, `${note.at.toFixed(2)} s`),
+    h("span", {className: "soft"}, note.kind), h("span", {}, note.data, note.size > 512 ? ` … (${size(note.size)})` : ""))))
+  if (atEnd) $("notes").scrollTop = $("notes").scrollHeight
+}
+function showSide(which, name, e) {
+  const side = $(which), {headers, body, kept} = e[which]
+  if (!changed(side, [e.id, e[which]])) return
+  const fields = h("dl", {className: "fields"}, ...headers.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]))
+  const download = h("button", {className: "small", ariaLabel: `Download the ${which}'s body`, onclick: async () => {
+    save(`${which}-${e.id}`, await (await api(`exchanges/${e.id}/body?which=${which}`)).blob())
+  }}, "Download")
+  put(side, h("h3", {}, name), headers.length ? fields : h("p", {className: "soft"}, "No header fields"),
+    h("div", {className: "head"}, h("h3", {}, "Body"),
+      h("span", {className: "soft"}, [body.kind, body.note].filter(Boolean).join(", ")), ...kept ? [download] : []),
+    ...body.kind === "empty" ? [] : [showBody(which, e)])
+}
+function showBody(which, e) {
+  const {headers, body} = e[which], ariaLabel = `Body of the ${which}`
+  if (body.kind === "image") {
+    const img = h("img", {alt: ariaLabel}), type = headers.find(([name]) => name.toLowerCase() === "content-type")[1]
+    api(`exchanges/${e.id}/body?which=${which}`).then(response => response.arrayBuffer()).then(bytes => {
+      img.onload = img.onerror = () => URL.revokeObjectURL(img.src)
+      img.src = URL.createObjectURL(new Blob([bytes], {type}))
+    })
+    return h("div", {className: "box"}, img)
+  }
+  const text = body.kind === "json" && body.text.length < 50000 ? paint(body.text) : [body.text]
+  return h("pre", {className: body.kind, tabIndex: 0, role: "region", ariaLabel}, ...text)
+}
+function paint(json) {
+  return json.split(/("(?:[^"\\]|\\.)*"(?:\s*:)?|-?\b[\w.+-]+\b)/).map((part, n) => {
+    if (n % 2 === 0) return part
+    return h("span", {className: part.endsWith(":") ? "key" : part[0] === '"' ? "string" : "atom"}, part)
+  })
+}
+
+// Replay
+
+async function replay(edits) {
+  const {id} = exchange, button = edits ? $("edit").querySelector("button") : $("replay")
+  button.disabled = true
+  try {
+    showDiff(await json(`exchanges/${id}/replay`, {method: "POST", body: JSON.stringify(edits ?? {})}), id)
+    closeEdit()
+  } catch (error) {
+    toast(error.message)
+  }
+  button.disabled = false
+}
+function showDiff({id, diff}, before) {
+  toast(diff.length ? `Replayed as #${id}: the response differs` : `Replayed as #${id}: the same response`)
+  if (before !== selected) return
+  const kind = line => ({"+": "add", "-": "del"})[line[0]] ?? "soft"
+  put($("result"), h("div", {className: "head"}, h("h3", {}, "Replayed as ", h("a", {href: "#" + id}, `#${id}`)),
+    h("span", {className: "soft"}, diff.length ? "what differs in the response" : "the response is the same")))
+  if (diff.length) {
+    const lines = diff.slice(2).map(line => h("span", {className: line[0] === " " ? "" : kind(line)}, line))
+    $("result").append(h("pre", {id: "diff", tabIndex: 0, role: "region", ariaLabel: "Differences"}, ...lines))
+  }
+  $("result").hidden = false
+}
+async function openEdit() {
+  const {id, method, target, request: {headers, size, kept}} = exchange, form = $("edit").elements
+  let body = ""
+  try {
+    const bytes = await (await api(`exchanges/${id}/body?which=request`)).arrayBuffer()
+    body = size > kept ? null : new TextDecoder("utf-8", {fatal: true, ignoreBOM: true}).decode(bytes)
+  } catch (error) {
+    body = null
+  }
+  form.body.disabled = body === null
+  form.body.placeholder = body === null ? "It is not text, or too long: it is sent as it was." : ""
+  const values = {method, target, headers: headers.map(field => field.join(": ")).join("\n"), body: body ?? ""}
+  for (const name in values) form[name].value = form[name].before = values[name]
+  for (const name in values) form[name].before = form[name].value  // as the form writes line ends
+  $("edit").hidden = false
+  $("change").ariaExpanded = "true"
+  form.method.focus()
+}
+function closeEdit() {
+  if ($("edit").contains(document.activeElement)) $("change").focus()
+  $("edit").hidden = true
+  $("change").ariaExpanded = "false"
+}
+function sendEdit() {
+  const edits = {}, form = $("edit").elements
+  for (const name of ["method", "target", "headers", "body"]) {
+    if (form[name].value !== form[name].before) edits[name] = form[name].value
+  }
+  const lines = edits.headers?.split("\n").filter(line => line.trim())
+  if (lines) edits.headers = lines.map(line => [line.split(":")[0].trim(), line.slice(line.indexOf(":") + 1).trim()])
+  replay(edits)
+}
+
+// Controls
+
+function pause() {
+  paused = !paused
+  $("pause").ariaPressed = paused
+  put($("pause"), paused ? "Resume" : "Pause")
+  again()
+}
+const exported = async (path, name) => save(name, await (await api(path)).blob())
+const guard = action => async event => {
+  try {
+    await action(event)
+  } catch (error) {
+    toast(error.message)
+  }
+}
+$("pause").onclick = pause
+$("clear").onclick = guard(() => api("clear", {method: "POST"}))
+$("export").onclick = guard(() => exported(`har?${reveal ? "reveal=1" : ""}`, "pytunnel.har"))
+$("har").onclick = guard(() => exported(`har?id=${selected}${reveal ? "&reveal=1" : ""}`, `pytunnel-${selected}.har`))
+$("curl").onclick = guard(() => copy(exchange.curl))
+$("reveal").onclick = () => { $("reveal").ariaPressed = reveal = !reveal; load() }
+$("replay").onclick = () => replay()
+$("change").onclick = () => $("edit").hidden ? openEdit() : closeEdit()
+$("cancel").onclick = closeEdit
+$("edit").onsubmit = event => { event.preventDefault(); sendEdit() }
+$("back").onclick = leave
+$("ask").onclick = () => $("help").showModal()
+$("more").onclick = () => { limit += STEP; again(0) }
+$("filter").oninput = () => setFilter($("filter").value)
+$("rows").onclick = event => { location.hash = event.target.closest("tr").dataset.id }
+$("rows").onfocusin = null
+for (const [name, words] of Object.entries({All: "", "2xx": "2xx", "3xx": "3xx", "4xx": "4xx", "5xx": "5xx", WebSocket: "101"})) {
+  $("chips").append(h("button", {className: "small", words, ariaPressed: !words, onclick: () => setFilter(words)}, name))
+}
+document.onkeydown = event => {
+  const typing = event.target.matches("input, textarea")
+  if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return
+  if (event.key === "Escape") {
+    if (event.target === $("filter") && $("filter").value) setFilter("")
+    else if (!$("edit").hidden) closeEdit()
+    else if (selected) leave()
+    else event.target.blur()
+  }
+  const inList = $("list").contains(event.target) || event.target === document.body
+  const keys = {j: () => move(1), k: () => move(-1), "/": () => $("filter").focus(), p: pause, "?": $("ask").onclick}
+  if (inList) Object.assign(keys, {ArrowDown: keys.j, ArrowUp: keys.k})
+  if (exchange) Object.assign(keys, {r: () => replay(), e: openEdit})
+  if (typing || !keys[event.key]) return
+  event.preventDefault()
+  keys[event.key]()
+}
+document.onvisibilitychange = () => again()
+onhashchange = choose
+setInterval(countDown, 1000)
+choose()
+poll()
+</script>
+"""
+
+
+def _source_hash(tag: str) -> str:
+    """Return the page's only script or style as a source that a content security policy allows."""
+    source = INSPECTOR_PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+
+INSPECTOR_FIELDS = {  # of every response: nobody else may frame it, read it, keep it, or take it for something else
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src blob: data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'; "
+    f"script-src {_source_hash('script')}; style-src {_source_hash('style')}",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class Inspector:
+    """Shows a client's log at `url`, and lets those who know `token` replay, clear and stop."""
+
+    def __init__(
+        self,
+        client: TunnelClient,
+        *,
+        host: str = "127.0.0.1",
+        port: int = INSPECTOR_PORT,
+        on_stop: Callable[[], None],
+    ) -> None:
+        self.host, self.port = host, port
+        self.token = secrets.token_urlsafe(32)
+        self._client, self._log, self._on_stop = client, client.log, on_stop
+        self._http: web.Server
+        self._listeners: list[asyncio.Server] = []
+
+    async def start(self) -> None:
+        """Listen; `port` is then the real one. Raises TunnelError when no port can be had."""
+        loop = asyncio.get_running_loop()
+        fields = [(name.encode(), value.encode()) for name, value in INSPECTOR_FIELDS.items()]
+        self._http = _visitor_server(self._handle, fields)
+        last = self.port + (INSPECTOR_PORTS if self.port == INSPECTOR_PORT else 1) - 1
+        while not self._listeners:
+            try:
+                self._listeners.append(await loop.create_server(self._http, self.host, self.port))
+            except OSError as error:
+                if self.port == last:
+                    reason = f"the inspector cannot listen on {self.host}:{self.port}: {error.strerror}"
+                    raise TunnelError(f"{reason}; choose another port") from None
+                self.port += 1
+        self.port = self._listeners[0].sockets[0].getsockname()[1]
+        with contextlib.suppress(OSError):  # for browsers that take localhost for ::1
+            self._listeners.append(await loop.create_server(self._http, "::1", self.port))
+
+    @property
+    def url(self) -> str:
+        """Where to point a browser on this machine."""
+        return f"http://127.0.0.1:{self.port}"
+
+    async def close(self) -> None:
+        """Stop listening, and end the requests that wait for something to show."""
+        for listener in self._listeners:
+            listener.close()
+        if self._listeners:
+            await self._http.shutdown(0.2)
+
+    # Requests
+
+    async def _handle(self, request: web.BaseRequest) -> web.Response:
+        from aiohttp import web
+
+        try:
+            self._admit(request)
+            response = await self._route(request)
+        except MessageError as error:
+            response = web.json_response({"error": str(error)}, status=error.status)
+        except web.HTTPRequestEntityTooLarge:
+            response = web.json_response({"error": "the request is too large"}, status=413)
+        except Exception:
+            log.exception("the inspector failed")
+            response = web.json_response({"error": "a bug in pytunnel"}, status=500)
+        for name, value in INSPECTOR_FIELDS.items():
+            response.headers.setdefault(name, value)
+        return response
+
+    def _admit(self, request: web.BaseRequest) -> None:
+        """Let only our own page and command in. Raises MessageError.
+
+        A foreign page shows by its Origin or Sec-Fetch-Site, one whose name was pointed here (DNS rebinding) by Host.
+        """
+        hosts = request.headers.getall("Host", [])
+        if len(hosts) != 1:
+            raise MessageError("not one Host")
+        host, port = parse_host(hosts[0])
+        if host not in ("127.0.0.1", "localhost", "[::1]") or (port or 80) != self.port:
+            raise MessageError("not this host", 403)
+        if request.headers.get("Origin", f"http://{hosts[0]}") != f"http://{hosts[0]}":
+            raise MessageError("not from this page", 403)
+        if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+            raise MessageError("not from another page", 403)
+        if any(name.lower().encode() in FORWARDED | {b"via"} for name in request.headers):
+            raise MessageError("not through a tunnel", 403)
+        token = request.headers.get("X-Pytunnel-Token", "").encode()
+        if request.path != "/" and not hmac.compare_digest(token, self.token.encode()):
+            raise MessageError("not without the token", 403)
+
+    async def _route(self, request: web.BaseRequest) -> web.Response:
+        from aiohttp import web
+
+        query = request.query
+        match request.method, *request.path.split("/")[1:]:
+            case "GET", "":
+                return web.Response(text=INSPECTOR_PAGE.replace("%TOKEN%", self.token), content_type="text/html")
+            case "GET", "api", "status":
+                return web.json_response(self._status())
+            case "GET", "api", "exchanges":
+                return web.json_response(await self._changes(query))
+            case "GET", "api", "exchanges", number:
+                return web.json_response(self._detail(self._find(number), reveal="reveal" in query))
+            case "GET", "api", "exchanges", number, "body":
+                exchange, of_request = self._find(number), query.get("which") == "request"
+                body = bytes(exchange.request_body if of_request else exchange.response_body)
+                name = f"{'request' if of_request else 'response'}-{exchange.id}"
+                safe = {"Content-Disposition": f'attachment; filename="{name}"'}
+                safe["Content-Security-Policy"] = "default-src 'none'; sandbox"
+                return web.Response(body=body, content_type="application/octet-stream", headers=safe)
+            case "GET", "api", "har":
+                exchanges = [self._find(query["id"])] if "id" in query else list(self._log.exchanges.values())
+                return web.json_response(as_har(exchanges, self._urls(), reveal="reveal" in query))
+            case "GET", "api", "wait":
+                return web.json_response(await self._wait(query))
+            case "POST", "api", "exchanges", number, "replay":
+                return web.json_response(await self._replay(self._find(number), await request.read()))
+            case "POST", "api", "clear":
+                self._log.clear()
+                return web.json_response(self._status())
+            case "POST", "api", "stop":
+                self._on_stop()
+                return web.json_response(self._status())
+        raise MessageError("nothing here", 404)
+
+    def _urls(self) -> dict[str, str]:
+        return {tunnel.name: url for tunnel, url in zip(self._client.tunnels, self._client.urls, strict=False)}
+
+    def _find(self, number: str) -> Exchange:
+        exchange = self._log.exchanges.get(int(number)) if re.fullmatch("[0-9]{1,15}", number) else None
+        if exchange is None:
+            raise MessageError("no such exchange: it was cleared, or it made room for newer ones", 404)
+        return exchange
+
+    def _status(self) -> dict[str, Any]:
+        client, log, urls = self._client, self._log, self._urls()
+        retry_in = (client.retry_at or 0.0) - asyncio.get_running_loop().time()
+        p50, p90 = log.percentiles() or (None, None)
+        return {
+            "tunnels": [{"name": t.name, "url": urls.get(t.name, ""), "target": t.target.text} for t in client.tunnels],
+            "problem": client.problem,
+            "retry_in": max(0.0, retry_in) if client.problem else None,
+            "round_trip": client.round_trip,
+            **{name: getattr(log, name) for name in ("total", "in_flight", "classes", "bytes_in", "bytes_out")},
+            "p50": p50,
+            "p90": p90,
+            "version": log.version,
+            "pid": os.getpid(),
+            "pytunnel": __version__,
+        }
+
+    async def _changes(self, query: Mapping[str, str]) -> dict[str, Any]:
+        """What is newer than version `since`, the newest first; waits up to `wait` seconds until there is something."""
+        since, words = int(_number(query, "since", 0, 2**53)), query.get("filter", "")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_number(query, "wait", 0, MAX_POLL)):
+                await self._client.wait_changed(since)
+        changed = (e for e in reversed(self._log.since(since)) if e.matches(words))
+        rows = itertools.islice(changed, int(_number(query, "limit", MAX_EXCHANGES, MAX_EXCHANGES)))
+        selected = self._log.exchanges.get(int(_number(query, "id", 0, 2**53)))
+        return {
+            **self._status(),
+            "exchanges": [self._row(exchange) for exchange in rows],
+            "oldest": next(iter(self._log.exchanges), self._log.total + 1),  # those before it are gone
+            "selected": selected and selected.version,
+        }
+
+    @staticmethod
+    def _row(exchange: Exchange) -> dict[str, Any]:
+        path = mask_target(exchange.target)[:MAX_NOTE]
+        return {**exchange.summary(), "path": path, "time": exchange.time, "replay_of": exchange.replay_of}
+
+    def _detail(self, e: Exchange, *, reveal: bool) -> dict[str, Any]:
+        def message(headers: Headers, body: bytearray, size: int) -> dict[str, Any]:
+            fields, view = text_fields(headers, reveal=reveal), body_view(headers, body, size, reveal=reveal)
+            return {"headers": fields, "body": view._asdict(), "size": size, "kept": len(body)}
+
+        url = self._urls().get(e.tunnel, "")
+        return {
+            **self._row(e),
+            "target": e.target if reveal else mask_target(e.target),
+            "reason": e.reason,
+            "timings": timings(e),
+            "request": message(e.request_headers, e.request_body, e.bytes_in),
+            "response": message(e.response_headers, e.response_body, e.bytes_out),
+            "notes": [{**note._asdict(), "data": note.data.decode("utf-8", "backslashreplace")} for note in e.notes],
+            "curl": as_curl(e, url, reveal=reveal),
+        }
+
+    async def _wait(self, query: Mapping[str, str]) -> dict[str, Any]:
+        wanted = {name: query.get(name, "") for name in ("method", "path", "tunnel")}
+        count, after = int(_number(query, "count", 1, 2**53)), int(_number(query, "after", 0, 2**53))
+        try:
+            timeout = _number(query, "timeout", 60, 2**31)
+            return self._row(await self._client.wait_for(**wanted, count=max(count, 1), after=after, timeout=timeout))
+        except TimeoutError:
+            what = " ".join(filter(None, wanted.values())) or "requests"
+            raise MessageError(f"fewer than {count} {what} within {timeout:g} s", 408) from None
+
+    async def _replay(self, exchange: Exchange, text: bytes) -> dict[str, Any]:
+        try:
+            edits = _edits(exchange, parse_object(text.decode()))
+            again = await self._client.replay(exchange, **edits)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise MessageError(f"not a request: {error}") from None
+        return {**self._row(again), "diff": diff(exchange, again)}
+
+
+def _number(query: Mapping[str, str], name: str, default: float, most: float) -> float:
+    """Return a parameter between 0 and `most`. Raises MessageError."""
+    try:
+        return max(0.0, min(float(query.get(name, default)), most))
+    except ValueError:
+        raise MessageError(f"{name} is not a number") from None
+
+
+def _edits(exchange: Exchange, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return what `replay` takes of an edited request. What was left as it was shown, masked or not, stays as it was.
+
+    Raises ValueError or TypeError.
+    """
+    edits: dict[str, Any] = {name: str(wanted[name]) for name in ("method", "target") if name in wanted}
+    if edits.get("target") == mask_target(exchange.target):
+        del edits["target"]
+    new = [edits.get("target", "")]
+    if "headers" in wanted:
+        headers = exchange.request_headers
+        left = list(zip(headers, text_fields(headers), text_fields(headers, reveal=True), strict=True))
+        edits["headers"] = []
+        for name, value in wanted["headers"]:
+            same = next((item for item in left if (name, value) in item[1:]), None)
+            if same:
+                left.remove(same)
+            else:
+                new.append(value)
+            edits["headers"].append(same[0] if same else (name.encode(), value.encode()))
+    if MASK in "".join(new):
+        raise ValueError(f"it holds {MASK}, show the secrets before you edit them")
+    if "body" in wanted:
+        edits["body"] = str(wanted["body"]).encode()
+    return edits
 
 
 # ---- Demo -----------------------------------------------------------------------------------------------------------
@@ -4519,7 +5401,7 @@ class Run:
         for path in sorted((state_directory() / "run").glob("*.json")):
             try:
                 run = cls(path, parse_object(path.read_text(encoding="utf-8")))
-                run.ask("/api/status", timeout=2.0)
+                run.ask("/api/status", within=2.0)
             except (OSError, ValueError, LookupError, TypeError, TunnelError):
                 path.unlink(missing_ok=True)
             else:
@@ -4543,7 +5425,7 @@ class Run:
         """The names of its tunnels."""
         return [str(tunnel["name"]) for tunnel in self.tunnels]
 
-    def ask(self, path: str, *, post: bool = False, timeout: float = 10.0, **query: object) -> Any:
+    def ask(self, path: str, *, post: bool = False, within: float = 10.0, **query: object) -> Any:
         """Return the inspector's answer: an object, or bytes that are no JSON. Raises TunnelError with its reason."""
         import urllib.request
 
@@ -4552,7 +5434,7 @@ class Run:
         request.add_header("Content-Type", "application/json")
         try:
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(request, timeout=timeout) as response:
+            with opener.open(request, timeout=within) as response:
                 data: bytes = response.read()
                 return parse_object(data.decode()) if "json" in response.headers["Content-Type"] else data
         except urllib.error.HTTPError as error:
@@ -5096,12 +5978,9 @@ def _stop(options: argparse.Namespace, console: Console) -> int:
 
 def _expect(options: argparse.Namespace, console: Console) -> int:
     run = Run.find(options.name)
-    wanted = {"method": options.method, "path": options.path, "count": options.count, "tunnel": options.name or ""}
-    found = run.ask("/api/wait", timeout=options.timeout + 10.0, seconds=options.timeout, **wanted)
-    if not found["exchange"]:
-        what = " ".join(filter(None, [options.method, options.path])) or "request"
-        raise TunnelError(f"{found['count']} of {options.count} {escape(what)} within {options.timeout:g} s")
-    summary = found["exchange"]
+    wanted = {"method": options.method.upper(), "path": options.path, "tunnel": options.name or ""}
+    wanted |= {"count": options.count, "timeout": options.timeout}
+    summary = run.ask("/api/wait", within=options.timeout + 10.0, **wanted)
     if options.save:
         body = run.ask(f"/api/exchanges/{summary['id']}/body", which="request")
         if len(body) < summary["bytes_in"]:
@@ -5114,7 +5993,8 @@ def _expect(options: argparse.Namespace, console: Console) -> int:
 def _replay(options: argparse.Namespace, console: Console) -> int:
     run, failed = Run.find(options.name), False
     for _ in range(options.times):
-        summary = run.ask(f"/api/exchanges/{options.id}/replay", post=True, timeout=REPLAY_TIMEOUT + 10.0)["exchange"]
+        summary = run.ask(f"/api/exchanges/{options.id}/replay", post=True, within=REPLAY_TIMEOUT + 10.0)
+        summary.pop("diff")
         console.stdout.write(json.dumps(summary) if options.json else one_line(summary))
         failed = failed or bool(summary["error"]) or (summary["status"] or 500) >= 500
     return ExitStatus.UNEXPECTED if failed else ExitStatus.OK
