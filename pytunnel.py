@@ -112,7 +112,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
@@ -1103,9 +1103,7 @@ def _encode_head(*start: bytes, headers: Headers) -> bytes:
     return payload
 
 
-def _decode_head(
-    payload: bytes, one: re.Pattern[bytes], two: re.Pattern[bytes]
-) -> tuple[bytes, bytes, Headers]:
+def _decode_head(payload: bytes, one: re.Pattern[bytes], two: re.Pattern[bytes]) -> tuple[bytes, bytes, Headers]:
     """Return the two parts of a start line, which match their patterns, and the fields. Raises ProtocolError."""
     first, _, rest = payload.partition(b"\0")
     second, *fields = rest.split(b"\0")
@@ -1201,48 +1199,68 @@ class ResponseParser:
         self.head: ResponseHead | None = None  # the final one
         self.done = False  # the response is complete; after a 101, what follows is not HTTP
         self.keep_alive = False  # another request may follow on this connection
-        self.excess = b""  # bytes that came after the end
+        self.excess = b""  # bytes not read yet; once done, those that came after the end
+        self._start = 0  # of those that are left
+        self._until_close = False
         self._method = method
-        self._interims = 0
-        self._remaining = 0
-        self._buffer = b""
-        self._state: Callable[[bytes, int, list[ResponseHead | bytes]], int] = self._read_head
+        self._events: list[ResponseHead | bytes] = []
+        self._reading = self._read()
 
     def receive_data(self, data: bytes) -> list[ResponseHead | bytes]:
         """Return the heads and the body's bytes, without framing, that `data` brings. Raises MessageError."""
-        if self._buffer:
-            data, self._buffer = self._buffer + data, b""
-        events: list[ResponseHead | bytes] = []
-        start = 0
-        while start < len(data) and not self.done:
-            stop = self._state(data, start, events)
-            if stop < 0:  # incomplete
-                self._buffer = data[start:]
-                return events
-            start = stop
-        self.excess += data[start:]
-        if self.excess:
-            self.keep_alive = False
-        return events
+        self._events = []
+        self.excess += data
+        next(self._reading, None)
+        self.excess, self._start = self.excess[self._start :], 0
+        self.keep_alive = self.keep_alive and not (self.done and self.excess)
+        return self._events
 
     def receive_eof(self) -> None:
         """The connection ended. Raises ConnectionError when the response is not complete."""
-        if self._state == self._read_until_close:
-            self.done = True
-        elif not self.done:
+        self.done = self.done or self._until_close
+        if not self.done:
             raise ConnectionError("the connection ended inside the response" if self.head else "no response")
 
-    def _read_head(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        end = data.find(b"\r\n\r\n", start)
-        if (end if end >= 0 else len(data) - 3) - start > MAX_HEAD:
-            raise MessageError(f"a response head over {MAX_HEAD} bytes", 502)
-        if end < 0:
-            if not b"HTTP/1.".startswith(data[start : start + 7]):
+    # A generator that is suspended wherever bytes are missing
+
+    def _read(self) -> Generator[None]:
+        for _ in range(MAX_INTERIM + 1):
+            head, http11 = yield from self._read_head()
+            self._events.append(head)
+            if not head.interim:
+                break
+        else:
+            raise MessageError(f"more than {MAX_INTERIM} interim responses", 502)
+        self.head = head
+        encodings = field_values(head.headers, b"transfer-encoding")
+        length = head.content_length()
+        if encodings and (length is not None or not http11 or [e.lower() for e in encodings] != [b"chunked"]):
+            raise MessageError("Transfer-Encoding is not just chunked", 502)
+        self.keep_alive = http11 and b"close" not in field_tokens(head.headers, b"connection") and head.status != 101
+        if head.has_body(self._method):
+            if encodings:
+                yield from self._read_chunks()
+            elif length is not None:
+                yield from self._read_content(length)
+            else:
+                self.keep_alive, self._until_close = False, True
+                while True:
+                    yield from self._read_content(len(self.excess))
+                    yield
+        self.done = True
+
+    def _read_head(self) -> Generator[None, None, tuple[ResponseHead, bool]]:
+        """Read a head, and whether its version is 1.1."""
+        while (end := self.excess.find(b"\r\n\r\n", self._start)) < 0:
+            self._check_length(len(self.excess) - 3, MAX_HEAD, "response head")
+            if not b"HTTP/1.".startswith(self.excess[self._start : self._start + 7]):
                 raise MessageError("not an HTTP/1 response", 502)
-            return -1
-        status_line, *lines = data[start:end].split(b"\r\n")
+            yield
+        self._check_length(end, MAX_HEAD, "response head")
+        status_line, *lines = self.excess[self._start : end].split(b"\r\n")
+        self._start = end + 4
         match = _STATUS_LINE.fullmatch(status_line)
-        if not match or data.find(b"\0", start + len(status_line), end) >= 0:
+        if not match or any(b"\0" in line for line in lines):
             raise MessageError("not an HTTP/1 response", 502)
         parts: list[bytes] = []
         for line in lines:
@@ -1253,90 +1271,47 @@ class ResponseParser:
         reason = match[3] or b""
         if not _FIELD_TEXT.fullmatch(reason) or b"\0" in reason:
             reason = b""
-        head = ResponseHead(int(match[2]), reason, check_fields(parts))
-        events.append(head)
-        if head.interim:
-            self._interims += 1
-            if self._interims > MAX_INTERIM:
-                raise MessageError(f"more than {MAX_INTERIM} interim responses", 502)
-        else:
-            self.head = head
-            self._choose_framing(head, http11=match[1] == b"1")
-        return end + 4
+        return ResponseHead(int(match[2]), reason, check_fields(parts)), match[1] == b"1"
 
-    def _choose_framing(self, head: ResponseHead, *, http11: bool) -> None:
-        encodings = field_values(head.headers, b"transfer-encoding")
-        length = head.content_length()
-        if encodings and (length is not None or not http11 or [e.lower() for e in encodings] != [b"chunked"]):
-            raise MessageError("Transfer-Encoding is not just chunked", 502)
-        self.keep_alive = http11 and b"close" not in field_tokens(head.headers, b"connection") and head.status != 101
-        if not head.has_body(self._method) or length == 0:
-            self.done = True
-        elif encodings:
-            self._state = self._read_chunk_size
-        elif length is not None:
-            self._remaining = length
-            self._state = self._read_length
-        else:
-            self.keep_alive = False
-            self._state = self._read_until_close
+    def _read_chunks(self) -> Generator[None]:
+        size = None
+        while size != 0:
+            match = _CHUNK_SIZE.fullmatch((yield from self._read_line("chunk size")))
+            if not match:
+                raise MessageError("not a chunk size", 502)
+            size = int(match[1], 16)
+            if size:
+                yield from self._read_content(size)
+                yield from self._read_line("chunk's end", 0)
+        # Trailers are dropped (RFC 9110 section 6.5.1 allows it); they never become header fields.
+        for _ in range(MAX_FIELDS):
+            if not (yield from self._read_line("trailer")):
+                return
+        raise MessageError(f"more than {MAX_FIELDS} trailers", 502)
 
-    def _read_content(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        content = data[start : start + self._remaining]
-        self._remaining -= len(content)
-        events.append(content)
-        return start + len(content)
+    def _read_content(self, length: int) -> Generator[None]:
+        while True:
+            content = self.excess[self._start : self._start + length]
+            self._start += len(content)
+            length -= len(content)
+            if content:
+                self._events.append(content)
+            if not length:
+                return
+            yield
 
-    def _read_length(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        stop = self._read_content(data, start, events)
-        self.done = not self._remaining
-        return stop
+    def _read_line(self, what: str, limit: int = MAX_CONTROL) -> Generator[None, None, bytes]:
+        while (end := self.excess.find(b"\r\n", self._start)) < 0:
+            self._check_length(len(self.excess) - self.excess.endswith(b"\r"), limit, what)
+            yield
+        self._check_length(end, limit, what)
+        line = self.excess[self._start : end]
+        self._start = end + 2
+        return line
 
-    def _read_until_close(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        events.append(data[start:])
-        return len(data)
-
-    def _line_end(self, data: bytes, start: int, what: str) -> int:
-        end = data.find(b"\r\n", start)
-        if (end if end >= 0 else len(data) - 1) - start > MAX_CONTROL:
-            raise MessageError(f"a {what} over {MAX_CONTROL} bytes", 502)
-        return end
-
-    def _read_chunk_size(self, data: bytes, start: int, _: list[ResponseHead | bytes]) -> int:
-        end = self._line_end(data, start, "chunk size")
-        if end < 0:
-            return -1
-        match = _CHUNK_SIZE.fullmatch(data, start, end)
-        if not match:
-            raise MessageError("not a chunk size", 502)
-        self._remaining = int(match[1], 16)
-        self._state = self._read_chunk_data if self._remaining else self._read_trailer
-        return end + 2
-
-    def _read_chunk_data(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        stop = self._read_content(data, start, events)
-        if not self._remaining:
-            self._state = self._read_chunk_end
-        return stop
-
-    def _read_chunk_end(self, data: bytes, start: int, _: list[ResponseHead | bytes]) -> int:
-        if data[start : start + 2] != b"\r\n":
-            if len(data) - start < 2 and data[start:] == b"\r":
-                return -1
-            raise MessageError("a chunk longer than its size", 502)
-        self._state = self._read_chunk_size
-        return start + 2
-
-    def _read_trailer(self, data: bytes, start: int, _: list[ResponseHead | bytes]) -> int:
-        """Trailers are read and dropped (RFC 9110 section 6.5.1 allows it); they never become header fields."""
-        end = self._line_end(data, start, "trailer")
-        if end < 0:
-            return -1
-        self._remaining += 1
-        if self._remaining > MAX_FIELDS:
-            raise MessageError(f"more than {MAX_FIELDS} trailers", 502)
-        self.done = end == start
-        return end + 2
+    def _check_length(self, end: int, limit: int, what: str) -> None:
+        if end - self._start > limit:
+            raise MessageError(f"a {what} over {limit} bytes", 502)
 
 
 class ResponseEncoder:
@@ -3807,7 +3782,9 @@ async def _connect(options: argparse.Namespace, console: Console) -> int:
         console.emit(event, **fields)
 
     if server.startswith("http:") and Origin.from_url(server).zone != "localhost":
-        console.stderr.write("warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://")
+        console.stderr.write(
+            "warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://"
+        )
     return await _run_client(TunnelClient(server, token, tunnels, insecure=options.insecure, on_event=emit), console)
 
 
