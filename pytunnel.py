@@ -584,7 +584,7 @@ class _SessionStream:
         self.pending: collections.deque[bytes | memoryview] = collections.deque()
         self.buffered = 0  # bytes in pending
         self.ending = False  # END goes out with the last of pending
-        self.reset: Frame | None = None  # goes out after that
+        self.reset: bytes | None = None  # the payload of a RESET, which goes out after that
         self.ready = False  # is in the queue of those that may send
         self.headed = headed  # DATA may arrive
         self.interims = 0
@@ -646,13 +646,11 @@ class Session:
         self._unacked_bytes = 0
         self._acked = 0  # counted frames that the peer acknowledged
         self._replay: collections.deque[bytes] = collections.deque()  # of those, what this link has still to carry
-        self._pongs: list[bytes] = []
+        self._pings: list[bytes] = []  # PONGs and a PING to send
         self._ack_due = False
         self._ack_deadline: float | None = None
         self._bytes_to_ack = 0
-        self._heard_at = self._pinged_at = 0.0
-        self._ping_due = False
-        self._ping_sent_at: float | None = None
+        self._heard_at = self._pinged_at = 0.0  # the PING is not answered while its time is the later one
 
     # Streams
 
@@ -680,7 +678,7 @@ class Session:
             raise StreamReset(ErrorCode.SHUTDOWN, "stream ids are used up")
         stream = self._add_stream(self._last_id + 1)
         payload = OPEN_HEADER.pack(tunnel, kind) + head
-        self._send_control(encode_frame(FrameType.OPEN, END if end else 0, stream.id, payload))
+        self._send_control(FrameType.OPEN, END if end else 0, stream.id, payload)
         if end:
             self._transition(stream, Input.SEND_END)
         return stream.id
@@ -691,7 +689,7 @@ class Session:
         assert not self.is_server and not stream.pending
         self._transition(stream, Input.SEND_END if end else Input.SEND)
         flags = (END if end else 0) | (INTERIM if interim else 0)
-        self._send_control(encode_frame(FrameType.HEAD, flags, stream_id, head))
+        self._send_control(FrameType.HEAD, flags, stream_id, head)
 
     def send_data(self, stream_id: int, data: bytes, *, end: bool = False) -> int:
         """Queue body bytes; return how many are queued now. The caller waits while that is more than SEND_BUFFER."""
@@ -709,12 +707,12 @@ class Session:
         stream = self._streams.get(stream_id)
         if stream is None:
             return
-        frame = Frame(FrameType.RESET, 0, stream_id, encode_reason(code, reason))
+        payload = encode_reason(code, reason)
         if flush and (stream.pending or stream.ending):
-            stream.reset = frame
-            return
-        self._transition(stream, Input.RESET)
-        self._send_control(encode_frame(*frame))
+            stream.reset = payload
+        else:
+            self._transition(stream, Input.RESET)
+            self._send_control(FrameType.RESET, 0, stream_id, payload)
 
     def acknowledge_received_data(self, stream_id: int, n: int) -> int:
         """Note that the reader consumed `n` bytes of DATA; return the credit that is granted for it, mostly 0."""
@@ -727,7 +725,7 @@ class Session:
     def send_goaway(self, code: ErrorCode, reason: str) -> None:
         """Announce that this end wants no new streams."""
         self.leaving = True
-        self._send_control(encode_frame(FrameType.GOAWAY, 0, 0, encode_reason(code, reason)))
+        self._send_control(FrameType.GOAWAY, 0, 0, encode_reason(code, reason))
 
     # Links
 
@@ -747,15 +745,15 @@ class Session:
         """The link is lost; streams wait for the next one."""
         self.connected = False
         self._replay.clear()
-        self._pongs.clear()
-        self._ack_deadline = self._ping_sent_at = None
-        self._ack_due = self._ping_due = False
+        self._pings.clear()
+        self._ack_due, self._ack_deadline = False, None
 
     def next_deadline(self) -> float:
         """The time at which `handle_timeout` wants to be called; infinity without a link."""
         if not self.connected:
             return float("inf")
-        silence = self._heard_at + PING_INTERVAL if self._ping_sent_at is None else self._ping_sent_at + PING_TIMEOUT
+        asked = self._pinged_at > self._heard_at
+        silence = self._pinged_at + PING_TIMEOUT if asked else self._heard_at + PING_INTERVAL
         return silence if self._ack_deadline is None else min(silence, self._ack_deadline)
 
     def handle_timeout(self, now: float) -> bool:
@@ -764,11 +762,11 @@ class Session:
             return False
         if self._ack_deadline is not None and now >= self._ack_deadline:
             self._ack_due, self._ack_deadline = True, None
-        if self._ping_sent_at is not None:
-            return now >= self._ping_sent_at + PING_TIMEOUT
+        if self._pinged_at > self._heard_at:
+            return now >= self._pinged_at + PING_TIMEOUT
         if now >= self._heard_at + PING_INTERVAL:
-            self._ping_due = True
-            self._ping_sent_at = self._pinged_at = now
+            self._pings.append(encode_frame(FrameType.PING, 0, 0, bytes(8)))
+            self._pinged_at = now
         return False
 
     # Bytes
@@ -777,11 +775,7 @@ class Session:
         """Return whole frames to send now as one message: about `limit` bytes at the most, none when nothing is due."""
         if not self.connected:
             return b""
-        out: list[bytes] = [encode_frame(FrameType.PONG, 0, 0, payload) for payload in self._pongs]
-        self._pongs.clear()
-        if self._ping_due:
-            out.append(encode_frame(FrameType.PING, 0, 0, bytes(8)))
-            self._ping_due = False
+        out, self._pings = self._pings, []
         room = limit
         while self._replay and room > 0:
             frame = self._replay.popleft()
@@ -798,12 +792,13 @@ class Session:
     def receive_data(self, data: bytes, now: float) -> list[Frame]:
         """Take bytes from the link and return the frames for the layer above. Raises ProtocolError."""
         self._heard_at, events = now, []
-        self._ping_sent_at = None
         for frame in self._decoder.feed(data):
-            if frame.type not in LINK_LEVEL:
-                self.received += 1
-                self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
-            if self._RECEIVERS[frame.type](self, frame):
+            if frame.type in LINK_LEVEL:
+                self._receive_link_level(frame)
+                continue
+            self.received += 1
+            self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
+            if self._receive(frame):
                 events.append(frame)
         if self._bytes_to_ack >= ACK_BYTES:
             self._ack_due = True
@@ -814,8 +809,7 @@ class Session:
     @property
     def has_data_to_send(self) -> bool:
         """Whether `data_to_send` is worth a call."""
-        due = self._ack_due or self._ping_due
-        return due or bool(self._control or self._ready or self._credits or self._replay or self._pongs)
+        return bool(self._ack_due or self._control or self._ready or self._credits or self._replay or self._pings)
 
     @property
     def between_frames(self) -> bool:
@@ -851,13 +845,14 @@ class Session:
                 stream.ending = False
                 self._transition(stream, Input.SEND_END)
             if stream.reset and not stream.pending and stream.id in self._streams:
-                room -= self._count(out, encode_frame(*stream.reset))
+                room -= self._count(out, encode_frame(FrameType.RESET, 0, stream.id, stream.reset))
                 self._transition(stream, Input.RESET)
             self._make_ready(stream)
             if was_full and stream.buffered <= SEND_BUFFER:
                 self.drained.append(stream.id)
 
-    def _send_control(self, frame: bytes) -> None:
+    def _send_control(self, type_: FrameType, flags: int, stream_id: int, payload: bytes) -> None:
+        frame = encode_frame(type_, flags, stream_id, payload)
         self._control.append(frame)
         self._control_bytes += len(frame)
 
@@ -890,13 +885,6 @@ class Session:
         except KeyError:
             raise StreamReset(ErrorCode.STREAM_CLOSED) from None
 
-    def _known(self, frame: Frame) -> _SessionStream | None:
-        """Return the stream that a frame is for, or None when it is closed and the frame was still on its way."""
-        stream = self._streams.get(frame.stream_id)
-        if stream is None and frame.stream_id > self._last_id:
-            raise ProtocolError(f"{frame} before its OPEN")
-        return stream
-
     def _transition(self, stream: _SessionStream, input_: Input) -> None:
         state = TRANSITIONS.get((stream.state, input_))
         if state is None:
@@ -915,7 +903,47 @@ class Session:
             self._unacked_bytes -= len(self._unacked.popleft())
         self._acked = received
 
-    # What is received; each returns whether the frame is an event for the layer above
+    # What is received
+
+    def _receive_link_level(self, frame: Frame) -> None:
+        if frame.type == FrameType.ACK:
+            self._acknowledge(int.from_bytes(frame.payload, "big"))
+        elif frame.type == FrameType.PING:
+            if len(self._pings) >= MAX_PENDING_PONGS:
+                raise ProtocolError(f"{MAX_PENDING_PONGS} PINGs at once")
+            self._pings.append(encode_frame(FrameType.PONG, 0, 0, frame.payload))
+        elif self._pinged_at:
+            self.round_trip = self._heard_at - self._pinged_at
+
+    def _receive(self, frame: Frame) -> bool:
+        """Take a counted frame; return whether it is an event for the layer above."""
+        if frame.type == FrameType.OPEN:
+            return self._receive_open(frame)
+        if frame.type == FrameType.GOAWAY:
+            self.goaway = decode_reason(frame.payload)
+            return True
+        stream = self._streams.get(frame.stream_id)
+        if stream is None:
+            if frame.stream_id > self._last_id:
+                raise ProtocolError(f"{frame} before its OPEN")
+            return False  # closed, and the frame was still on its way
+        if frame.type == FrameType.WINDOW:
+            stream.send.add(int.from_bytes(frame.payload, "big"))
+            self._make_ready(stream)
+            return False
+        if frame.type == FrameType.RESET:
+            self._transition(stream, Input.RESET)
+            return True
+        if frame.type == FrameType.HEAD:
+            self._check_head(stream, frame)
+        elif not stream.headed:
+            raise ProtocolError(f"DATA before the HEAD on stream {stream.id}")
+        elif not frame.payload and not frame.flags & END:
+            raise ProtocolError(f"empty DATA on stream {stream.id}")
+        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
+        if frame.type == FrameType.DATA:
+            stream.receive.receive(len(frame.payload))
+        return True
 
     def _receive_open(self, frame: Frame) -> bool:
         if self.is_server or frame.stream_id <= self._last_id:
@@ -925,7 +953,7 @@ class Session:
             self._last_id = frame.stream_id
             code = ErrorCode.SHUTDOWN if self.leaving else ErrorCode.REFUSED
             refusal = encode_reason(code, "unknown kind" if unknown else "no more streams")
-            self._send_control(encode_frame(FrameType.RESET, 0, frame.stream_id, refusal))
+            self._send_control(FrameType.RESET, 0, frame.stream_id, refusal)
             if len(self._control) > MAX_UNACKED_FRAMES:
                 raise ProtocolError("more streams than answers to them are read")
             return False
@@ -934,77 +962,16 @@ class Session:
             self._transition(stream, Input.RECEIVE_END)
         return True
 
-    def _receive_head(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is None:
-            return False
+    @staticmethod
+    def _check_head(stream: _SessionStream, frame: Frame) -> None:
         if stream.headed:
-            raise ProtocolError(f"HEAD on stream {frame.stream_id} where none may come")
+            raise ProtocolError(f"HEAD on stream {stream.id} where none may come")
         if frame.flags & INTERIM:
             stream.interims += 1
             if stream.interims > MAX_INTERIM or frame.flags & END:
                 raise ProtocolError(f"interim response {stream.interims} of {MAX_INTERIM}")
         else:
             stream.headed = True
-        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
-        return True
-
-    def _receive_data(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is None:
-            return False
-        if not stream.headed:
-            raise ProtocolError(f"DATA before the HEAD on stream {frame.stream_id}")
-        if not frame.payload and not frame.flags & END:
-            raise ProtocolError(f"empty DATA on stream {frame.stream_id}")
-        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
-        stream.receive.receive(len(frame.payload))
-        return True
-
-    def _receive_reset(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is None:
-            return False
-        self._transition(stream, Input.RESET)
-        return True
-
-    def _receive_window(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is not None:
-            stream.send.add(int.from_bytes(frame.payload, "big"))
-            self._make_ready(stream)
-        return False
-
-    def _receive_ack(self, frame: Frame) -> bool:
-        self._acknowledge(int.from_bytes(frame.payload, "big"))
-        return False
-
-    def _receive_ping(self, frame: Frame) -> bool:
-        if len(self._pongs) >= MAX_PENDING_PONGS:
-            raise ProtocolError(f"{MAX_PENDING_PONGS} PINGs at once")
-        self._pongs.append(frame.payload)
-        return False
-
-    def _receive_pong(self, _: Frame) -> bool:
-        if self._pinged_at:
-            self.round_trip = self._heard_at - self._pinged_at
-        return False
-
-    def _receive_goaway(self, frame: Frame) -> bool:
-        self.goaway = decode_reason(frame.payload)
-        return True
-
-    _RECEIVERS: ClassVar[dict[int, Callable[[Session, Frame], bool]]] = {
-        FrameType.OPEN: _receive_open,
-        FrameType.HEAD: _receive_head,
-        FrameType.DATA: _receive_data,
-        FrameType.RESET: _receive_reset,
-        FrameType.WINDOW: _receive_window,
-        FrameType.ACK: _receive_ack,
-        FrameType.PING: _receive_ping,
-        FrameType.PONG: _receive_pong,
-        FrameType.GOAWAY: _receive_goaway,
-    }
 
 
 # ---- HTTP/1.1 messages ----------------------------------------------------------------------------------------------
