@@ -115,11 +115,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
     import aiohttp
     from aiohttp import web
+
+    WebSocket = aiohttp.ClientWebSocketResponse | web.WebSocketResponse
 
 __version__ = "0.1.0"
 __all__ = ["Session", "TunnelClient", "TunnelServer", "main"]
@@ -297,11 +299,10 @@ class Refused(TunnelError):
     def __init__(self, code: str, reason: str, *, retry: bool = False) -> None:
         super().__init__(reason)
         self.code, self.retry = code, retry
-        self.exit_status = {
-            "token": ExitStatus.TOKEN_REFUSED,
-            "name": ExitStatus.NAME_REFUSED,
-            "replaced": ExitStatus.NAME_REFUSED,
-        }.get(code, ExitStatus.UNEXPECTED)
+        if code == "token":
+            self.exit_status = ExitStatus.TOKEN_REFUSED
+        elif code in ("name", "replaced"):
+            self.exit_status = ExitStatus.NAME_REFUSED
 
 
 class ProtocolError(Exception):
@@ -329,11 +330,7 @@ class StreamReset(Exception):
 
 
 class Unserved(Exception):
-    """A visitor's request that cannot be served; `problem` is a key of PROBLEMS."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(problem)
-        self.problem = problem
+    """A visitor's request that cannot be served; `str()` is a key of PROBLEMS."""
 
 
 # ---- Frames ---------------------------------------------------------------------------------------------------------
@@ -738,15 +735,14 @@ class Session:
         self._acknowledge(peer_received)
         self._replay = self._unacked.copy()
         self._decoder = FrameDecoder()
+        self._pings.clear()
+        self._ack_due, self._ack_deadline = False, None
         self._heard_at = now
         self.connected = True
 
     def suspend(self) -> None:
         """The link is lost; streams wait for the next one."""
         self.connected = False
-        self._replay.clear()
-        self._pings.clear()
-        self._ack_due, self._ack_deadline = False, None
 
     def next_deadline(self) -> float:
         """The time at which `handle_timeout` wants to be called; infinity without a link."""
@@ -1025,12 +1021,9 @@ def field_tokens(headers: Headers, name: bytes) -> set[bytes]:
 
 def end_to_end(headers: Headers, *, keep_upgrade: bool = False) -> Headers:
     """Return the fields that a proxy passes on (RFC 9110 section 7.6.1), in their order."""
-    drop: frozenset[bytes] | set[bytes] = HOP_BY_HOP
-    nominated = field_tokens(headers, b"connection")
-    if nominated:
-        drop = HOP_BY_HOP | nominated - NEVER_NOMINATED
+    drop = HOP_BY_HOP | field_tokens(headers, b"connection") - NEVER_NOMINATED
     if keep_upgrade:
-        drop = drop - {b"upgrade"}
+        drop -= {b"upgrade"}
     return [(name, value) for name, value in headers if name.lower() not in drop]
 
 
@@ -1046,15 +1039,14 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
             theirs = field_values(headers, name.lower())
             if theirs:
                 ours[name] = b", ".join([*theirs, ours[name]]) if name == b"X-Forwarded-For" else theirs[-1]
+    replaced = FORWARDED - {b"forwarded", b"x-real-ip"} if trusted else FORWARDED
     kept = []
     for name, value in headers:
         lower = name.lower()
         folded = lower.replace(b"_", b"-")
-        if folded != lower and folded in FORWARDED | FRAMING:
-            continue
-        if lower in FORWARDED and not (trusted and lower in (b"forwarded", b"x-real-ip")):
-            continue
-        kept.append((name, value))
+        imitates = folded != lower and folded in FORWARDED | FRAMING
+        if lower not in replaced and not imitates:
+            kept.append((name, value))
     return [*kept, *ours.items()]
 
 
@@ -1406,8 +1398,15 @@ def _digest(key: bytes, message: bytes) -> bytes:
     return hmac.digest(key, message, "sha256")
 
 
-def _salted(token: str, salt: bytes, iterations: int) -> bytes:
-    return hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations)
+def _keys(token: str, salt: bytes, iterations: int) -> tuple[bytes, bytes, bytes]:
+    """Return ClientKey, StoredKey and ServerKey (RFC 5802 section 3); takes some milliseconds."""
+    salted = hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations)
+    client_key = _digest(salted, b"Client Key")
+    return client_key, hashlib.sha256(client_key).digest(), _digest(salted, b"Server Key")
+
+
+def _xor(one: bytes, other: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(one, other, strict=False))
 
 
 class Verifier(NamedTuple):
@@ -1420,15 +1419,12 @@ class Verifier(NamedTuple):
 
     @classmethod
     def from_token(cls, token: str, salt: bytes, iterations: int = ITERATIONS) -> Verifier:
-        """Derive it; takes some milliseconds."""
-        salted = _salted(token, salt, iterations)
-        stored_key = hashlib.sha256(_digest(salted, b"Client Key")).digest()
-        return cls(salt, iterations, stored_key, _digest(salted, b"Server Key"))
+        _, stored_key, server_key = _keys(token, salt, iterations)
+        return cls(salt, iterations, stored_key, server_key)
 
     def accepts(self, proof: bytes, auth_message: bytes) -> bool:
         """Whether the proof's maker knows the token."""
-        signature = _digest(self.stored_key, auth_message)
-        client_key = bytes(a ^ b for a, b in zip(proof, signature, strict=False))
+        client_key = _xor(proof, _digest(self.stored_key, auth_message))
         return hmac.compare_digest(hashlib.sha256(client_key).digest(), self.stored_key)
 
     def signature(self, auth_message: bytes) -> bytes:
@@ -1438,11 +1434,8 @@ class Verifier(NamedTuple):
 
 def client_proof(token: str, salt: bytes, iterations: int, auth_message: bytes) -> tuple[bytes, bytes]:
     """Return ClientProof and the ServerSignature to expect."""
-    salted = _salted(token, salt, iterations)
-    client_key = _digest(salted, b"Client Key")
-    signature = _digest(hashlib.sha256(client_key).digest(), auth_message)
-    proof = bytes(a ^ b for a, b in zip(client_key, signature, strict=True))
-    return proof, _digest(_digest(salted, b"Server Key"), auth_message)
+    client_key, stored_key, server_key = _keys(token, salt, iterations)
+    return _xor(client_key, _digest(stored_key, auth_message)), _digest(server_key, auth_message)
 
 
 def encode_message(type_: str, **fields: object) -> str:
@@ -1598,13 +1591,6 @@ def read_or_make(path: Path, make: Callable[[], str]) -> str:
 # event loop goes out as one message.
 
 
-class WebSocket(Protocol):
-    """What a link needs of aiohttp's two WebSockets."""
-
-    async def receive(self) -> aiohttp.WSMessage: ...
-    async def send_bytes(self, data: bytes) -> None: ...
-
-
 async def receive_message(ws: WebSocket) -> Message:
     """Return the peer's next handshake message. Raises ProtocolError, or ConnectionError when there is none."""
     from aiohttp import WSMsgType
@@ -1618,7 +1604,7 @@ async def receive_message(ws: WebSocket) -> Message:
 
 
 class Stream:
-    """One stream; a context manager that resets what is not finished when it is left.
+    """One stream; whoever has it must close it.
 
     Reading and writing are independent, one task each. All verbs raise StreamReset once either side has reset the
     stream or its session is over; what had arrived before that is read first.
@@ -1631,24 +1617,19 @@ class Stream:
         self.on_reset: Callable[[ErrorCode], object] = lambda code: None  # called when the peer resets the stream
         self._link = link
         self.has_content = not ended  # from the peer, even if none of it came
-        self._ended = ended  # the peer has
-        self._finished = finished  # we have
+        self.finished = finished  # our direction has been ended
+        self._ended = ended  # and the peer's
         self._error: StreamReset | None = None
         self._heads: collections.deque[bytes] = collections.deque()
         self._chunks: collections.deque[bytes] = collections.deque()
-        self._readable, self._writable = asyncio.Event(), asyncio.Event()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._readable = asyncio.Event()
+        self.writable = asyncio.Event()  # set by the link when the queue has room again
 
     def close(self) -> None:
         """Reset what is not finished, and forget the stream. May be called again."""
-        if self._finished and not self._ended and not self._link.session.is_server:
+        if self.finished and not self._ended and not self._link.session.is_server:
             self.abort(ErrorCode.NO_ERROR, flush=True)  # RFC 9113 section 8.1: the rest of the request is not wanted
-        elif not (self._finished and self._ended):
+        elif not (self.finished and self._ended):
             self.abort(ErrorCode.CANCEL)
         self._link.forget(self)
 
@@ -1658,11 +1639,6 @@ class Stream:
     def at_eof(self) -> bool:
         """Whether the peer has ended its direction and all of it has been read."""
         return self._ended and not self._chunks
-
-    @property
-    def finished(self) -> bool:
-        """Whether our direction has been ended."""
-        return self._finished
 
     @property
     def readable(self) -> bool:
@@ -1698,18 +1674,18 @@ class Stream:
         """Send a response head; `end` says that no content follows."""
         self._check()
         self._link.session.send_head(self.id, head.encode(), interim=head.interim, end=end)
-        self._finished = end
+        self.finished = end
         self._link.wake()
 
     async def write(self, data: bytes, *, end: bool = False) -> None:
         """Send a chunk; waits while more than SEND_BUFFER bytes are queued. `end` says that it is the last one."""
         self._check()
         queued = self._link.session.send_data(self.id, data, end=end)
-        self._finished = end
+        self.finished = end
         self._link.wake()
         if queued > SEND_BUFFER and not end:
-            self._writable.clear()
-            await self._writable.wait()
+            self.writable.clear()
+            await self.writable.wait()
             self._check()
 
     def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None:
@@ -1738,13 +1714,9 @@ class Stream:
         """The stream is over; wake whoever waits."""
         self._error = self._error or error
         self._readable.set()
-        self._writable.set()
+        self.writable.set()
         if by_peer:
             self.on_reset(error.code)
-
-    def resume_writing(self) -> None:
-        """The queue has room again."""
-        self._writable.set()
 
     def _check(self) -> None:
         if self._error:
@@ -1761,12 +1733,11 @@ class Link:
         self._streams: dict[int, Stream] = {}
         self._wakeup = asyncio.Event()
         self._closed = asyncio.Event()  # some stream has been
-        self._lost: asyncio.Future[str] | None = None  # while a WebSocket is in use
+        self._lost: asyncio.Future[str] | None = None  # of the WebSocket in use, or the last one
         self._free = asyncio.Event()
         self._free.set()
         self._finishing = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
+        self._timer: asyncio.TimerHandle  # fires early at worst
 
     async def run(self, ws: WebSocket, peer_received: int) -> str:
         """Use `ws` until it is lost or finished, and return why. The caller closes it.
@@ -1776,24 +1747,19 @@ class Link:
         loop = asyncio.get_running_loop()
         self.session.resume(peer_received, loop.time())
         self._free.clear()
-        self._lost = loop.create_future()
-        self.wake()
         self._set_timer()
-        tasks = [asyncio.ensure_future(self._read(ws)), asyncio.ensure_future(self._write(ws))]
+        self._lost = loop.create_future()
+        ends = [asyncio.ensure_future(self._read(ws)), asyncio.ensure_future(self._write(ws)), self._lost]
         try:
-            await asyncio.wait([*tasks, self._lost], return_when=asyncio.FIRST_COMPLETED)
-            return next(t for t in (*tasks, self._lost) if t.done()).result()
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return next(end for end in ends if end.done()).result()
         finally:
             self.session.suspend()
-            self._lost.cancel()
-            self._lost = None
-            if self._timer:
-                self._timer.cancel()
-                self._timer = None
-            for task in tasks:
-                task.cancel()
+            self._timer.cancel()
+            for end in ends:
+                end.cancel()
             try:
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.gather(*ends, return_exceptions=True)
             finally:  # cancelled here, too, when the connection ends while it is being given up
                 self._free.set()
 
@@ -1821,9 +1787,10 @@ class Link:
     def open(self, tunnel: int, kind: Kind, head: RequestHead, *, end: bool) -> Stream:
         """Open a stream. Raises StreamReset when the session takes no more."""
         payload = head.encode()
-        stream_id = self.session.open_stream(tunnel, kind, payload, end=end)
+        id_ = self.session.open_stream(tunnel, kind, payload, end=end)
         self.wake()
-        return self._remember(Stream(self, stream_id, tunnel, kind, payload, ended=False, finished=end))
+        self._streams[id_] = Stream(self, id_, tunnel, kind, payload, ended=False, finished=end)
+        return self._streams[id_]
 
     def forget(self, stream: Stream) -> None:
         """A stream's owner is done with it."""
@@ -1840,10 +1807,6 @@ class Link:
         """Something may have to be sent."""
         self._wakeup.set()
 
-    def _remember(self, stream: Stream) -> Stream:
-        self._streams[stream.id] = stream
-        return stream
-
     async def _read(self, ws: WebSocket) -> str:
         from aiohttp import WSMsgType
 
@@ -1857,7 +1820,9 @@ class Link:
                     raise ProtocolError("a message that ends inside a frame")
                 if session.has_data_to_send:
                     self.wake()
-                self._set_timer()
+                if session.next_deadline() < self._timer_at:
+                    self._timer.cancel()
+                    self._set_timer()
             elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
                 return "the connection was closed"
             elif message.type is WSMsgType.ERROR:
@@ -1875,7 +1840,6 @@ class Link:
                 self._wakeup.clear()
                 await self._wakeup.wait()
                 continue
-            self._set_timer()
             try:
                 async with asyncio.timeout(WRITE_TIMEOUT):
                     await ws.send_bytes(data)
@@ -1885,7 +1849,7 @@ class Link:
                 return str(error)
             for stream_id in session.drained:
                 if stream_id in self._streams:
-                    self._streams[stream_id].resume_writing()
+                    self._streams[stream_id].writable.set()
             session.drained.clear()
             if not session.streams:
                 self._closed.set()
@@ -1896,27 +1860,22 @@ class Link:
             log.debug("< %s", frame)
         if frame.type == FrameType.OPEN:
             tunnel, kind = OPEN_HEADER.unpack_from(frame.payload)
-            head = frame.payload[OPEN_HEADER.size :]
-            stream = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=bool(frame.flags & END))
-            self.on_stream(self._remember(stream))
+            head, ended = frame.payload[OPEN_HEADER.size :], bool(frame.flags & END)
+            self._streams[frame.stream_id] = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=ended)
+            self.on_stream(self._streams[frame.stream_id])
         elif frame.type == FrameType.GOAWAY:
             self.on_goaway(*decode_reason(frame.payload))
         elif frame.stream_id in self._streams:
             self._streams[frame.stream_id].feed(frame)
 
     def _set_timer(self) -> None:
-        deadline = self.session.next_deadline()
-        if self._timer and self._timer_at <= deadline:
-            return  # fires early at worst, and is set again then
-        if self._timer:
-            self._timer.cancel()
-        self._timer, self._timer_at = asyncio.get_running_loop().call_at(deadline, self._on_timer), deadline
+        self._timer_at = self.session.next_deadline()
+        self._timer = asyncio.get_running_loop().call_at(self._timer_at, self._tick)
 
-    def _on_timer(self) -> None:
-        self._timer = None
+    def _tick(self) -> None:
         if self.session.handle_timeout(asyncio.get_running_loop().time()):
             self.lose(f"no answer for {PING_TIMEOUT:g} s")
-        elif self.session.connected:
+        else:
             self.wake()
             self._set_timer()
 
@@ -2411,7 +2370,7 @@ class TunnelServer:
             if (response := await self._route(visitor)) is not None:
                 return response
         except Unserved as error:
-            await visitor.fail(error.problem)
+            await visitor.fail(str(error))
         except StreamReset as error:
             await visitor.fail(PROBLEM_OF.get(error.code, "internal"))
         except MessageError as error:
@@ -2462,7 +2421,8 @@ class TunnelServer:
         self._exchanges += 1
         try:
             session = await self._registry.find(name)
-            with session.link.open(session.names.index(name), kind, head, end=end) as stream:
+            stream = session.link.open(session.names.index(name), kind, head, end=end)
+            with contextlib.closing(stream):
                 await visitor.relay(stream)
         finally:
             self._exchanges -= 1
