@@ -430,21 +430,19 @@ class FrameDecoder:
             self._buffer.clear()
         frames = []
         start, end, size = 0, len(data), FRAME_HEADER.size
-        needed = size
+        self._needed = size
         while end - start >= size:
             word, flags, stream_id = FRAME_HEADER.unpack_from(data, start)
             length, type_ = word >> 8, word & 0xFF
             self._check(type_, flags, stream_id, length)
             stop = start + size + length
             if stop > end:
-                needed = stop - start
+                self._needed = stop - start
                 break
             if type_ < FIRST_EXTENSION:
                 frames.append(Frame(type_, flags, stream_id, data[start + size : stop]))
             start = stop
-        if start < end:
-            self._buffer += data[start:]
-            self._needed = needed
+        self._buffer += data[start:]
         return frames
 
     @staticmethod
@@ -2090,18 +2088,16 @@ def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
 
 
 class Delivered:
-    """What a handler returns to aiohttp: the response has been written already, or `data` is all of it."""
+    """What a handler returns to aiohttp: the response has been written already."""
 
-    def __init__(self, *, keep_alive: bool = False, data: bytes = b"") -> None:
-        self.keep_alive, self._data = keep_alive, data
+    def __init__(self, *, keep_alive: bool = False) -> None:
+        self.keep_alive = keep_alive
 
     async def prepare(self, request: web.BaseRequest) -> None:
-        """Write what is left to write."""
-        if self._data and request.transport:
-            request.transport.write(self._data)
+        """Nothing is left to write."""
 
     async def write_eof(self) -> None:
-        """Nothing is left."""
+        """Nor to end."""
 
 
 class RawPipe(asyncio.StreamReader):
@@ -2132,9 +2128,15 @@ class Visitor:
         if http11 and b"upgrade" in field_tokens(self.headers, b"connection"):
             self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower()
 
+    @property
+    def unread(self) -> bool:
+        """Whether some of the request's content has not been read."""
+        return self.has_body and not self.request.content.is_eof()
+
     async def relay(self, stream: Stream) -> None:
         """Send the request's content to a stream and its response to the visitor; nothing is left running."""
-        upload = asyncio.ensure_future(self._upload(stream)) if self.has_body else None
+        content = self.request.content
+        upload = asyncio.ensure_future(self._upload(stream, content.readany)) if self.has_body else None
         if upload:
             stream.on_reset = lambda _: upload.cancel()
         try:
@@ -2154,19 +2156,17 @@ class Visitor:
 
     async def fail(self, problem: str) -> None:
         """Answer with an error page, or break the connection off when a response has begun."""
-        transport = self.request.transport
-        if transport is None or self.encoder.started:
-            self.encoder.keep_alive = False
-            if transport and self.encoder.until_close:  # an orderly end would look like a complete response
+        transport, encoder = self.request.transport, self.encoder
+        if encoder.started or transport is None or self.unread:
+            encoder.keep_alive = False
+        if transport and not encoder.started:
+            head, body = problem_page(problem, self.request.headers.get("Accept", ""))
+            transport.write(encoder.head(head, _date()) + encoder.data(body) + encoder.end())
+        elif transport:
+            if encoder.until_close:  # an orderly end would look like a complete response
                 linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
                 transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            if transport:
-                transport.abort()
-            return
-        if self.has_body and not self.request.content.is_eof():
-            self.encoder.keep_alive = False
-        head, body = problem_page(problem, self.request.headers.get("Accept", ""))
-        transport.write(self.encoder.head(head, _date()) + self.encoder.data(body) + self.encoder.end())
+            transport.abort()
 
     async def discard(self) -> None:
         """Read on a little when the response came before the request's end: closing at once would swallow it."""
@@ -2184,10 +2184,10 @@ class Visitor:
         if data:
             transport.write(data)
 
-    async def _upload(self, stream: Stream) -> None:
-        content = self.request.content
+    @staticmethod
+    async def _upload(stream: Stream, read: Callable[[], Awaitable[bytes]]) -> None:
         try:
-            while data := await content.readany():
+            while data := await read():
                 await stream.write(data)
             await stream.write(b"", end=True)
         except StreamReset:
@@ -2228,26 +2228,19 @@ class Visitor:
         self.request.protocol.set_parser(pipe)  # type: ignore[arg-type]
         pipe.set_transport(transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
         self.write(self.encoder.head(head, b""))
-
-        async def upload() -> None:
-            with contextlib.suppress(StreamReset):
-                while data := await pipe.read(SEND_BUFFER):
-                    await stream.write(data)
-                await stream.write(b"", end=True)
-
-        uploading = asyncio.ensure_future(upload())
+        upload = asyncio.ensure_future(self._upload(stream, lambda: pipe.read(SEND_BUFFER)))
         try:
             while data := await stream.read():
                 self.write(data)
                 await self.request.writer.drain()
             await self._flush()
         except asyncio.CancelledError:  # the visitor has closed the connection; what it sent before that still counts
-            await asyncio.wait([uploading], timeout=LINGER)
+            await asyncio.wait([upload], timeout=LINGER)
             stream.abort(ErrorCode.NO_ERROR, flush=True)
             raise
         finally:
-            uploading.cancel()
-            await asyncio.gather(uploading, return_exceptions=True)
+            upload.cancel()
+            await asyncio.gather(upload, return_exceptions=True)
 
 
 def _date() -> bytes:
@@ -2264,18 +2257,14 @@ def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]]) -> web
     class VisitorProtocol(web.RequestHandler):
         __slots__ = ()
 
-        def handle_error(  # type: ignore[override]
-            self,
-            request: web.BaseRequest,
-            status: int = 500,
-            exc: BaseException | None = None,
-            message: str | None = None,
-        ) -> Delivered:
+        def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
             log.info("bad request from %s: %s", request.remote, escape(str(message or exc).splitlines()[0]))
             problem = "too-large" if isinstance(exc, http_exceptions.LineTooLong) else "bad-request"
             head, body = problem_page("internal" if status == 500 else problem, "")
-            encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
-            return Delivered(data=encoder.head(head, _date()) + body)
+            if request.transport:
+                encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
+                request.transport.write(encoder.head(head, _date()) + body)
+            return Delivered()
 
     class VisitorServer(web.Server):
         def __call__(self) -> web.RequestHandler:
@@ -2384,7 +2373,7 @@ class TunnelServer:
         except Exception:
             log.exception("a request failed")
             await visitor.fail("internal")
-        if visitor.has_body and not request.content.is_eof():
+        if visitor.unread:
             await visitor.discard()
         return Delivered(keep_alive=visitor.encoder.keep_alive)
 
@@ -2457,10 +2446,14 @@ class TunnelServer:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 await ws.prepare(request)
-                handshake = await self._handshake(ws)
+                hello, key, signature = await self._handshake(ws)
+            origin = self._domain or self._learn_origin(hello.get("server", str))
+            session, received = await self._session_for(hello, key)
         except (Refused, ProtocolError) as error:
             log.info("refused a link from %s: %s", request.remote, escape(str(error)))
-            await self._refuse(ws, error)
+            code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
+            with contextlib.suppress(ConnectionError):
+                await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
             return ws
         except (TimeoutError, ConnectionError):
             transport.abort()
@@ -2469,54 +2462,39 @@ class TunnelServer:
             raise Unserved("not-a-link") from None
         finally:
             self._handshakes -= 1
-        await self._run_link(ws, transport, *handshake)
+        ready = encode_message(
+            "ready",
+            signature=base64.b64encode(signature).decode(),
+            session=session.id,
+            resumed=session.id == hello.get("session", str, ""),
+            received=session.link.session.received,
+            tunnels=[{"name": name, "url": origin.url(name)} for name in session.names],
+            window=INITIAL_WINDOW,
+            streams=MAX_STREAMS,
+            agent=f"pytunnel/{__version__}",
+        )
+        await self._run_link(ws, transport, session, ready, received)
         return ws
 
     async def _run_link(
-        self, ws: web.WebSocketResponse, transport: asyncio.Transport, hello: Message, key: str, signature: bytes
+        self, ws: web.WebSocketResponse, transport: asyncio.Transport, session: Registration, ready: str, received: int
     ) -> None:
-        """Serve an authenticated client until its link is lost; the session is suspended or ended then."""
-        session, received = None, 0
-        reason = "the connection was closed"
+        """Serve a client until its link is lost; the session is suspended or ended then."""
+        reason, names = "the connection was closed", ", ".join(session.names)
         try:
-            origin = self._domain or self._learn_origin(hello.get("server", str))
-            session, received = await self._session_for(hello, key)
-            ready = encode_message(
-                "ready",
-                signature=base64.b64encode(signature).decode(),
-                session=session.id,
-                resumed=session.id == hello.get("session", str, ""),
-                received=session.link.session.received,
-                tunnels=[{"name": name, "url": origin.url(name)} for name in session.names],
-                window=INITIAL_WINDOW,
-                streams=MAX_STREAMS,
-                agent=f"pytunnel/{__version__}",
-            )
             await ws.send_str(ready)
             self._registry.connected(session)
-            log.info("%s: connected%s", ", ".join(session.names), " again" * bool(received))
+            log.info("%s: connected%s", names, " again" * bool(received))
             reason = await session.link.run(ws, received)
-        except (Refused, ProtocolError) as error:
+        except ProtocolError as error:
             reason = f"refused: {error}"
-            if session:
-                self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
-            else:
-                await self._refuse(ws, error)
+            self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
         finally:
-            if session:
-                self._registry.disconnected(session)
-                if reason != "finished":
-                    transport.abort()
-                stopped = session.link.session.goaway is not None
-                log.info("%s: %s", ", ".join(session.names), "its client stopped" if stopped else escape(reason))
-            else:
-                log.info("a client was %s", escape(reason))
-
-    @staticmethod
-    async def _refuse(ws: web.WebSocketResponse, error: Refused | ProtocolError) -> None:
-        code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
-        with contextlib.suppress(ConnectionError):
-            await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
+            self._registry.disconnected(session)
+            if reason != "finished":
+                transport.abort()
+            stopped = session.link.session.goaway is not None
+            log.info("%s: %s", names, "its client stopped" if stopped else escape(reason))
 
     async def _handshake(self, ws: web.WebSocketResponse) -> tuple[Message, str, bytes]:
         """Return hello, key and our signature, once the client has proved that it knows the token."""
@@ -2524,7 +2502,8 @@ class TunnelServer:
         if hello.get("version", int) != PROTOCOL_VERSION:
             raise Refused("version", f"this server (pytunnel {__version__}) speaks version {PROTOCOL_VERSION} only")
         key = hello.get("key", str)
-        verifier = self._verifiers.get(key) or self._fake_verifier(key)
+        seed = _digest(self._fake_secret, key.encode())  # accepts nothing: an unknown key looks like a wrong token
+        verifier = self._verifiers.get(key) or Verifier(self._salt, ITERATIONS, seed, seed)
         challenge = encode_message(
             "challenge",
             nonce=hello.get("nonce", str) + secrets.token_urlsafe(18),
@@ -2561,11 +2540,6 @@ class TunnelServer:
         session = Registration(key, names, state)
         self._registry.bind(session, previous)
         return session, 0
-
-    def _fake_verifier(self, key: str) -> Verifier:
-        """Return one that accepts nothing, so that an unknown key looks like a wrong token."""
-        seed = _digest(self._fake_secret, key.encode())
-        return Verifier(self._salt, ITERATIONS, seed, seed)
 
     def _learn_origin(self, dialled: str) -> Origin:
         try:
