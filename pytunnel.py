@@ -236,8 +236,6 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 class ExitStatus(enum.IntEnum):
-    """What a command's exit tells a script."""
-
     OK = 0
     UNEXPECTED = 1
     USAGE = 2
@@ -280,15 +278,11 @@ class TunnelError(Exception):
 
 
 class UsageError(TunnelError):
-    """A flag, a target or an environment variable is not what it should be."""
-
     exit_status = ExitStatus.USAGE
     code = "usage"
 
 
 class Unreachable(TunnelError):
-    """No server answered before the deadline."""
-
     exit_status = ExitStatus.UNREACHABLE
     code = "unreachable"
 
@@ -358,8 +352,6 @@ FIRST_EXTENSION = 128  # types from here on are ignored, so that a newer peer ma
 
 
 class _Rule(NamedTuple):
-    """What the header of a frame of one type may say."""
-
     min_length: int
     max_length: int
     flags: int
@@ -569,8 +561,6 @@ OPEN_HEADER = struct.Struct(">HB")  # tunnel index, Kind; the request head follo
 
 
 class _SessionStream:
-    """What a session keeps of one stream."""
-
     def __init__(self, id_: int, send_window: int, receive_window: int, *, headed: bool) -> None:
         self.id = id_
         self.state = StreamState.IDLE
@@ -679,7 +669,6 @@ class Session:
         return stream.id
 
     def send_head(self, stream_id: int, head: bytes, *, interim: bool = False, end: bool = False) -> None:
-        """Send a response head."""
         stream = self._stream(stream_id)
         assert not self.is_server and not stream.pending
         self._transition(stream, Input.SEND_END if end else Input.SEND)
@@ -873,7 +862,6 @@ class Session:
         return stream
 
     def _stream(self, stream_id: int) -> _SessionStream:
-        """Return a stream to send on."""
         try:
             return self._streams[stream_id]
         except KeyError:
@@ -1207,7 +1195,6 @@ class ResponseParser:
         self.done = True
 
     def _read_head(self) -> Generator[None, None, tuple[ResponseHead, bool]]:
-        """Read a head, and whether its version is 1.1."""
         while (end := self.excess.find(b"\r\n\r\n", self._start)) < 0:
             self._check_length(len(self.excess) - 3, MAX_HEAD, "response head")
             if not b"HTTP/1.".startswith(self.excess[self._start : self._start + 7]):
@@ -1426,7 +1413,6 @@ class Verifier(NamedTuple):
         return hmac.compare_digest(hashlib.sha256(client_key).digest(), self.stored_key)
 
     def signature(self, auth_message: bytes) -> bytes:
-        """The server's own proof."""
         return _digest(self.server_key, auth_message)
 
 
@@ -1437,7 +1423,6 @@ def client_proof(token: str, salt: bytes, iterations: int, auth_message: bytes) 
 
 
 def encode_message(type_: str, **fields: object) -> str:
-    """Return a handshake message."""
     return json.dumps({"type": type_, **fields}, separators=(",", ":"))
 
 
@@ -1517,7 +1502,6 @@ class Origin(NamedTuple):
         return cls(scheme, host, port if port != DEFAULT_PORTS[scheme] else None)
 
     def url(self, name: str) -> str:
-        """Return a tunnel's public URL."""
         return f"{self.scheme}://{name}.{self.zone}{'' if self.port is None else f':{self.port}'}"
 
 
@@ -1802,7 +1786,6 @@ class Link:
             await self._closed.wait()
 
     def wake(self) -> None:
-        """Something may have to be sent."""
         self._wakeup.set()
 
     async def _read(self, ws: WebSocket) -> str:
@@ -1894,8 +1877,6 @@ class Registration:
 
 
 class TunnelRegistry:
-    """Who has which name. An entry lives as long as its session; whose a name is outlives even the server."""
-
     def __init__(self, path: Path, *, grace: float, hold: float) -> None:
         self.sessions: dict[str, Registration] = {}
         self.zones: list[str] = []
@@ -1905,7 +1886,8 @@ class TunnelRegistry:
         self._owners: dict[str, str] = {}
         self._latest: dict[str, str] = {}  # name -> the last session that had it, even when it is over
         self.replaced: collections.deque[str] = collections.deque(maxlen=1024)
-        self._held: dict[str, list[asyncio.Future[None]]] = collections.defaultdict(list)
+        self._held: collections.Counter[str] = collections.Counter()  # requests that wait
+        self._changed = asyncio.Event()  # a fresh one after each change that they may wait for
         self._load()
         now = asyncio.get_running_loop().time()
         self._last_seen = dict.fromkeys(self._owners, now)  # their clients are about to come back
@@ -1939,21 +1921,19 @@ class TunnelRegistry:
         self._tunnels.update(dict.fromkeys(session.names, session))
 
     def connected(self, session: Registration) -> None:
-        """A session has a link."""
         if session.expiry:
             session.expiry.cancel()
             session.expiry = None
-        self._wake(session.names)
+        self._wake()
 
     def drain(self) -> None:
         """Let no request wait any more."""
         self.draining = True
-        self._wake(list(self._held))
+        self._wake()
 
-    def _wake(self, names: list[str]) -> None:
-        for waiter in itertools.chain.from_iterable(self._held[name] for name in names):
-            if not waiter.done():
-                waiter.set_result(None)
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def disconnected(self, session: Registration) -> None:
         """A session has lost its link; it is over after the grace, or now when its client said goodbye."""
@@ -1992,17 +1972,16 @@ class TunnelRegistry:
             until = deadline if session else min(deadline, self._last_seen.get(name, -self._hold) + self._hold)
             if until <= loop.time():
                 raise Unserved("tunnel-offline")
-            if len(self._held[name]) >= MAX_HELD:
+            if self._held[name] >= MAX_HELD:
                 raise Unserved("busy")
-            arrival = loop.create_future()
-            self._held[name].append(arrival)
+            self._held[name] += 1
             try:
                 async with asyncio.timeout_at(until):
-                    await arrival
+                    await self._changed.wait()
             except TimeoutError:
                 pass
             finally:
-                self._held[name].remove(arrival)
+                self._held[name] -= 1
         return session
 
     def learn_zone(self, zone: str) -> None:
@@ -2012,13 +1991,14 @@ class TunnelRegistry:
             self._save()
 
     def _load(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                saved = parse_object(self._path.read_text())
-                self._owners = {str(name): str(key) for name, key in saved["names"].items()}
-                self.zones = [str(zone) for zone in saved["zones"]]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise TunnelError(f"{self._path} is damaged; move it away to start with no names taken") from None
+        try:
+            saved = parse_object(self._path.read_text())
+            self._owners = {str(name): str(key) for name, key in saved["names"].items()}
+            self.zones = [str(zone) for zone in saved["zones"]]
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TunnelError(f"{self._path} is damaged; move it away to start with no names taken") from None
 
     def _save(self) -> None:
         try:
@@ -2110,8 +2090,6 @@ class RawPipe(asyncio.StreamReader):
 
 
 class Visitor:
-    """One request of a visitor, and the response to it."""
-
     def __init__(self, request: web.BaseRequest, *, keep_alive: bool) -> None:
         message = request._message  # the raw head; its public accessor is deprecated in favour of parsed fields
         self.request = request
@@ -2221,13 +2199,11 @@ class Visitor:
     async def _switch_protocols(self, stream: Stream, head: ResponseHead) -> None:
         if not self.upgrade:
             raise MessageError("101 without an Upgrade", 502)
-        transport = self.request.transport
-        if transport is None:
-            raise ConnectionResetError("the visitor is gone")
+        self.write(self.encoder.head(head, b""))
         pipe = RawPipe(SEND_BUFFER)
         self.request.protocol.set_parser(pipe)  # type: ignore[arg-type]
-        pipe.set_transport(transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
-        self.write(self.encoder.head(head, b""))
+        assert self.request.transport
+        pipe.set_transport(self.request.transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
         upload = asyncio.ensure_future(self._upload(stream, lambda: pipe.read(SEND_BUFFER)))
         try:
             while data := await stream.read():
