@@ -404,8 +404,7 @@ class FrameDecoder:
     """Turns bytes, sliced anyhow, into frames. Holds at most one frame."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._needed = 0
+        self._buffer = b""
 
     @property
     def buffered(self) -> int:
@@ -414,27 +413,19 @@ class FrameDecoder:
 
     def feed(self, data: bytes) -> list[Frame]:
         """Return the frames that `data` completes. Raises ProtocolError; the decoder is of no use after that."""
-        if self._buffer:
-            self._buffer += data
-            if len(self._buffer) < self._needed:
-                return []
-            data = bytes(self._buffer)
-            self._buffer.clear()
-        frames = []
-        start, end, size = 0, len(data), FRAME_HEADER.size
-        self._needed = size
-        while end - start >= size:
+        data = self._buffer + data  # mostly nothing and whole frames, which makes no copy
+        frames, start = [], 0
+        while len(data) - start >= FRAME_HEADER.size:
             word, flags, stream_id = FRAME_HEADER.unpack_from(data, start)
             length, type_ = word >> 8, word & 0xFF
             self._check(type_, flags, stream_id, length)
-            stop = start + size + length
-            if stop > end:
-                self._needed = stop - start
+            begin = start + FRAME_HEADER.size
+            if len(data) - begin < length:
                 break
+            start = begin + length
             if type_ < FIRST_EXTENSION:
-                frames.append(Frame(type_, flags, stream_id, data[start + size : stop]))
-            start = stop
-        self._buffer += data[start:]
+                frames.append(Frame(type_, flags, stream_id, data[begin:start]))
+        self._buffer = data[start:]
         return frames
 
     @staticmethod
@@ -2096,15 +2087,14 @@ class Visitor:
         self.method = message.method.encode()
         self.target = message.path.encode("utf-8", "surrogateescape")
         self.headers: Headers = [(name, value) for name, value in message.raw_headers]
-        self.upgrade = b""
         http11 = message.version >= (1, 1)
+        asks = http11 and b"upgrade" in field_tokens(self.headers, b"connection")
+        self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower() if asks else b""
         self.has_body = request.body_exists
         # aiohttp (3.14.5) hands the last trailer of a chunked request to the next request on the connection, as a field
         # of its head. Behind a front that may be somebody else's, so there is no next one.
         keep_alive = keep_alive and http11 and not message.should_close and not message.chunked
         self.encoder = ResponseEncoder(self.method, http11=http11, keep_alive=keep_alive)
-        if http11 and b"upgrade" in field_tokens(self.headers, b"connection"):
-            self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower()
 
     @property
     def unread(self) -> bool:
@@ -2113,15 +2103,17 @@ class Visitor:
 
     async def relay(self, stream: Stream) -> None:
         """Send the request's content to a stream and its response to the visitor; nothing is left running."""
-        content = self.request.content
-        upload = asyncio.ensure_future(self._upload(stream, content.readany)) if self.has_body else None
-        if upload:
-            stream.on_reset = lambda _: upload.cancel()
+        upload: asyncio.Future[None] | None = None
+        if self.has_body:
+            upload = asyncio.ensure_future(self._upload(stream, self.request.content.readany))
+            stream.on_reset = lambda _: upload and upload.cancel()
         try:
             while (head := ResponseHead.decode(await stream.read_head())).interim:
                 self.write(self.encoder.head(head, b""))
             if head.status == 101:
-                return await self._switch_protocols(stream, head)
+                pipe = self._switch_protocols(head)
+                upload = asyncio.ensure_future(self._upload(stream, lambda: pipe.read(SEND_BUFFER)))
+                return await self._pipe(stream, upload)
             if upload and not upload.done():
                 self.encoder.keep_alive = False  # said in the head: the rest of the request may never be read
             await self._respond(stream, head)
@@ -2196,7 +2188,7 @@ class Visitor:
             await self.request.writer.drain()
             transport.set_write_buffer_limits()
 
-    async def _switch_protocols(self, stream: Stream, head: ResponseHead) -> None:
+    def _switch_protocols(self, head: ResponseHead) -> RawPipe:
         if not self.upgrade:
             raise MessageError("101 without an Upgrade", 502)
         self.write(self.encoder.head(head, b""))
@@ -2204,7 +2196,9 @@ class Visitor:
         self.request.protocol.set_parser(pipe)  # type: ignore[arg-type]
         assert self.request.transport
         pipe.set_transport(self.request.transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
-        upload = asyncio.ensure_future(self._upload(stream, lambda: pipe.read(SEND_BUFFER)))
+        return pipe
+
+    async def _pipe(self, stream: Stream, upload: asyncio.Future[None]) -> None:
         try:
             while data := await stream.read():
                 self.write(data)
@@ -2214,9 +2208,6 @@ class Visitor:
             await asyncio.wait([upload], timeout=LINGER)
             stream.abort(ErrorCode.NO_ERROR, flush=True)
             raise
-        finally:
-            upload.cancel()
-            await asyncio.gather(upload, return_exceptions=True)
 
 
 def _date() -> bytes:
@@ -2287,11 +2278,7 @@ class TunnelServer:
         self._state, self._grace, self._hold = state, grace, hold
         self._host, self.port, self._domain = host, port, domain
         self._trusted = [ipaddress.ip_network(cidr) for cidr in trusted_proxies]
-        self._registry: TunnelRegistry
-        self._http: web.Server
-        self._listener: asyncio.Server
-        self._handshakes = 0
-        self._exchanges = 0
+        self._handshakes = self._exchanges = 0
         self._idle = asyncio.Event()
 
     async def start(self) -> None:
@@ -2423,9 +2410,10 @@ class TunnelServer:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 await ws.prepare(request)
                 hello, key, signature = await self._handshake(ws)
-            origin = self._domain or self._learn_origin(hello.get("server", str))
+            origin = self._domain or Origin.from_url(hello.get("server", str))
+            self._registry.learn_zone(origin.zone)
             session, received = await self._session_for(hello, key)
-        except (Refused, ProtocolError) as error:
+        except (Refused, ProtocolError, MessageError) as error:
             log.info("refused a link from %s: %s", request.remote, escape(str(error)))
             code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
             with contextlib.suppress(ConnectionError):
@@ -2516,14 +2504,6 @@ class TunnelServer:
         session = Registration(key, names, state)
         self._registry.bind(session, previous)
         return session, 0
-
-    def _learn_origin(self, dialled: str) -> Origin:
-        try:
-            origin = Origin.from_url(dialled)
-        except MessageError:
-            raise ProtocolError("handshake field 'server' is not a URL") from None
-        self._registry.learn_zone(origin.zone)
-        return origin
 
 
 # ---- Local service --------------------------------------------------------------------------------------------------
