@@ -129,14 +129,26 @@ import time
 import tomllib
 import urllib.parse
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
     import aiohttp
     from aiohttp import web
+
+    WebSocket = aiohttp.ClientWebSocketResponse | web.WebSocketResponse
 
 __version__ = "0.1.0"
 __all__ = ["Exchange", "Session", "TunnelClient", "TunnelError", "TunnelServer", "connect", "main", "serve"]
@@ -263,8 +275,6 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 class ExitStatus(enum.IntEnum):
-    """What a command's exit tells a script."""
-
     OK = 0
     UNEXPECTED = 1
     USAGE = 2
@@ -308,15 +318,11 @@ class TunnelError(Exception):
 
 
 class UsageError(TunnelError):
-    """A flag, a target or an environment variable is not what it should be."""
-
     exit_status = ExitStatus.USAGE
     code = "usage"
 
 
 class Unreachable(TunnelError):
-    """No server answered before the deadline."""
-
     exit_status = ExitStatus.UNREACHABLE
     code = "unreachable"
 
@@ -341,11 +347,10 @@ class Refused(TunnelError):
     def __init__(self, code: str, reason: str, *, retry: bool = False) -> None:
         super().__init__(reason)
         self.code, self.retry = code, retry
-        self.exit_status = {
-            "token": ExitStatus.TOKEN_REFUSED,
-            "name": ExitStatus.NAME_REFUSED,
-            "replaced": ExitStatus.NAME_REFUSED,
-        }.get(code, ExitStatus.UNEXPECTED)
+        if code == "token":
+            self.exit_status = ExitStatus.TOKEN_REFUSED
+        elif code in ("name", "replaced"):
+            self.exit_status = ExitStatus.NAME_REFUSED
 
 
 class ProtocolError(Exception):
@@ -373,11 +378,7 @@ class StreamReset(Exception):
 
 
 class Unserved(Exception):
-    """A visitor's request that cannot be served; `problem` is a key of PROBLEMS."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(problem)
-        self.problem = problem
+    """A visitor's request that cannot be served; `str()` is a key of PROBLEMS."""
 
 
 # ---- Frames ---------------------------------------------------------------------------------------------------------
@@ -405,8 +406,6 @@ FIRST_EXTENSION = 128  # types from here on are ignored, so that a newer peer ma
 
 
 class _Rule(NamedTuple):
-    """What the header of a frame of one type may say."""
-
     min_length: int
     max_length: int
     flags: int
@@ -459,8 +458,7 @@ class FrameDecoder:
     """Turns bytes, sliced anyhow, into frames. Holds at most one frame."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._needed = 0
+        self._buffer = b""
 
     @property
     def buffered(self) -> int:
@@ -469,29 +467,19 @@ class FrameDecoder:
 
     def feed(self, data: bytes) -> list[Frame]:
         """Return the frames that `data` completes. Raises ProtocolError; the decoder is of no use after that."""
-        if self._buffer:
-            self._buffer += data
-            if len(self._buffer) < self._needed:
-                return []
-            data = bytes(self._buffer)
-            self._buffer.clear()
-        frames = []
-        start, end, size = 0, len(data), FRAME_HEADER.size
-        needed = size
-        while end - start >= size:
+        data = self._buffer + data  # mostly nothing and whole frames, which makes no copy
+        frames, start = [], 0
+        while len(data) - start >= FRAME_HEADER.size:
             word, flags, stream_id = FRAME_HEADER.unpack_from(data, start)
             length, type_ = word >> 8, word & 0xFF
             self._check(type_, flags, stream_id, length)
-            stop = start + size + length
-            if stop > end:
-                needed = stop - start
+            begin = start + FRAME_HEADER.size
+            if len(data) - begin < length:
                 break
+            start = begin + length
             if type_ < FIRST_EXTENSION:
-                frames.append(Frame(type_, flags, stream_id, data[start + size : stop]))
-            start = stop
-        if start < end:
-            self._buffer += data[start:]
-            self._needed = needed
+                frames.append(Frame(type_, flags, stream_id, data[begin:start]))
+        self._buffer = data[start:]
         return frames
 
     @staticmethod
@@ -618,8 +606,6 @@ OPEN_HEADER = struct.Struct(">HB")  # tunnel index, Kind; the request head follo
 
 
 class _SessionStream:
-    """What a session keeps of one stream."""
-
     def __init__(self, id_: int, send_window: int, receive_window: int, *, headed: bool) -> None:
         self.id = id_
         self.state = StreamState.IDLE
@@ -628,7 +614,7 @@ class _SessionStream:
         self.pending: collections.deque[bytes | memoryview] = collections.deque()
         self.buffered = 0  # bytes in pending
         self.ending = False  # END goes out with the last of pending
-        self.reset: Frame | None = None  # goes out after that
+        self.reset: bytes | None = None  # the payload of a RESET, which goes out after that
         self.ready = False  # is in the queue of those that may send
         self.headed = headed  # DATA may arrive
         self.interims = 0
@@ -690,13 +676,11 @@ class Session:
         self._unacked_bytes = 0
         self._acked = 0  # counted frames that the peer acknowledged
         self._replay: collections.deque[bytes] = collections.deque()  # of those, what this link has still to carry
-        self._pongs: list[bytes] = []
+        self._pings: list[bytes] = []  # PONGs and a PING to send
         self._ack_due = False
         self._ack_deadline: float | None = None
         self._bytes_to_ack = 0
-        self._heard_at = self._pinged_at = 0.0
-        self._ping_due = False
-        self._ping_sent_at: float | None = None
+        self._heard_at = self._pinged_at = 0.0  # the PING is not answered while its time is the later one
 
     # Streams
 
@@ -724,18 +708,17 @@ class Session:
             raise StreamReset(ErrorCode.SHUTDOWN, "stream ids are used up")
         stream = self._add_stream(self._last_id + 1)
         payload = OPEN_HEADER.pack(tunnel, kind) + head
-        self._send_control(encode_frame(FrameType.OPEN, END if end else 0, stream.id, payload))
+        self._send_control(FrameType.OPEN, END if end else 0, stream.id, payload)
         if end:
             self._transition(stream, Input.SEND_END)
         return stream.id
 
     def send_head(self, stream_id: int, head: bytes, *, interim: bool = False, end: bool = False) -> None:
-        """Send a response head."""
         stream = self._stream(stream_id)
         assert not self.is_server and not stream.pending
         self._transition(stream, Input.SEND_END if end else Input.SEND)
         flags = (END if end else 0) | (INTERIM if interim else 0)
-        self._send_control(encode_frame(FrameType.HEAD, flags, stream_id, head))
+        self._send_control(FrameType.HEAD, flags, stream_id, head)
 
     def send_data(self, stream_id: int, data: bytes, *, end: bool = False) -> int:
         """Queue body bytes; return how many are queued now. The caller waits while that is more than SEND_BUFFER."""
@@ -753,12 +736,12 @@ class Session:
         stream = self._streams.get(stream_id)
         if stream is None:
             return
-        frame = Frame(FrameType.RESET, 0, stream_id, encode_reason(code, reason))
+        payload = encode_reason(code, reason)
         if flush and (stream.pending or stream.ending):
-            stream.reset = frame
-            return
-        self._transition(stream, Input.RESET)
-        self._send_control(encode_frame(*frame))
+            stream.reset = payload
+        else:
+            self._transition(stream, Input.RESET)
+            self._send_control(FrameType.RESET, 0, stream_id, payload)
 
     def acknowledge_received_data(self, stream_id: int, n: int) -> int:
         """Note that the reader consumed `n` bytes of DATA; return the credit that is granted for it, mostly 0."""
@@ -771,7 +754,7 @@ class Session:
     def send_goaway(self, code: ErrorCode, reason: str) -> None:
         """Announce that this end wants no new streams."""
         self.leaving = True
-        self._send_control(encode_frame(FrameType.GOAWAY, 0, 0, encode_reason(code, reason)))
+        self._send_control(FrameType.GOAWAY, 0, 0, encode_reason(code, reason))
 
     # Links
 
@@ -784,22 +767,21 @@ class Session:
         self._acknowledge(peer_received)
         self._replay = self._unacked.copy()
         self._decoder = FrameDecoder()
+        self._pings.clear()
+        self._ack_due, self._ack_deadline = False, None
         self._heard_at = now
         self.connected = True
 
     def suspend(self) -> None:
         """The link is lost; streams wait for the next one."""
         self.connected = False
-        self._replay.clear()
-        self._pongs.clear()
-        self._ack_deadline = self._ping_sent_at = None
-        self._ack_due = self._ping_due = False
 
     def next_deadline(self) -> float:
         """The time at which `handle_timeout` wants to be called; infinity without a link."""
         if not self.connected:
             return float("inf")
-        silence = self._heard_at + PING_INTERVAL if self._ping_sent_at is None else self._ping_sent_at + PING_TIMEOUT
+        asked = self._pinged_at > self._heard_at
+        silence = self._pinged_at + PING_TIMEOUT if asked else self._heard_at + PING_INTERVAL
         return silence if self._ack_deadline is None else min(silence, self._ack_deadline)
 
     def handle_timeout(self, now: float) -> bool:
@@ -808,11 +790,11 @@ class Session:
             return False
         if self._ack_deadline is not None and now >= self._ack_deadline:
             self._ack_due, self._ack_deadline = True, None
-        if self._ping_sent_at is not None:
-            return now >= self._ping_sent_at + PING_TIMEOUT
+        if self._pinged_at > self._heard_at:
+            return now >= self._pinged_at + PING_TIMEOUT
         if now >= self._heard_at + PING_INTERVAL:
-            self._ping_due = True
-            self._ping_sent_at = self._pinged_at = now
+            self._pings.append(encode_frame(FrameType.PING, 0, 0, bytes(8)))
+            self._pinged_at = now
         return False
 
     # Bytes
@@ -821,11 +803,7 @@ class Session:
         """Return whole frames to send now as one message: about `limit` bytes at the most, none when nothing is due."""
         if not self.connected:
             return b""
-        out: list[bytes] = [encode_frame(FrameType.PONG, 0, 0, payload) for payload in self._pongs]
-        self._pongs.clear()
-        if self._ping_due:
-            out.append(encode_frame(FrameType.PING, 0, 0, bytes(8)))
-            self._ping_due = False
+        out, self._pings = self._pings, []
         room = limit
         while self._replay and room > 0:
             frame = self._replay.popleft()
@@ -842,12 +820,13 @@ class Session:
     def receive_data(self, data: bytes, now: float) -> list[Frame]:
         """Take bytes from the link and return the frames for the layer above. Raises ProtocolError."""
         self._heard_at, events = now, []
-        self._ping_sent_at = None
         for frame in self._decoder.feed(data):
-            if frame.type not in LINK_LEVEL:
-                self.received += 1
-                self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
-            if self._RECEIVERS[frame.type](self, frame):
+            if frame.type in LINK_LEVEL:
+                self._receive_link_level(frame)
+                continue
+            self.received += 1
+            self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
+            if self._receive(frame):
                 events.append(frame)
         if self._bytes_to_ack >= ACK_BYTES:
             self._ack_due = True
@@ -858,8 +837,7 @@ class Session:
     @property
     def has_data_to_send(self) -> bool:
         """Whether `data_to_send` is worth a call."""
-        due = self._ack_due or self._ping_due
-        return due or bool(self._control or self._ready or self._credits or self._replay or self._pongs)
+        return bool(self._ack_due or self._control or self._ready or self._credits or self._replay or self._pings)
 
     @property
     def between_frames(self) -> bool:
@@ -895,13 +873,14 @@ class Session:
                 stream.ending = False
                 self._transition(stream, Input.SEND_END)
             if stream.reset and not stream.pending and stream.id in self._streams:
-                room -= self._count(out, encode_frame(*stream.reset))
+                room -= self._count(out, encode_frame(FrameType.RESET, 0, stream.id, stream.reset))
                 self._transition(stream, Input.RESET)
             self._make_ready(stream)
             if was_full and stream.buffered <= SEND_BUFFER:
                 self.drained.append(stream.id)
 
-    def _send_control(self, frame: bytes) -> None:
+    def _send_control(self, type_: FrameType, flags: int, stream_id: int, payload: bytes) -> None:
+        frame = encode_frame(type_, flags, stream_id, payload)
         self._control.append(frame)
         self._control_bytes += len(frame)
 
@@ -928,18 +907,10 @@ class Session:
         return stream
 
     def _stream(self, stream_id: int) -> _SessionStream:
-        """Return a stream to send on."""
         try:
             return self._streams[stream_id]
         except KeyError:
             raise StreamReset(ErrorCode.STREAM_CLOSED) from None
-
-    def _known(self, frame: Frame) -> _SessionStream | None:
-        """Return the stream that a frame is for, or None when it is closed and the frame was still on its way."""
-        stream = self._streams.get(frame.stream_id)
-        if stream is None and frame.stream_id > self._last_id:
-            raise ProtocolError(f"{frame} before its OPEN")
-        return stream
 
     def _transition(self, stream: _SessionStream, input_: Input) -> None:
         state = TRANSITIONS.get((stream.state, input_))
@@ -959,7 +930,47 @@ class Session:
             self._unacked_bytes -= len(self._unacked.popleft())
         self._acked = received
 
-    # What is received; each returns whether the frame is an event for the layer above
+    # What is received
+
+    def _receive_link_level(self, frame: Frame) -> None:
+        if frame.type == FrameType.ACK:
+            self._acknowledge(int.from_bytes(frame.payload, "big"))
+        elif frame.type == FrameType.PING:
+            if len(self._pings) >= MAX_PENDING_PONGS:
+                raise ProtocolError(f"{MAX_PENDING_PONGS} PINGs at once")
+            self._pings.append(encode_frame(FrameType.PONG, 0, 0, frame.payload))
+        elif self._pinged_at:
+            self.round_trip = self._heard_at - self._pinged_at
+
+    def _receive(self, frame: Frame) -> bool:
+        """Take a counted frame; return whether it is an event for the layer above."""
+        if frame.type == FrameType.OPEN:
+            return self._receive_open(frame)
+        if frame.type == FrameType.GOAWAY:
+            self.goaway = decode_reason(frame.payload)
+            return True
+        stream = self._streams.get(frame.stream_id)
+        if stream is None:
+            if frame.stream_id > self._last_id:
+                raise ProtocolError(f"{frame} before its OPEN")
+            return False  # closed, and the frame was still on its way
+        if frame.type == FrameType.WINDOW:
+            stream.send.add(int.from_bytes(frame.payload, "big"))
+            self._make_ready(stream)
+            return False
+        if frame.type == FrameType.RESET:
+            self._transition(stream, Input.RESET)
+            return True
+        if frame.type == FrameType.HEAD:
+            self._check_head(stream, frame)
+        elif not stream.headed:
+            raise ProtocolError(f"DATA before the HEAD on stream {stream.id}")
+        elif not frame.payload and not frame.flags & END:
+            raise ProtocolError(f"empty DATA on stream {stream.id}")
+        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
+        if frame.type == FrameType.DATA:
+            stream.receive.receive(len(frame.payload))
+        return True
 
     def _receive_open(self, frame: Frame) -> bool:
         if self.is_server or frame.stream_id <= self._last_id:
@@ -969,7 +980,7 @@ class Session:
             self._last_id = frame.stream_id
             code = ErrorCode.SHUTDOWN if self.leaving else ErrorCode.REFUSED
             refusal = encode_reason(code, "unknown kind" if unknown else "no more streams")
-            self._send_control(encode_frame(FrameType.RESET, 0, frame.stream_id, refusal))
+            self._send_control(FrameType.RESET, 0, frame.stream_id, refusal)
             if len(self._control) > MAX_UNACKED_FRAMES:
                 raise ProtocolError("more streams than answers to them are read")
             return False
@@ -978,77 +989,16 @@ class Session:
             self._transition(stream, Input.RECEIVE_END)
         return True
 
-    def _receive_head(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is None:
-            return False
+    @staticmethod
+    def _check_head(stream: _SessionStream, frame: Frame) -> None:
         if stream.headed:
-            raise ProtocolError(f"HEAD on stream {frame.stream_id} where none may come")
+            raise ProtocolError(f"HEAD on stream {stream.id} where none may come")
         if frame.flags & INTERIM:
             stream.interims += 1
             if stream.interims > MAX_INTERIM or frame.flags & END:
                 raise ProtocolError(f"interim response {stream.interims} of {MAX_INTERIM}")
         else:
             stream.headed = True
-        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
-        return True
-
-    def _receive_data(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is None:
-            return False
-        if not stream.headed:
-            raise ProtocolError(f"DATA before the HEAD on stream {frame.stream_id}")
-        if not frame.payload and not frame.flags & END:
-            raise ProtocolError(f"empty DATA on stream {frame.stream_id}")
-        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
-        stream.receive.receive(len(frame.payload))
-        return True
-
-    def _receive_reset(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is None:
-            return False
-        self._transition(stream, Input.RESET)
-        return True
-
-    def _receive_window(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is not None:
-            stream.send.add(int.from_bytes(frame.payload, "big"))
-            self._make_ready(stream)
-        return False
-
-    def _receive_ack(self, frame: Frame) -> bool:
-        self._acknowledge(int.from_bytes(frame.payload, "big"))
-        return False
-
-    def _receive_ping(self, frame: Frame) -> bool:
-        if len(self._pongs) >= MAX_PENDING_PONGS:
-            raise ProtocolError(f"{MAX_PENDING_PONGS} PINGs at once")
-        self._pongs.append(frame.payload)
-        return False
-
-    def _receive_pong(self, _: Frame) -> bool:
-        if self._pinged_at:
-            self.round_trip = self._heard_at - self._pinged_at
-        return False
-
-    def _receive_goaway(self, frame: Frame) -> bool:
-        self.goaway = decode_reason(frame.payload)
-        return True
-
-    _RECEIVERS: ClassVar[dict[int, Callable[[Session, Frame], bool]]] = {
-        FrameType.OPEN: _receive_open,
-        FrameType.HEAD: _receive_head,
-        FrameType.DATA: _receive_data,
-        FrameType.RESET: _receive_reset,
-        FrameType.WINDOW: _receive_window,
-        FrameType.ACK: _receive_ack,
-        FrameType.PING: _receive_ping,
-        FrameType.PONG: _receive_pong,
-        FrameType.GOAWAY: _receive_goaway,
-    }
 
 
 # ---- HTTP/1.1 messages ----------------------------------------------------------------------------------------------
@@ -1102,12 +1052,9 @@ def field_tokens(headers: Headers, name: bytes) -> set[bytes]:
 
 def end_to_end(headers: Headers, *, keep_upgrade: bool = False) -> Headers:
     """Return the fields that a proxy passes on (RFC 9110 section 7.6.1), in their order."""
-    drop: frozenset[bytes] | set[bytes] = HOP_BY_HOP
-    nominated = field_tokens(headers, b"connection")
-    if nominated:
-        drop = HOP_BY_HOP | nominated - NEVER_NOMINATED
+    drop = HOP_BY_HOP | field_tokens(headers, b"connection") - NEVER_NOMINATED
     if keep_upgrade:
-        drop = drop - {b"upgrade"}
+        drop -= {b"upgrade"}
     return [(name, value) for name, value in headers if name.lower() not in drop]
 
 
@@ -1123,15 +1070,14 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
             theirs = field_values(headers, name.lower())
             if theirs:
                 ours[name] = b", ".join([*theirs, ours[name]]) if name == b"X-Forwarded-For" else theirs[-1]
+    replaced = FORWARDED - {b"forwarded", b"x-real-ip"} if trusted else FORWARDED
     kept = []
     for name, value in headers:
         lower = name.lower()
         folded = lower.replace(b"_", b"-")
-        if folded != lower and folded in FORWARDED | FRAMING:
-            continue
-        if lower in FORWARDED and not (trusted and lower in (b"forwarded", b"x-real-ip")):
-            continue
-        kept.append((name, value))
+        imitates = folded != lower and folded in FORWARDED | FRAMING
+        if lower not in replaced and not imitates:
+            kept.append((name, value))
     return [*kept, *ours.items()]
 
 
@@ -1147,9 +1093,7 @@ def _encode_head(*start: bytes, headers: Headers) -> bytes:
     return payload
 
 
-def _decode_head(
-    payload: bytes, one: re.Pattern[bytes], two: re.Pattern[bytes]
-) -> tuple[bytes, bytes, Headers]:
+def _decode_head(payload: bytes, one: re.Pattern[bytes], two: re.Pattern[bytes]) -> tuple[bytes, bytes, Headers]:
     """Return the two parts of a start line, which match their patterns, and the fields. Raises ProtocolError."""
     first, _, rest = payload.partition(b"\0")
     second, *fields = rest.split(b"\0")
@@ -1245,48 +1189,67 @@ class ResponseParser:
         self.head: ResponseHead | None = None  # the final one
         self.done = False  # the response is complete; after a 101, what follows is not HTTP
         self.keep_alive = False  # another request may follow on this connection
-        self.excess = b""  # bytes that came after the end
+        self.excess = b""  # bytes not read yet; once done, those that came after the end
+        self._start = 0  # of those that are left
+        self._until_close = False
         self._method = method
-        self._interims = 0
-        self._remaining = 0
-        self._buffer = b""
-        self._state: Callable[[bytes, int, list[ResponseHead | bytes]], int] = self._read_head
+        self._events: list[ResponseHead | bytes] = []
+        self._reading = self._read()
 
     def receive_data(self, data: bytes) -> list[ResponseHead | bytes]:
         """Return the heads and the body's bytes, without framing, that `data` brings. Raises MessageError."""
-        if self._buffer:
-            data, self._buffer = self._buffer + data, b""
-        events: list[ResponseHead | bytes] = []
-        start = 0
-        while start < len(data) and not self.done:
-            stop = self._state(data, start, events)
-            if stop < 0:  # incomplete
-                self._buffer = data[start:]
-                return events
-            start = stop
-        self.excess += data[start:]
-        if self.excess:
-            self.keep_alive = False
-        return events
+        self._events = []
+        self.excess += data
+        next(self._reading, None)
+        self.excess, self._start = self.excess[self._start :], 0
+        self.keep_alive = self.keep_alive and not (self.done and self.excess)
+        return self._events
 
     def receive_eof(self) -> None:
         """The connection ended. Raises ConnectionError when the response is not complete."""
-        if self._state == self._read_until_close:
-            self.done = True
-        elif not self.done:
+        self.done = self.done or self._until_close
+        if not self.done:
             raise ConnectionError("the connection ended inside the response" if self.head else "no response")
 
-    def _read_head(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        end = data.find(b"\r\n\r\n", start)
-        if (end if end >= 0 else len(data) - 3) - start > MAX_HEAD:
-            raise MessageError(f"a response head over {MAX_HEAD} bytes", 502)
-        if end < 0:
-            if not b"HTTP/1.".startswith(data[start : start + 7]):
+    # A generator that is suspended wherever bytes are missing
+
+    def _read(self) -> Generator[None]:
+        for _ in range(MAX_INTERIM + 1):
+            head, http11 = yield from self._read_head()
+            self._events.append(head)
+            if not head.interim:
+                break
+        else:
+            raise MessageError(f"more than {MAX_INTERIM} interim responses", 502)
+        self.head = head
+        encodings = field_values(head.headers, b"transfer-encoding")
+        length = head.content_length()
+        if encodings and (length is not None or not http11 or [e.lower() for e in encodings] != [b"chunked"]):
+            raise MessageError("Transfer-Encoding is not just chunked", 502)
+        self.keep_alive = http11 and b"close" not in field_tokens(head.headers, b"connection") and head.status != 101
+        if head.has_body(self._method):
+            if encodings:
+                yield from self._read_chunks()
+            elif length is not None:
+                yield from self._read_content(length)
+            else:
+                self.keep_alive, self._until_close = False, True
+                while True:
+                    yield from self._read_content(len(self.excess))
+                    yield
+        self.done = True
+
+    def _read_head(self) -> Generator[None, None, tuple[ResponseHead, bool]]:
+        while (end := self.excess.find(b"\r\n\r\n", self._start)) < 0:
+            self._check_length(len(self.excess) - 3, MAX_HEAD, "response head")
+            if not b"HTTP/1.".startswith(self.excess[self._start : self._start + 7]):
                 raise MessageError("not an HTTP/1 response", 502)
-            return -1
-        status_line, *lines = data[start:end].split(b"\r\n")
+            yield
+        self._check_length(end, MAX_HEAD, "response head")
+        status_line, *lines = self.excess[self._start : end].split(b"\r\n")
+        self._start = end + 4
         match = _STATUS_LINE.fullmatch(status_line)
-        if not match or data.find(b"\0", start + len(status_line), end) >= 0:
+        if not match or any(b"\0" in line for line in lines):
             raise MessageError("not an HTTP/1 response", 502)
         parts: list[bytes] = []
         for line in lines:
@@ -1297,90 +1260,47 @@ class ResponseParser:
         reason = match[3] or b""
         if not _FIELD_TEXT.fullmatch(reason) or b"\0" in reason:
             reason = b""
-        head = ResponseHead(int(match[2]), reason, check_fields(parts))
-        events.append(head)
-        if head.interim:
-            self._interims += 1
-            if self._interims > MAX_INTERIM:
-                raise MessageError(f"more than {MAX_INTERIM} interim responses", 502)
-        else:
-            self.head = head
-            self._choose_framing(head, http11=match[1] == b"1")
-        return end + 4
+        return ResponseHead(int(match[2]), reason, check_fields(parts)), match[1] == b"1"
 
-    def _choose_framing(self, head: ResponseHead, *, http11: bool) -> None:
-        encodings = field_values(head.headers, b"transfer-encoding")
-        length = head.content_length()
-        if encodings and (length is not None or not http11 or [e.lower() for e in encodings] != [b"chunked"]):
-            raise MessageError("Transfer-Encoding is not just chunked", 502)
-        self.keep_alive = http11 and b"close" not in field_tokens(head.headers, b"connection") and head.status != 101
-        if not head.has_body(self._method) or length == 0:
-            self.done = True
-        elif encodings:
-            self._state = self._read_chunk_size
-        elif length is not None:
-            self._remaining = length
-            self._state = self._read_length
-        else:
-            self.keep_alive = False
-            self._state = self._read_until_close
+    def _read_chunks(self) -> Generator[None]:
+        size = None
+        while size != 0:
+            match = _CHUNK_SIZE.fullmatch((yield from self._read_line("chunk size")))
+            if not match:
+                raise MessageError("not a chunk size", 502)
+            size = int(match[1], 16)
+            if size:
+                yield from self._read_content(size)
+                yield from self._read_line("chunk's end", 0)
+        # Trailers are dropped (RFC 9110 section 6.5.1 allows it); they never become header fields.
+        for _ in range(MAX_FIELDS):
+            if not (yield from self._read_line("trailer")):
+                return
+        raise MessageError(f"more than {MAX_FIELDS} trailers", 502)
 
-    def _read_content(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        content = data[start : start + self._remaining]
-        self._remaining -= len(content)
-        events.append(content)
-        return start + len(content)
+    def _read_content(self, length: int) -> Generator[None]:
+        while True:
+            content = self.excess[self._start : self._start + length]
+            self._start += len(content)
+            length -= len(content)
+            if content:
+                self._events.append(content)
+            if not length:
+                return
+            yield
 
-    def _read_length(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        stop = self._read_content(data, start, events)
-        self.done = not self._remaining
-        return stop
+    def _read_line(self, what: str, limit: int = MAX_CONTROL) -> Generator[None, None, bytes]:
+        while (end := self.excess.find(b"\r\n", self._start)) < 0:
+            self._check_length(len(self.excess) - self.excess.endswith(b"\r"), limit, what)
+            yield
+        self._check_length(end, limit, what)
+        line = self.excess[self._start : end]
+        self._start = end + 2
+        return line
 
-    def _read_until_close(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        events.append(data[start:])
-        return len(data)
-
-    def _line_end(self, data: bytes, start: int, what: str) -> int:
-        end = data.find(b"\r\n", start)
-        if (end if end >= 0 else len(data) - 1) - start > MAX_CONTROL:
-            raise MessageError(f"a {what} over {MAX_CONTROL} bytes", 502)
-        return end
-
-    def _read_chunk_size(self, data: bytes, start: int, _: list[ResponseHead | bytes]) -> int:
-        end = self._line_end(data, start, "chunk size")
-        if end < 0:
-            return -1
-        match = _CHUNK_SIZE.fullmatch(data, start, end)
-        if not match:
-            raise MessageError("not a chunk size", 502)
-        self._remaining = int(match[1], 16)
-        self._state = self._read_chunk_data if self._remaining else self._read_trailer
-        return end + 2
-
-    def _read_chunk_data(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        stop = self._read_content(data, start, events)
-        if not self._remaining:
-            self._state = self._read_chunk_end
-        return stop
-
-    def _read_chunk_end(self, data: bytes, start: int, _: list[ResponseHead | bytes]) -> int:
-        if data[start : start + 2] != b"\r\n":
-            if len(data) - start < 2 and data[start:] == b"\r":
-                return -1
-            raise MessageError("a chunk longer than its size", 502)
-        self._state = self._read_chunk_size
-        return start + 2
-
-    def _read_trailer(self, data: bytes, start: int, _: list[ResponseHead | bytes]) -> int:
-        """Trailers are read and dropped (RFC 9110 section 6.5.1 allows it); they never become header fields."""
-        end = self._line_end(data, start, "trailer")
-        if end < 0:
-            return -1
-        self._remaining += 1
-        if self._remaining > MAX_FIELDS:
-            raise MessageError(f"more than {MAX_FIELDS} trailers", 502)
-        self.done = end == start
-        return end + 2
+    def _check_length(self, end: int, limit: int, what: str) -> None:
+        if end - self._start > limit:
+            raise MessageError(f"a {what} over {limit} bytes", 502)
 
 
 class ResponseEncoder:
@@ -1508,8 +1428,15 @@ def _digest(key: bytes, message: bytes) -> bytes:
     return hmac.digest(key, message, "sha256")
 
 
-def _salted(token: str, salt: bytes, iterations: int) -> bytes:
-    return hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations)
+def _keys(token: str, salt: bytes, iterations: int) -> tuple[bytes, bytes, bytes]:
+    """Return ClientKey, StoredKey and ServerKey (RFC 5802 section 3); takes some milliseconds."""
+    salted = hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations)
+    client_key = _digest(salted, b"Client Key")
+    return client_key, hashlib.sha256(client_key).digest(), _digest(salted, b"Server Key")
+
+
+def _xor(one: bytes, other: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(one, other, strict=False))
 
 
 class Verifier(NamedTuple):
@@ -1522,33 +1449,25 @@ class Verifier(NamedTuple):
 
     @classmethod
     def from_token(cls, token: str, salt: bytes, iterations: int = ITERATIONS) -> Verifier:
-        """Derive it; takes some milliseconds."""
-        salted = _salted(token, salt, iterations)
-        stored_key = hashlib.sha256(_digest(salted, b"Client Key")).digest()
-        return cls(salt, iterations, stored_key, _digest(salted, b"Server Key"))
+        _, stored_key, server_key = _keys(token, salt, iterations)
+        return cls(salt, iterations, stored_key, server_key)
 
     def accepts(self, proof: bytes, auth_message: bytes) -> bool:
         """Whether the proof's maker knows the token."""
-        signature = _digest(self.stored_key, auth_message)
-        client_key = bytes(a ^ b for a, b in zip(proof, signature, strict=False))
+        client_key = _xor(proof, _digest(self.stored_key, auth_message))
         return hmac.compare_digest(hashlib.sha256(client_key).digest(), self.stored_key)
 
     def signature(self, auth_message: bytes) -> bytes:
-        """The server's own proof."""
         return _digest(self.server_key, auth_message)
 
 
 def client_proof(token: str, salt: bytes, iterations: int, auth_message: bytes) -> tuple[bytes, bytes]:
     """Return ClientProof and the ServerSignature to expect."""
-    salted = _salted(token, salt, iterations)
-    client_key = _digest(salted, b"Client Key")
-    signature = _digest(hashlib.sha256(client_key).digest(), auth_message)
-    proof = bytes(a ^ b for a, b in zip(client_key, signature, strict=True))
-    return proof, _digest(_digest(salted, b"Server Key"), auth_message)
+    client_key, stored_key, server_key = _keys(token, salt, iterations)
+    return _xor(client_key, _digest(stored_key, auth_message)), _digest(server_key, auth_message)
 
 
 def encode_message(type_: str, **fields: object) -> str:
-    """Return a handshake message."""
     return json.dumps({"type": type_, **fields}, separators=(",", ":"))
 
 
@@ -1628,7 +1547,6 @@ class Origin(NamedTuple):
         return cls(scheme, host, port if port != DEFAULT_PORTS[scheme] else None)
 
     def url(self, name: str) -> str:
-        """Return a tunnel's public URL."""
         return f"{self.scheme}://{name}.{self.zone}{'' if self.port is None else f':{self.port}'}"
 
 
@@ -2135,13 +2053,6 @@ def read_or_make(path: Path, make: Callable[[], str]) -> str:
 # event loop goes out as one message.
 
 
-class WebSocket(Protocol):
-    """What a link needs of aiohttp's two WebSockets."""
-
-    async def receive(self) -> aiohttp.WSMessage: ...
-    async def send_bytes(self, data: bytes) -> None: ...
-
-
 async def receive_message(ws: WebSocket) -> Message:
     """Return the peer's next handshake message. Raises ProtocolError, or ConnectionError when there is none."""
     from aiohttp import WSMsgType
@@ -2155,7 +2066,7 @@ async def receive_message(ws: WebSocket) -> Message:
 
 
 class Stream:
-    """One stream; a context manager that resets what is not finished when it is left.
+    """One stream; whoever has it must close it.
 
     Reading and writing are independent, one task each. All verbs raise StreamReset once either side has reset the
     stream or its session is over; what had arrived before that is read first.
@@ -2168,24 +2079,19 @@ class Stream:
         self.on_reset: Callable[[ErrorCode], object] = lambda code: None  # called when the peer resets the stream
         self._link = link
         self.has_content = not ended  # from the peer, even if none of it came
-        self._ended = ended  # the peer has
-        self._finished = finished  # we have
+        self.finished = finished  # our direction has been ended
+        self._ended = ended  # and the peer's
         self._error: StreamReset | None = None
         self._heads: collections.deque[bytes] = collections.deque()
         self._chunks: collections.deque[bytes] = collections.deque()
-        self._readable, self._writable = asyncio.Event(), asyncio.Event()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._readable = asyncio.Event()
+        self.writable = asyncio.Event()  # set by the link when the queue has room again
 
     def close(self) -> None:
         """Reset what is not finished, and forget the stream. May be called again."""
-        if self._finished and not self._ended and not self._link.session.is_server:
+        if self.finished and not self._ended and not self._link.session.is_server:
             self.abort(ErrorCode.NO_ERROR, flush=True)  # RFC 9113 section 8.1: the rest of the request is not wanted
-        elif not (self._finished and self._ended):
+        elif not (self.finished and self._ended):
             self.abort(ErrorCode.CANCEL)
         self._link.forget(self)
 
@@ -2195,11 +2101,6 @@ class Stream:
     def at_eof(self) -> bool:
         """Whether the peer has ended its direction and all of it has been read."""
         return self._ended and not self._chunks
-
-    @property
-    def finished(self) -> bool:
-        """Whether our direction has been ended."""
-        return self._finished
 
     @property
     def readable(self) -> bool:
@@ -2235,18 +2136,18 @@ class Stream:
         """Send a response head; `end` says that no content follows."""
         self._check()
         self._link.session.send_head(self.id, head.encode(), interim=head.interim, end=end)
-        self._finished = end
+        self.finished = end
         self._link.wake()
 
     async def write(self, data: bytes, *, end: bool = False) -> None:
         """Send a chunk; waits while more than SEND_BUFFER bytes are queued. `end` says that it is the last one."""
         self._check()
         queued = self._link.session.send_data(self.id, data, end=end)
-        self._finished = end
+        self.finished = end
         self._link.wake()
         if queued > SEND_BUFFER and not end:
-            self._writable.clear()
-            await self._writable.wait()
+            self.writable.clear()
+            await self.writable.wait()
             self._check()
 
     def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None:
@@ -2275,13 +2176,9 @@ class Stream:
         """The stream is over; wake whoever waits."""
         self._error = self._error or error
         self._readable.set()
-        self._writable.set()
+        self.writable.set()
         if by_peer:
             self.on_reset(error.code)
-
-    def resume_writing(self) -> None:
-        """The queue has room again."""
-        self._writable.set()
 
     def _check(self) -> None:
         if self._error:
@@ -2298,12 +2195,11 @@ class Link:
         self._streams: dict[int, Stream] = {}
         self._wakeup = asyncio.Event()
         self._closed = asyncio.Event()  # some stream has been
-        self._lost: asyncio.Future[str] | None = None  # while a WebSocket is in use
+        self._lost: asyncio.Future[str] | None = None  # of the WebSocket in use, or the last one
         self._free = asyncio.Event()
         self._free.set()
         self._finishing = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
+        self._timer: asyncio.TimerHandle  # fires early at worst
 
     async def run(self, ws: WebSocket, peer_received: int) -> str:
         """Use `ws` until it is lost or finished, and return why. The caller closes it.
@@ -2313,24 +2209,19 @@ class Link:
         loop = asyncio.get_running_loop()
         self.session.resume(peer_received, loop.time())
         self._free.clear()
-        self._lost = loop.create_future()
-        self.wake()
         self._set_timer()
-        tasks = [asyncio.ensure_future(self._read(ws)), asyncio.ensure_future(self._write(ws))]
+        self._lost = loop.create_future()
+        ends = [asyncio.ensure_future(self._read(ws)), asyncio.ensure_future(self._write(ws)), self._lost]
         try:
-            await asyncio.wait([*tasks, self._lost], return_when=asyncio.FIRST_COMPLETED)
-            return next(t for t in (*tasks, self._lost) if t.done()).result()
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return next(end for end in ends if end.done()).result()
         finally:
             self.session.suspend()
-            self._lost.cancel()
-            self._lost = None
-            if self._timer:
-                self._timer.cancel()
-                self._timer = None
-            for task in tasks:
-                task.cancel()
+            self._timer.cancel()
+            for end in ends:
+                end.cancel()
             try:
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.gather(*ends, return_exceptions=True)
             finally:  # cancelled here, too, when the connection ends while it is being given up
                 self._free.set()
 
@@ -2358,9 +2249,10 @@ class Link:
     def open(self, tunnel: int, kind: Kind, head: RequestHead, *, end: bool) -> Stream:
         """Open a stream. Raises StreamReset when the session takes no more."""
         payload = head.encode()
-        stream_id = self.session.open_stream(tunnel, kind, payload, end=end)
+        id_ = self.session.open_stream(tunnel, kind, payload, end=end)
         self.wake()
-        return self._remember(Stream(self, stream_id, tunnel, kind, payload, ended=False, finished=end))
+        self._streams[id_] = Stream(self, id_, tunnel, kind, payload, ended=False, finished=end)
+        return self._streams[id_]
 
     def forget(self, stream: Stream) -> None:
         """A stream's owner is done with it."""
@@ -2374,12 +2266,7 @@ class Link:
             await self._closed.wait()
 
     def wake(self) -> None:
-        """Something may have to be sent."""
         self._wakeup.set()
-
-    def _remember(self, stream: Stream) -> Stream:
-        self._streams[stream.id] = stream
-        return stream
 
     async def _read(self, ws: WebSocket) -> str:
         from aiohttp import WSMsgType
@@ -2394,7 +2281,9 @@ class Link:
                     raise ProtocolError("a message that ends inside a frame")
                 if session.has_data_to_send:
                     self.wake()
-                self._set_timer()
+                if session.next_deadline() < self._timer_at:
+                    self._timer.cancel()
+                    self._set_timer()
             elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
                 return "the connection was closed"
             elif message.type is WSMsgType.ERROR:
@@ -2412,7 +2301,6 @@ class Link:
                 self._wakeup.clear()
                 await self._wakeup.wait()
                 continue
-            self._set_timer()
             try:
                 async with asyncio.timeout(WRITE_TIMEOUT):
                     await ws.send_bytes(data)
@@ -2422,7 +2310,7 @@ class Link:
                 return str(error)
             for stream_id in session.drained:
                 if stream_id in self._streams:
-                    self._streams[stream_id].resume_writing()
+                    self._streams[stream_id].writable.set()
             session.drained.clear()
             if not session.streams:
                 self._closed.set()
@@ -2433,27 +2321,22 @@ class Link:
             log.debug("< %s", frame)
         if frame.type == FrameType.OPEN:
             tunnel, kind = OPEN_HEADER.unpack_from(frame.payload)
-            head = frame.payload[OPEN_HEADER.size :]
-            stream = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=bool(frame.flags & END))
-            self.on_stream(self._remember(stream))
+            head, ended = frame.payload[OPEN_HEADER.size :], bool(frame.flags & END)
+            self._streams[frame.stream_id] = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=ended)
+            self.on_stream(self._streams[frame.stream_id])
         elif frame.type == FrameType.GOAWAY:
             self.on_goaway(*decode_reason(frame.payload))
         elif frame.stream_id in self._streams:
             self._streams[frame.stream_id].feed(frame)
 
     def _set_timer(self) -> None:
-        deadline = self.session.next_deadline()
-        if self._timer and self._timer_at <= deadline:
-            return  # fires early at worst, and is set again then
-        if self._timer:
-            self._timer.cancel()
-        self._timer, self._timer_at = asyncio.get_running_loop().call_at(deadline, self._on_timer), deadline
+        self._timer_at = self.session.next_deadline()
+        self._timer = asyncio.get_running_loop().call_at(self._timer_at, self._tick)
 
-    def _on_timer(self) -> None:
-        self._timer = None
+    def _tick(self) -> None:
         if self.session.handle_timeout(asyncio.get_running_loop().time()):
             self.lose(f"no answer for {PING_TIMEOUT:g} s")
-        elif self.session.connected:
+        else:
             self.wake()
             self._set_timer()
 
@@ -2474,8 +2357,6 @@ class Registration:
 
 
 class TunnelRegistry:
-    """Who has which name. An entry lives as long as its session; whose a name is outlives even the server."""
-
     def __init__(self, path: Path, *, grace: float, hold: float) -> None:
         self.sessions: dict[str, Registration] = {}
         self.zones: list[str] = []
@@ -2485,7 +2366,8 @@ class TunnelRegistry:
         self._owners: dict[str, str] = {}
         self._latest: dict[str, str] = {}  # name -> the last session that had it, even when it is over
         self.replaced: collections.deque[str] = collections.deque(maxlen=1024)
-        self._held: dict[str, list[asyncio.Future[None]]] = collections.defaultdict(list)
+        self._held: collections.Counter[str] = collections.Counter()  # requests that wait
+        self._changed = asyncio.Event()  # a fresh one after each change that they may wait for
         self._load()
         now = asyncio.get_running_loop().time()
         self._last_seen = dict.fromkeys(self._owners, now)  # their clients are about to come back
@@ -2519,21 +2401,19 @@ class TunnelRegistry:
         self._tunnels.update(dict.fromkeys(session.names, session))
 
     def connected(self, session: Registration) -> None:
-        """A session has a link."""
         if session.expiry:
             session.expiry.cancel()
             session.expiry = None
-        self._wake(session.names)
+        self._wake()
 
     def drain(self) -> None:
         """Let no request wait any more."""
         self.draining = True
-        self._wake(list(self._held))
+        self._wake()
 
-    def _wake(self, names: list[str]) -> None:
-        for waiter in itertools.chain.from_iterable(self._held[name] for name in names):
-            if not waiter.done():
-                waiter.set_result(None)
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def disconnected(self, session: Registration) -> None:
         """A session has lost its link; it is over after the grace, or now when its client said goodbye."""
@@ -2572,17 +2452,16 @@ class TunnelRegistry:
             until = deadline if session else min(deadline, self._last_seen.get(name, -self._hold) + self._hold)
             if until <= loop.time():
                 raise Unserved("tunnel-offline")
-            if len(self._held[name]) >= MAX_HELD:
+            if self._held[name] >= MAX_HELD:
                 raise Unserved("busy")
-            arrival = loop.create_future()
-            self._held[name].append(arrival)
+            self._held[name] += 1
             try:
                 async with asyncio.timeout_at(until):
-                    await arrival
+                    await self._changed.wait()
             except TimeoutError:
                 pass
             finally:
-                self._held[name].remove(arrival)
+                self._held[name] -= 1
         return session
 
     def learn_zone(self, zone: str) -> None:
@@ -2592,13 +2471,14 @@ class TunnelRegistry:
             self._save()
 
     def _load(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                saved = parse_object(self._path.read_text())
-                self._owners = {str(name): str(key) for name, key in saved["names"].items()}
-                self.zones = [str(zone) for zone in saved["zones"]]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise TunnelError(f"{self._path} is damaged; move it away to start with no names taken") from None
+        try:
+            saved = parse_object(self._path.read_text())
+            self._owners = {str(name): str(key) for name, key in saved["names"].items()}
+            self.zones = [str(zone) for zone in saved["zones"]]
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TunnelError(f"{self._path} is damaged; move it away to start with no names taken") from None
 
     def _save(self) -> None:
         try:
@@ -2668,18 +2548,16 @@ def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
 
 
 class Delivered:
-    """What a handler returns to aiohttp: the response has been written already, or `data` is all of it."""
+    """What a handler returns to aiohttp: the response has been written already."""
 
-    def __init__(self, *, keep_alive: bool = False, data: bytes = b"") -> None:
-        self.keep_alive, self._data = keep_alive, data
+    def __init__(self, *, keep_alive: bool = False) -> None:
+        self.keep_alive = keep_alive
 
     async def prepare(self, request: web.BaseRequest) -> None:
-        """Write what is left to write."""
-        if self._data and request.transport:
-            request.transport.write(self._data)
+        """Nothing is left to write."""
 
     async def write_eof(self) -> None:
-        """Nothing is left."""
+        """Nor to end."""
 
 
 class RawPipe(asyncio.StreamReader):
@@ -2692,34 +2570,39 @@ class RawPipe(asyncio.StreamReader):
 
 
 class Visitor:
-    """One request of a visitor, and the response to it."""
-
     def __init__(self, request: web.BaseRequest, *, keep_alive: bool) -> None:
         message = request._message  # the raw head; its public accessor is deprecated in favour of parsed fields
         self.request = request
         self.method = message.method.encode()
         self.target = message.path.encode("utf-8", "surrogateescape")
         self.headers: Headers = [(name, value) for name, value in message.raw_headers]
-        self.upgrade = b""
         http11 = message.version >= (1, 1)
+        asks = http11 and b"upgrade" in field_tokens(self.headers, b"connection")
+        self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower() if asks else b""
         self.has_body = request.body_exists
         # aiohttp (3.14.5) hands the last trailer of a chunked request to the next request on the connection, as a field
         # of its head. Behind a front that may be somebody else's, so there is no next one.
         keep_alive = keep_alive and http11 and not message.should_close and not message.chunked
         self.encoder = ResponseEncoder(self.method, http11=http11, keep_alive=keep_alive)
-        if http11 and b"upgrade" in field_tokens(self.headers, b"connection"):
-            self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower()
+
+    @property
+    def unread(self) -> bool:
+        """Whether some of the request's content has not been read."""
+        return self.has_body and not self.request.content.is_eof()
 
     async def relay(self, stream: Stream) -> None:
         """Send the request's content to a stream and its response to the visitor; nothing is left running."""
-        upload = asyncio.ensure_future(self._upload(stream)) if self.has_body else None
-        if upload:
-            stream.on_reset = lambda _: upload.cancel()
+        upload: asyncio.Future[None] | None = None
+        if self.has_body:
+            upload = asyncio.ensure_future(self._upload(stream, self.request.content.readany))
+            stream.on_reset = lambda _: upload and upload.cancel()
         try:
             while (head := ResponseHead.decode(await stream.read_head())).interim:
                 self.write(self.encoder.head(head, b""))
             if head.status == 101:
-                return await self._switch_protocols(stream, head)
+                pipe = self._switch_protocols(head)
+                upload = asyncio.ensure_future(self._upload(stream, lambda: pipe.read(SEND_BUFFER)))
+                return await self._pipe(stream, upload)
             if upload and not upload.done():
                 self.encoder.keep_alive = False  # said in the head: the rest of the request may never be read
             await self._respond(stream, head)
@@ -2732,19 +2615,17 @@ class Visitor:
 
     async def fail(self, problem: str) -> None:
         """Answer with an error page, or break the connection off when a response has begun."""
-        transport = self.request.transport
-        if transport is None or self.encoder.started:
-            self.encoder.keep_alive = False
-            if transport and self.encoder.until_close:  # an orderly end would look like a complete response
+        transport, encoder = self.request.transport, self.encoder
+        if encoder.started or transport is None or self.unread:
+            encoder.keep_alive = False
+        if transport and not encoder.started:
+            head, body = problem_page(problem, self.request.headers.get("Accept", ""))
+            transport.write(encoder.head(head, _date()) + encoder.data(body) + encoder.end())
+        elif transport:
+            if encoder.until_close:  # an orderly end would look like a complete response
                 linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
                 transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            if transport:
-                transport.abort()
-            return
-        if self.has_body and not self.request.content.is_eof():
-            self.encoder.keep_alive = False
-        head, body = problem_page(problem, self.request.headers.get("Accept", ""))
-        transport.write(self.encoder.head(head, _date()) + self.encoder.data(body) + self.encoder.end())
+            transport.abort()
 
     async def discard(self) -> None:
         """Read on a little when the response came before the request's end: closing at once would swallow it."""
@@ -2762,10 +2643,10 @@ class Visitor:
         if data:
             transport.write(data)
 
-    async def _upload(self, stream: Stream) -> None:
-        content = self.request.content
+    @staticmethod
+    async def _upload(stream: Stream, read: Callable[[], Awaitable[bytes]]) -> None:
         try:
-            while data := await content.readany():
+            while data := await read():
                 await stream.write(data)
             await stream.write(b"", end=True)
         except StreamReset:
@@ -2796,36 +2677,26 @@ class Visitor:
             await self.request.writer.drain()
             transport.set_write_buffer_limits()
 
-    async def _switch_protocols(self, stream: Stream, head: ResponseHead) -> None:
+    def _switch_protocols(self, head: ResponseHead) -> RawPipe:
         if not self.upgrade:
             raise MessageError("101 without an Upgrade", 502)
-        transport = self.request.transport
-        if transport is None:
-            raise ConnectionResetError("the visitor is gone")
+        self.write(self.encoder.head(head, b""))
         pipe = RawPipe(SEND_BUFFER)
         self.request.protocol.set_parser(pipe)  # type: ignore[arg-type]
-        pipe.set_transport(transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
-        self.write(self.encoder.head(head, b""))
+        assert self.request.transport
+        pipe.set_transport(self.request.transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
+        return pipe
 
-        async def upload() -> None:
-            with contextlib.suppress(StreamReset):
-                while data := await pipe.read(SEND_BUFFER):
-                    await stream.write(data)
-                await stream.write(b"", end=True)
-
-        uploading = asyncio.ensure_future(upload())
+    async def _pipe(self, stream: Stream, upload: asyncio.Future[None]) -> None:
         try:
             while data := await stream.read():
                 self.write(data)
                 await self.request.writer.drain()
             await self._flush()
         except asyncio.CancelledError:  # the visitor has closed the connection; what it sent before that still counts
-            await asyncio.wait([uploading], timeout=LINGER)
+            await asyncio.wait([upload], timeout=LINGER)
             stream.abort(ErrorCode.NO_ERROR, flush=True)
             raise
-        finally:
-            uploading.cancel()
-            await asyncio.gather(uploading, return_exceptions=True)
 
 
 def _date() -> bytes:
@@ -2842,19 +2713,15 @@ def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]], fields
     class VisitorProtocol(web.RequestHandler):
         __slots__ = ()
 
-        def handle_error(  # type: ignore[override]
-            self,
-            request: web.BaseRequest,
-            status: int = 500,
-            exc: BaseException | None = None,
-            message: str | None = None,
-        ) -> Delivered:
+        def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
             log.info("bad request from %s: %s", request.remote, escape(str(message or exc).splitlines()[0]))
             problem = "too-large" if isinstance(exc, http_exceptions.LineTooLong) else "bad-request"
             head, body = problem_page("internal" if status == 500 else problem, "")
-            head.headers += fields or []
-            encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
-            return Delivered(data=encoder.head(head, _date()) + body)
+            if request.transport:
+                head.headers += fields or []
+                encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
+                request.transport.write(encoder.head(head, _date()) + body)
+            return Delivered()
 
     class VisitorServer(web.Server):
         def __call__(self) -> web.RequestHandler:
@@ -2901,11 +2768,7 @@ class TunnelServer:
         self._state, self._grace, self._hold = state, grace, hold
         self._host, self.port, self._domain = host, port, domain
         self._trusted = [ipaddress.ip_network(cidr) for cidr in trusted_proxies]
-        self._registry: TunnelRegistry
-        self._http: web.Server
-        self._listener: asyncio.Server
-        self._handshakes = 0
-        self._exchanges = 0
+        self._handshakes = self._exchanges = 0
         self._idle = asyncio.Event()
 
     async def start(self) -> None:
@@ -2949,7 +2812,7 @@ class TunnelServer:
             if (response := await self._route(visitor)) is not None:
                 return response
         except Unserved as error:
-            await visitor.fail(error.problem)
+            await visitor.fail(str(error))
         except StreamReset as error:
             await visitor.fail(PROBLEM_OF.get(error.code, "internal"))
         except MessageError as error:
@@ -2963,7 +2826,7 @@ class TunnelServer:
         except Exception:
             log.exception("a request failed")
             await visitor.fail("internal")
-        if visitor.has_body and not request.content.is_eof():
+        if visitor.unread:
             await visitor.discard()
         return Delivered(keep_alive=visitor.encoder.keep_alive)
 
@@ -3000,7 +2863,8 @@ class TunnelServer:
         self._exchanges += 1
         try:
             session = await self._registry.find(name)
-            with session.link.open(session.names.index(name), kind, head, end=end) as stream:
+            stream = session.link.open(session.names.index(name), kind, head, end=end)
+            with contextlib.closing(stream):
                 await visitor.relay(stream)
         finally:
             self._exchanges -= 1
@@ -3035,10 +2899,15 @@ class TunnelServer:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 await ws.prepare(request)
-                handshake = await self._handshake(ws)
-        except (Refused, ProtocolError) as error:
+                hello, key, signature = await self._handshake(ws)
+            origin = self._domain or Origin.from_url(hello.get("server", str))
+            self._registry.learn_zone(origin.zone)
+            session, received = await self._session_for(hello, key)
+        except (Refused, ProtocolError, MessageError) as error:
             log.info("refused a link from %s: %s", request.remote, escape(str(error)))
-            await self._refuse(ws, error)
+            code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
+            with contextlib.suppress(ConnectionError):
+                await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
             return ws
         except (TimeoutError, ConnectionError):
             transport.abort()
@@ -3047,54 +2916,39 @@ class TunnelServer:
             raise Unserved("not-a-link") from None
         finally:
             self._handshakes -= 1
-        await self._run_link(ws, transport, *handshake)
+        ready = encode_message(
+            "ready",
+            signature=base64.b64encode(signature).decode(),
+            session=session.id,
+            resumed=session.id == hello.get("session", str, ""),
+            received=session.link.session.received,
+            tunnels=[{"name": name, "url": origin.url(name)} for name in session.names],
+            window=INITIAL_WINDOW,
+            streams=MAX_STREAMS,
+            agent=f"pytunnel/{__version__}",
+        )
+        await self._run_link(ws, transport, session, ready, received)
         return ws
 
     async def _run_link(
-        self, ws: web.WebSocketResponse, transport: asyncio.Transport, hello: Message, key: str, signature: bytes
+        self, ws: web.WebSocketResponse, transport: asyncio.Transport, session: Registration, ready: str, received: int
     ) -> None:
-        """Serve an authenticated client until its link is lost; the session is suspended or ended then."""
-        session, received = None, 0
-        reason = "the connection was closed"
+        """Serve a client until its link is lost; the session is suspended or ended then."""
+        reason, names = "the connection was closed", ", ".join(session.names)
         try:
-            origin = self._domain or self._learn_origin(hello.get("server", str))
-            session, received = await self._session_for(hello, key)
-            ready = encode_message(
-                "ready",
-                signature=base64.b64encode(signature).decode(),
-                session=session.id,
-                resumed=session.id == hello.get("session", str, ""),
-                received=session.link.session.received,
-                tunnels=[{"name": name, "url": origin.url(name)} for name in session.names],
-                window=INITIAL_WINDOW,
-                streams=MAX_STREAMS,
-                agent=f"pytunnel/{__version__}",
-            )
             await ws.send_str(ready)
             self._registry.connected(session)
-            log.info("%s: connected%s", ", ".join(session.names), " again" * bool(received))
+            log.info("%s: connected%s", names, " again" * bool(received))
             reason = await session.link.run(ws, received)
-        except (Refused, ProtocolError) as error:
+        except ProtocolError as error:
             reason = f"refused: {error}"
-            if session:
-                self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
-            else:
-                await self._refuse(ws, error)
+            self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
         finally:
-            if session:
-                self._registry.disconnected(session)
-                if reason != "finished":
-                    transport.abort()
-                stopped = session.link.session.goaway is not None
-                log.info("%s: %s", ", ".join(session.names), "its client stopped" if stopped else escape(reason))
-            else:
-                log.info("a client was %s", escape(reason))
-
-    @staticmethod
-    async def _refuse(ws: web.WebSocketResponse, error: Refused | ProtocolError) -> None:
-        code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
-        with contextlib.suppress(ConnectionError):
-            await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
+            self._registry.disconnected(session)
+            if reason != "finished":
+                transport.abort()
+            stopped = session.link.session.goaway is not None
+            log.info("%s: %s", names, "its client stopped" if stopped else escape(reason))
 
     async def _handshake(self, ws: web.WebSocketResponse) -> tuple[Message, str, bytes]:
         """Return hello, key and our signature, once the client has proved that it knows the token."""
@@ -3102,7 +2956,8 @@ class TunnelServer:
         if hello.get("version", int) != PROTOCOL_VERSION:
             raise Refused("version", f"this server (pytunnel {__version__}) speaks version {PROTOCOL_VERSION} only")
         key = hello.get("key", str)
-        verifier = self._verifiers.get(key) or self._fake_verifier(key)
+        seed = _digest(self._fake_secret, key.encode())  # accepts nothing: an unknown key looks like a wrong token
+        verifier = self._verifiers.get(key) or Verifier(self._salt, ITERATIONS, seed, seed)
         challenge = encode_message(
             "challenge",
             nonce=hello.get("nonce", str) + secrets.token_urlsafe(18),
@@ -3139,19 +2994,6 @@ class TunnelServer:
         session = Registration(key, names, state)
         self._registry.bind(session, previous)
         return session, 0
-
-    def _fake_verifier(self, key: str) -> Verifier:
-        """Return one that accepts nothing, so that an unknown key looks like a wrong token."""
-        seed = _digest(self._fake_secret, key.encode())
-        return Verifier(self._salt, ITERATIONS, seed, seed)
-
-    def _learn_origin(self, dialled: str) -> Origin:
-        try:
-            origin = Origin.from_url(dialled)
-        except MessageError:
-            raise ProtocolError("handshake field 'server' is not a URL") from None
-        self._registry.learn_zone(origin.zone)
-        return origin
 
 
 # ---- Local service --------------------------------------------------------------------------------------------------
@@ -6194,6 +6036,10 @@ def _parser() -> CommandParser:
     demo = add("demo", "Try it on this machine", client)
     demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
     return parser
+
+
+def _doctor(options: argparse.Namespace, console: Console) -> int:
+    raise NotImplementedError
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
