@@ -2945,6 +2945,8 @@ class TunnelServer:
             self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
         finally:
             self._registry.disconnected(session)
+            if not names:  # the client only wanted to know whether its token is good
+                self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
             if reason != "finished":
                 transport.abort()
             stopped = session.link.session.goaway is not None
@@ -2983,8 +2985,8 @@ class TunnelServer:
             if session.id in self._registry.sessions and session.link.session.may_resume(received):
                 return session, received
         names = [check_name(str(name)) for name in hello.get("tunnels", list)]
-        if not 0 < len(names) <= MAX_TUNNELS or len(set(names)) != len(names):
-            raise ProtocolError(f"{len(names)} tunnels, allowed 1 to {MAX_TUNNELS} with different names")
+        if len(names) > MAX_TUNNELS or len(set(names)) != len(names):
+            raise ProtocolError(f"{len(names)} tunnels, allowed are {MAX_TUNNELS} with different names")
         state = Session(
             is_server=True,
             send_window=hello.number("window", 1, MAX_WINDOW, INITIAL_WINDOW),
@@ -5235,6 +5237,9 @@ class Run:
             yield leave
         finally:
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # unless there is more in them
+                path.parent.rmdir()
+                path.parent.parent.rmdir()
 
     @classmethod
     def all(cls) -> list[Run]:
@@ -5267,7 +5272,7 @@ class Run:
         """The names of its tunnels."""
         return [str(tunnel["name"]) for tunnel in self.tunnels]
 
-    def ask(self, path: str, *, post: bool = False, within: float = 10.0, **query: object) -> Any:
+    def ask(self, path: str, /, *, post: bool = False, within: float = 10.0, **query: object) -> Any:
         """Return the inspector's answer: an object, or bytes that are no JSON. Raises TunnelError with its reason."""
         import urllib.request
 
@@ -5418,8 +5423,9 @@ class Console:
     """Tells programs and people what happens."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        """Report as the options say: `json`, `run`, and for clients `format` and `detached`."""
         self.as_json: bool = options.json
-        self.format: str = getattr(options, "format", None) or "{url}"
+        self.format: str = getattr(options, "format", None) or ("" if options.run else "{url}")  # stdout is COMMAND's
         self.quiet = bool(getattr(options, "detached", False))  # about requests
         self.stdout, self.stderr = Output(1), Output(2)
         self.say: Callable[[str], None] = self.stderr.write  # a line for people; the terminal view takes its place
@@ -5434,7 +5440,7 @@ class Console:
         if self.as_json:
             self.stdout.write(json.dumps({"event": event, **fields}))
         else:
-            if event == "ready":
+            if event == "ready" and self.format:
                 self.stdout.write(self.format.format(**fields))
             if line and line != self._last_line and not (exchange and self.quiet):
                 self.say(line)
@@ -5622,7 +5628,9 @@ def _own_address() -> str:
 
 
 def _connect(options: argparse.Namespace, console: Console) -> int:
-    settings = Settings(vars(options))
+    if len(options.name) > 1:
+        raise UsageError("--name was given twice; write NAME=TARGET for each, like web=3000 api=8080")
+    settings = Settings({**vars(options), "name": "".join(options.name)})
     return _share(settings, settings.from_targets(options.targets), options, console)
 
 
@@ -5643,17 +5651,34 @@ def _start(options: argparse.Namespace, console: Console) -> int:
 
 def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespace, console: Console) -> int:
     settings.checked_token()
+    try:
+        console.format.format(url="", name="", target="")
+    except (LookupError, ValueError, AttributeError):
+        raise UsageError(f"--format {escape(console.format)!r}: the fields are {{url}}, {{name}} and {{target}}") from None
     inspectors = {urllib.parse.urlsplit(run.inspector).port for run in Run.all()}
     for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
         if target.is_loopback and target.port in inspectors:
             raise UsageError(f"port {target.port} is a pytunnel inspector; it stays on this machine")
     if options.detach and not options.detached:
         return _detach(options, console, len(tunnels))
+
+    def remember() -> None:
+        settings.memory.remember(settings.server.value, settings.token.value)
+
+    status = _run(_share_here(settings.server.value, settings.token.value, tunnels, options, console, remember))
+    if options.detached:
+        Path(options.detached).unlink(missing_ok=True)  # nothing went wrong
+    return status
+
+
+def write_url(path: Path, urls: Iterable[str]) -> None:
+    """Write public URLs, a line for each, in one step. Raises TunnelError, as only a TunnelError ends the client."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        return _run(_share_here(settings, tunnels, options, console))
-    finally:
-        if options.detached:
-            Path(options.detached).unlink(missing_ok=True)
+        temporary.write_text("\n".join(urls) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise TunnelError(f"cannot write {path}: {_describe(error)}") from None
 
 
 def _detach(options: argparse.Namespace, console: Console, count: int) -> int:
@@ -5684,10 +5709,14 @@ def _detach(options: argparse.Namespace, console: Console, count: int) -> int:
 
 
 async def _share_here(
-    settings: Settings, tunnels: list[Tunnel], options: argparse.Namespace, console: Console
+    server: str,
+    token: str,
+    tunnels: list[Tunnel],
+    options: argparse.Namespace,
+    console: Console,
+    on_live: Callable[[], None] = lambda: None,
 ) -> int:
     """Run a client with all that the command line offers around it."""
-    server, token = settings.server.value, settings.token.value
     if server.startswith("http:") and Origin.from_url(server).zone != "localhost":
         console.say("warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://")
     if options.wait_local is not None:
@@ -5696,10 +5725,10 @@ async def _share_here(
 
     def emit(event: str, **fields: Any) -> None:
         if event == "ready" and fields["url"] == client.urls[-1]:
-            settings.memory.remember(server, token)
+            on_live()
             leave_note(client)
             if options.url_file:
-                write_private(Path(options.url_file), "\n".join(client.urls) + "\n")
+                write_url(Path(options.url_file), client.urls)
             live.set()
         console.emit(event, **fields)
 
@@ -5786,7 +5815,7 @@ async def _demo(options: argparse.Namespace, console: Console) -> int:
             server = await stack.enter_async_context(serve())
         local = await stack.enter_async_context(demo_service())
         tunnel = Tunnel("demo", Target.parse(f"127.0.0.1:{local}"))
-        return await _run_client(TunnelClient(server.url, server.token, [tunnel], on_event=console.emit), console)
+        return await _share_here(server.url, server.token, [tunnel], options, console)
 
 
 def _status(options: argparse.Namespace, console: Console) -> int:
@@ -6033,8 +6062,10 @@ def _parser() -> CommandParser:
     doctor = add("doctor", "Find out what is wrong on the way", link)
     doctor.add_argument("targets", nargs="*", metavar="TARGET", help="local services to look at, too")
     doctor.add_argument("--idle", type=float, default=0.0, metavar="S", help="see whether an idle link lasts this long")
-    demo = add("demo", "Try it on this machine", client)
+    demo = add("demo", "Try it on this machine")
     demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
+    demo.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
+    demo.set_defaults(wait_local=None, max_retries=None, url_file=None)
     return parser
 
 
