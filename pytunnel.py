@@ -3281,8 +3281,8 @@ class Route(NamedTuple):
     response: Edits
 
     def takes(self, path: str) -> bool:
-        """Whether a path is the prefix, or below it."""
-        return path.startswith(self.prefix) and path[len(self.prefix) :][:1] in ("", "/", "?")
+        """Whether a path is the prefix, or below it; "" takes all."""
+        return not self.prefix or (path.startswith(self.prefix) and path[len(self.prefix) :][:1] in ("", "/", "?"))
 
 
 class Replay:
@@ -5136,14 +5136,13 @@ class Settings:
         self.memory = Memory(state_directory())
         own = os.environ.get("PYTUNNEL_CONFIG") or Path(platformdirs.user_config_dir("pytunnel")) / "config.toml"
         self.files = {path: read_settings(path) for path in [Path("pytunnel.toml")] * project + [Path(own)]}
-        candidates = [*self._given("server"), *((file.get("server"), str(path)) for path, file in self.files.items())]
+        candidates = [*self._given("server", "PYTUNNEL_SERVER"), *((file.get("server"), str(path)) for path, file in self.files.items())]
         last = (self.memory.server, "the last one that worked")
         server, source = Setting.first(*candidates, last, ("localhost", "default"))
         self.server = Setting(parse_server(server), source)
-        self.token = Setting.first(*self._given("token"), *self._kept_tokens())
+        self.token = Setting.first(*self._given("token", "PYTUNNEL_TOKEN"), *self._kept_tokens())
 
-    def _given(self, key: str) -> list[tuple[str | None, str]]:
-        variable = f"PYTUNNEL_{key.upper()}"
+    def _given(self, key: str, variable: str) -> list[tuple[str | None, str]]:
         return [(self._flags.get(key), f"--{key}"), (os.environ.get(variable), f"${variable}")]
 
     def _kept_tokens(self) -> Iterator[tuple[str | None, str]]:
@@ -5164,7 +5163,7 @@ class Settings:
 
     def from_targets(self, texts: Sequence[str]) -> list[Tunnel]:
         """Return the tunnels of targets like `3000` or `web=3000`. Raises UsageError or Refused."""
-        name = Setting.first(*self._given("name")).value
+        name = Setting.first(*self._given("name", "PYTUNNEL_NAME")).value
         tunnels = []
         for text in texts:
             label, separator, rest = text.partition("=") if re.match(r"[^:/\\]+=", text) else ("", "", text)

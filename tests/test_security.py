@@ -491,7 +491,6 @@ async def test_names_that_no_encoding_can_hold_are_refused_like_others() -> None
 
 
 WISHES: dict[str, dict[str, Any]] = {
-    "no tunnel": {"tunnels": []},
     "tunnels that are no list": {"tunnels": "web"},
     "one name twice": {"tunnels": ["web", "web"]},
     "too many tunnels": {"tunnels": [f"web{n}" for n in range(MAX_TUNNELS + 1)]},
