@@ -643,15 +643,14 @@ class Session:
     def open_stream(self, tunnel: int, kind: Kind, head: bytes, *, end: bool = False) -> int:
         """Open a stream with a request head and return its id. Raises StreamReset when there is no room for it."""
         assert self.is_server
+        if self._last_id >= MAX_STREAM_ID and not self.leaving:
+            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
         if self.goaway or self.leaving:
             raise StreamReset(ErrorCode.SHUTDOWN, "the session is ending")
         if len(self._streams) >= self.max_streams:
             raise StreamReset(ErrorCode.REFUSED, f"{self.max_streams} streams are open")
         if self._unacked_bytes + self._control_bytes > MAX_UNACKED:
             raise StreamReset(ErrorCode.REFUSED, "the link is congested")
-        if self._last_id >= MAX_STREAM_ID:
-            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
-            raise StreamReset(ErrorCode.SHUTDOWN, "stream ids are used up")
         stream = self._add_stream(self._last_id + 1)
         payload = OPEN_HEADER.pack(tunnel, kind) + head
         self._send_control(FrameType.OPEN, END if end else 0, stream.id, payload)
@@ -1186,14 +1185,11 @@ class ResponseParser:
         self.done = True
 
     def _read_head(self) -> Generator[None, None, tuple[ResponseHead, bool]]:
-        while (end := self.excess.find(b"\r\n\r\n", self._start)) < 0:
-            self._check_length(len(self.excess) - 3, MAX_HEAD, "response head")
-            if not b"HTTP/1.".startswith(self.excess[self._start : self._start + 7]):
-                raise MessageError("not an HTTP/1 response", 502)
+        while b"HTTP/1.".startswith(self.excess[self._start :]):  # anything else is refused without waiting for its end
             yield
-        self._check_length(end, MAX_HEAD, "response head")
-        status_line, *lines = self.excess[self._start : end].split(b"\r\n")
-        self._start = end + 4
+        if not self.excess.startswith(b"HTTP/1.", self._start):
+            raise MessageError("not an HTTP/1 response", 502)
+        status_line, *lines = (yield from self._read_until(b"\r\n\r\n", MAX_HEAD, "response head")).split(b"\r\n")
         match = _STATUS_LINE.fullmatch(status_line)
         if not match or any(b"\0" in line for line in lines):
             raise MessageError("not an HTTP/1 response", 502)
@@ -1211,16 +1207,16 @@ class ResponseParser:
     def _read_chunks(self) -> Generator[None]:
         size = None
         while size != 0:
-            match = _CHUNK_SIZE.fullmatch((yield from self._read_line("chunk size")))
+            match = _CHUNK_SIZE.fullmatch((yield from self._read_until(b"\r\n", MAX_CONTROL, "chunk size")))
             if not match:
                 raise MessageError("not a chunk size", 502)
             size = int(match[1], 16)
             if size:
                 yield from self._read_content(size)
-                yield from self._read_line("chunk's end", 0)
+                yield from self._read_until(b"\r\n", 0, "chunk's end")
         # Trailers are dropped (RFC 9110 section 6.5.1 allows it); they never become header fields.
         for _ in range(MAX_FIELDS):
-            if not (yield from self._read_line("trailer")):
+            if not (yield from self._read_until(b"\r\n", MAX_CONTROL, "trailer")):
                 return
         raise MessageError(f"more than {MAX_FIELDS} trailers", 502)
 
@@ -1235,18 +1231,17 @@ class ResponseParser:
                 return
             yield
 
-    def _read_line(self, what: str, limit: int = MAX_CONTROL) -> Generator[None, None, bytes]:
-        while (end := self.excess.find(b"\r\n", self._start)) < 0:
-            self._check_length(len(self.excess) - self.excess.endswith(b"\r"), limit, what)
+    def _read_until(self, mark: bytes, limit: int, what: str) -> Generator[None, None, bytes]:
+        while True:
+            end = self.excess.find(mark, self._start)
+            least = end if end >= 0 else len(self.excess) - len(mark) + 1
+            if least - self._start > limit:
+                raise MessageError(f"a {what} over {limit} bytes", 502)
+            if end >= 0:
+                break
             yield
-        self._check_length(end, limit, what)
-        line = self.excess[self._start : end]
-        self._start = end + 2
-        return line
-
-    def _check_length(self, end: int, limit: int, what: str) -> None:
-        if end - self._start > limit:
-            raise MessageError(f"a {what} over {limit} bytes", 502)
+        start, self._start = self._start, end + len(mark)
+        return self.excess[start:end]
 
 
 class ResponseEncoder:
@@ -3201,7 +3196,9 @@ $("file").onchange = async () => {
 """
 
 
-def _demo_app() -> web.Application:
+@contextlib.asynccontextmanager
+async def demo_service() -> AsyncIterator[int]:
+    """Run the sample service on a free port of 127.0.0.1, which is what the context gives."""
     from aiohttp import WSMsgType, web
 
     async def page(_: web.Request) -> web.Response:
@@ -3232,19 +3229,10 @@ def _demo_app() -> web.Application:
 
     app = web.Application()
     app.add_routes([web.get("/", page), web.get("/events", events), web.get("/ws", echo), web.post("/upload", upload)])
-    return app
-
-
-@contextlib.asynccontextmanager
-async def demo_service() -> AsyncIterator[int]:
-    """Run the sample service on a free port of 127.0.0.1, which is what the context gives."""
-    from aiohttp import web
-
-    runner = web.AppRunner(_demo_app(), access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
         yield runner.addresses[0][1]
     finally:
         await runner.cleanup()
