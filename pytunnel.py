@@ -206,8 +206,7 @@ def escape(text: str | bytes, limit: int = 200) -> str:
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
     if not (text.isascii() and text.isprintable()):
-        kept = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
-        text = "".join(kept)
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -454,8 +453,6 @@ class FrameDecoder:
 class SendWindow:
     """What may still be sent."""
 
-    __slots__ = ("credit",)
-
     def __init__(self, size: int) -> None:
         self.credit = size
 
@@ -473,8 +470,6 @@ class SendWindow:
 
 class ReceiveWindow:
     """What the peer may still send."""
-
-    __slots__ = ("_consumed", "credit", "size")
 
     def __init__(self, size: int) -> None:
         self.size = self.credit = size
@@ -564,9 +559,6 @@ class _SessionStream:
         self.ready = False  # is in the queue of those that may send
         self.headed = headed  # DATA may arrive
         self.interims = 0
-
-    def can_send(self) -> bool:
-        return self.send.credit > 0 if self.pending else self.ending or self.reset is not None
 
     def take(self, limit: int) -> bytes | memoryview:
         """Remove and return up to `limit` bytes of what is pending."""
@@ -838,7 +830,8 @@ class Session:
         return len(frame)
 
     def _make_ready(self, stream: _SessionStream) -> None:
-        if not stream.ready and stream.id in self._streams and stream.can_send():
+        can_send = stream.send.credit > 0 if stream.pending else stream.ending or stream.reset is not None
+        if can_send and not stream.ready and stream.id in self._streams:
             stream.ready = True
             self._ready.append(stream)
 
@@ -1250,15 +1243,11 @@ class ResponseEncoder:
     def __init__(self, method: bytes, *, http11: bool, keep_alive: bool) -> None:
         self.keep_alive = keep_alive
         self.started = False  # the final head has been encoded
+        self.until_close = False  # only the connection's end tells the visitor where the content ends
         self._method, self._http11 = method, http11
         self._body = True
         self._chunked = False
         self._remaining: int | None = None
-
-    @property
-    def until_close(self) -> bool:
-        """Whether only the connection's end tells the visitor where the content ends."""
-        return self._body and not self._chunked and self._remaining is None
 
     def head(self, head: ResponseHead, date: bytes, *, end: bool = False) -> bytes:
         """Return the head on the wire; `end` says that no content will come. Raises MessageError."""
@@ -1279,7 +1268,7 @@ class ResponseEncoder:
                 self._chunked = True
                 hop.append((b"Transfer-Encoding", b"chunked"))
             else:
-                self.keep_alive = False
+                self.keep_alive, self.until_close = False, True
         if head.status == 101:
             self.keep_alive = False
         elif not self.keep_alive:
@@ -1909,7 +1898,6 @@ class TunnelRegistry:
     def connected(self, session: Registration) -> None:
         if session.expiry:
             session.expiry.cancel()
-            session.expiry = None
         self._wake()
 
     def drain(self) -> None:
@@ -2368,8 +2356,7 @@ class TunnelServer:
         self._exchanges += 1
         try:
             session = await self._registry.find(name)
-            stream = session.link.open(session.names.index(name), kind, head, end=end)
-            with contextlib.closing(stream):
+            with contextlib.closing(session.link.open(session.names.index(name), kind, head, end=end)) as stream:
                 await visitor.relay(stream)
         finally:
             self._exchanges -= 1
@@ -2380,7 +2367,7 @@ class TunnelServer:
         if field_values(headers, b"host") != [host]:  # absolute-form: the target wins
             headers = [(name, host if name.lower() == b"host" else value) for name, value in headers]
         peer = visitor.request.remote or ""
-        trusted = bool(self._trusted) and any(ipaddress.ip_address(peer) in network for network in self._trusted)
+        trusted = any(ipaddress.ip_address(peer) in network for network in self._trusted)
         headers = forwarded(headers, peer, visitor.request.scheme, host, trusted=trusted)
         return RequestHead(visitor.method, visitor.target, headers)
 
