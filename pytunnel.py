@@ -1460,17 +1460,14 @@ class Origin(NamedTuple):
 
     @classmethod
     def from_url(cls, url: str) -> Origin:
-        """Derive it from what a client dialled. Raises MessageError.
-
-        A bare address has no names below it, so sslip.io lends its own; loopback has `.localhost`.
-        """
+        """Derive it from what a client dialled. Raises MessageError."""
         scheme, _, rest = url.partition("://")
         scheme = scheme.lower()
         if scheme not in ("http", "https"):
             raise MessageError("not an http or https URL")
         host, port = parse_host(rest.partition("/")[0])
         with contextlib.suppress(ValueError):
-            address = ipaddress.ip_address(host.strip("[]"))
+            address = ipaddress.ip_address(host.strip("[]"))  # has no names below it; sslip.io lends its own
             dashed = str(address).replace(".", "-").replace(":", "-")
             dashed = "0" * dashed.startswith("-") + dashed + "0" * dashed.endswith("-")  # `::` at an end
             host = "localhost" if address.is_loopback else f"{dashed}.sslip.io"
@@ -1697,10 +1694,7 @@ class Link:
         self._timer: asyncio.TimerHandle  # fires early at worst
 
     async def run(self, ws: WebSocket, peer_received: int) -> str:
-        """Use `ws` until it is lost or finished, and return why. The caller closes it.
-
-        `peer_received` is from the handshake. Raises ProtocolError when the peer broke the protocol.
-        """
+        """Use `ws` until it is lost or finished, and return why; the caller closes it. Raises ProtocolError."""
         loop = asyncio.get_running_loop()
         self.session.resume(peer_received, loop.time())
         self._free.clear()
@@ -1812,8 +1806,7 @@ class Link:
             await asyncio.sleep(0)  # let others add to the next message, and the reader see ACKs
 
     def _dispatch(self, frame: Frame) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("< %s", frame)
+        log.debug("< %s", frame)
         if frame.type == FrameType.OPEN:
             tunnel, kind = OPEN_HEADER.unpack_from(frame.payload)
             head, ended = frame.payload[OPEN_HEADER.size :], bool(frame.flags & END)
@@ -1863,7 +1856,14 @@ class TunnelRegistry:
         self.replaced: collections.deque[str] = collections.deque(maxlen=1024)
         self._held: collections.Counter[str] = collections.Counter()  # requests that wait
         self._changed = asyncio.Event()  # a fresh one after each change that they may wait for
-        self._load()
+        try:
+            saved = parse_object(path.read_text())
+            self._owners = {str(name): str(key) for name, key in saved["names"].items()}
+            self.zones = [str(zone) for zone in saved["zones"]]
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TunnelError(f"{path} is damaged; move it away to start with no names taken") from None
         now = asyncio.get_running_loop().time()
         self._last_seen = dict.fromkeys(self._owners, now)  # their clients are about to come back
 
@@ -1882,10 +1882,7 @@ class TunnelRegistry:
             self._save()
 
     def bind(self, session: Registration, previous: str) -> None:
-        """Give a new session its names. Whoever had one of them last, with the same token, is replaced.
-
-        Unless that was the same client: `previous` is the session that it could not resume.
-        """
+        """Give a new session its names. Whoever had one last is replaced, unless it was the same client: `previous`."""
         self.replaced.extend({self._latest.get(name, previous) for name in session.names} - {previous})
         self._latest.update(dict.fromkeys(session.names, session.id))
         for other in {self._tunnels[name] for name in session.names if name in self._tunnels}:
@@ -1932,10 +1929,7 @@ class TunnelRegistry:
         session.link.end(error)
 
     async def find(self, name: str) -> Registration:
-        """Return the session that serves a tunnel, once it has a link.
-
-        Waits for a client that is away for a moment. Raises Unserved.
-        """
+        """Return the session that serves a tunnel; waits for a client that is away for a moment. Raises Unserved."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._hold
         while not ((session := self._tunnels.get(name)) and session.link.session.accepts_streams):
@@ -1963,16 +1957,6 @@ class TunnelRegistry:
         if zone not in self.zones:
             self.zones = [*self.zones, zone][-MAX_ZONES:]
             self._save()
-
-    def _load(self) -> None:
-        try:
-            saved = parse_object(self._path.read_text())
-            self._owners = {str(name): str(key) for name, key in saved["names"].items()}
-            self.zones = [str(zone) for zone in saved["zones"]]
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise TunnelError(f"{self._path} is damaged; move it away to start with no names taken") from None
 
     def _save(self) -> None:
         try:
@@ -2019,8 +2003,12 @@ PROBLEM_OF = {
 }
 
 
-def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
-    """Return the response to a request that could not be served: HTML, JSON or text, without a word of the request."""
+def _date() -> bytes:
+    return email.utils.formatdate(usegmt=True).encode()
+
+
+def problem_page(problem: str, accept: str, encoder: ResponseEncoder) -> bytes:
+    """Return the answer to a request that could not be served: HTML, JSON or text, without a word of the request."""
     status, sentence = PROBLEMS[problem]
     if "text/html" in accept:
         kind = b"text/html; charset=utf-8"
@@ -2038,7 +2026,8 @@ def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
         headers.append((b"Retry-After", b"5"))
     if status == 426:
         headers.append((b"Upgrade", b"websocket"))
-    return ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers), body
+    head = ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers)
+    return encoder.head(head, _date()) + encoder.data(body) + encoder.end()
 
 
 class Delivered:
@@ -2113,8 +2102,7 @@ class Visitor:
         if encoder.started or transport is None or self.unread:
             encoder.keep_alive = False
         if transport and not encoder.started:
-            head, body = problem_page(problem, self.request.headers.get("Accept", ""))
-            transport.write(encoder.head(head, _date()) + encoder.data(body) + encoder.end())
+            transport.write(problem_page(problem, self.request.headers.get("Accept", ""), encoder))
         elif transport:
             if encoder.until_close:  # an orderly end would look like a complete response
                 linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
@@ -2193,10 +2181,6 @@ class Visitor:
             raise
 
 
-def _date() -> bytes:
-    return email.utils.formatdate(usegmt=True).encode()
-
-
 def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]]) -> web.Server:
     """Return aiohttp's low-level server, with our own answer to what is not HTTP."""
     from aiohttp import http_exceptions, http_parser, web
@@ -2210,10 +2194,9 @@ def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]]) -> web
         def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
             log.info("bad request from %s: %s", request.remote, escape(str(message or exc).splitlines()[0]))
             problem = "too-large" if isinstance(exc, http_exceptions.LineTooLong) else "bad-request"
-            head, body = problem_page("internal" if status == 500 else problem, "")
+            encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
             if request.transport:
-                encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
-                request.transport.write(encoder.head(head, _date()) + body)
+                request.transport.write(problem_page("internal" if status == 500 else problem, "", encoder))
             return Delivered()
 
     class VisitorServer(web.Server):
