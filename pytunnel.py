@@ -615,9 +615,8 @@ class Session:
         self._acked = 0  # counted frames that the peer acknowledged
         self._replay: collections.deque[bytes] = collections.deque()  # of those, what this link has still to carry
         self._pings: list[bytes] = []  # PONGs and a PING to send
-        self._ack_due = False
+        self._bytes_to_ack = 0  # from ACK_BYTES on, an ACK is due
         self._ack_deadline: float | None = None
-        self._bytes_to_ack = 0
         self._heard_at = self._pinged_at = 0.0  # the PING is not answered while its time is the later one
 
     # Streams
@@ -705,7 +704,7 @@ class Session:
         self._replay = self._unacked.copy()
         self._decoder = FrameDecoder()
         self._pings.clear()
-        self._ack_due, self._ack_deadline = False, None
+        self._bytes_to_ack, self._ack_deadline = 0, None  # the handshake has told it
         self._heard_at = now
         self.connected = True
 
@@ -726,7 +725,7 @@ class Session:
         if not self.connected:
             return False
         if self._ack_deadline is not None and now >= self._ack_deadline:
-            self._ack_due, self._ack_deadline = True, None
+            self._bytes_to_ack, self._ack_deadline = ACK_BYTES, None
         if self._pinged_at > self._heard_at:
             return now >= self._pinged_at + PING_TIMEOUT
         if now >= self._heard_at + PING_INTERVAL:
@@ -749,9 +748,9 @@ class Session:
         if not self._replay:
             room = self._take_control(out, room)
             self._take_data(out, room)
-        if self._ack_due or (out and self._ack_deadline is not None):
+        if self._bytes_to_ack >= ACK_BYTES or (out and self._ack_deadline is not None):
             out.append(encode_frame(FrameType.ACK, 0, 0, self.received.to_bytes(8, "big")))
-            self._ack_due, self._ack_deadline, self._bytes_to_ack = False, None, 0
+            self._bytes_to_ack, self._ack_deadline = 0, None
         return b"".join(out)
 
     def receive_data(self, data: bytes, now: float) -> list[Frame]:
@@ -765,16 +764,15 @@ class Session:
             self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
             if self._receive(frame):
                 events.append(frame)
-        if self._bytes_to_ack >= ACK_BYTES:
-            self._ack_due = True
-        elif self._bytes_to_ack and not self._ack_due and self._ack_deadline is None:
+        if 0 < self._bytes_to_ack < ACK_BYTES and self._ack_deadline is None:
             self._ack_deadline = now + ACK_DELAY
         return events
 
     @property
     def has_data_to_send(self) -> bool:
         """Whether `data_to_send` is worth a call."""
-        return bool(self._ack_due or self._control or self._ready or self._credits or self._replay or self._pings)
+        waiting = self._control or self._ready or self._credits or self._replay or self._pings
+        return bool(waiting) or self._bytes_to_ack >= ACK_BYTES
 
     @property
     def between_frames(self) -> bool:
