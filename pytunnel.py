@@ -1171,7 +1171,7 @@ class ResponseParser:
             else:
                 self.keep_alive, self._until_close = False, True
                 while True:
-                    yield from self._read_content(len(self.excess))
+                    yield from self._read_content(len(self.excess) - self._start)
                     yield
         self.done = True
 
