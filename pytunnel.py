@@ -243,8 +243,7 @@ def escape(text: str | bytes, limit: int = 200) -> str:
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
     if not (text.isascii() and text.isprintable()):
-        kept = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
-        text = "".join(kept)
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -508,8 +507,6 @@ class FrameDecoder:
 class SendWindow:
     """What may still be sent."""
 
-    __slots__ = ("credit",)
-
     def __init__(self, size: int) -> None:
         self.credit = size
 
@@ -527,8 +524,6 @@ class SendWindow:
 
 class ReceiveWindow:
     """What the peer may still send."""
-
-    __slots__ = ("_consumed", "credit", "size")
 
     def __init__(self, size: int) -> None:
         self.size = self.credit = size
@@ -619,9 +614,6 @@ class _SessionStream:
         self.headed = headed  # DATA may arrive
         self.interims = 0
 
-    def can_send(self) -> bool:
-        return self.send.credit > 0 if self.pending else self.ending or self.reset is not None
-
     def take(self, limit: int) -> bytes | memoryview:
         """Remove and return up to `limit` bytes of what is pending."""
         limit = min(limit, self.send.credit)
@@ -677,9 +669,8 @@ class Session:
         self._acked = 0  # counted frames that the peer acknowledged
         self._replay: collections.deque[bytes] = collections.deque()  # of those, what this link has still to carry
         self._pings: list[bytes] = []  # PONGs and a PING to send
-        self._ack_due = False
+        self._bytes_to_ack = 0  # from ACK_BYTES on, an ACK is due
         self._ack_deadline: float | None = None
-        self._bytes_to_ack = 0
         self._heard_at = self._pinged_at = 0.0  # the PING is not answered while its time is the later one
 
     # Streams
@@ -697,15 +688,14 @@ class Session:
     def open_stream(self, tunnel: int, kind: Kind, head: bytes, *, end: bool = False) -> int:
         """Open a stream with a request head and return its id. Raises StreamReset when there is no room for it."""
         assert self.is_server
+        if self._last_id >= MAX_STREAM_ID and not self.leaving:
+            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
         if self.goaway or self.leaving:
             raise StreamReset(ErrorCode.SHUTDOWN, "the session is ending")
         if len(self._streams) >= self.max_streams:
             raise StreamReset(ErrorCode.REFUSED, f"{self.max_streams} streams are open")
         if self._unacked_bytes + self._control_bytes > MAX_UNACKED:
             raise StreamReset(ErrorCode.REFUSED, "the link is congested")
-        if self._last_id >= MAX_STREAM_ID:
-            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
-            raise StreamReset(ErrorCode.SHUTDOWN, "stream ids are used up")
         stream = self._add_stream(self._last_id + 1)
         payload = OPEN_HEADER.pack(tunnel, kind) + head
         self._send_control(FrameType.OPEN, END if end else 0, stream.id, payload)
@@ -768,7 +758,7 @@ class Session:
         self._replay = self._unacked.copy()
         self._decoder = FrameDecoder()
         self._pings.clear()
-        self._ack_due, self._ack_deadline = False, None
+        self._bytes_to_ack, self._ack_deadline = 0, None  # the handshake has told it
         self._heard_at = now
         self.connected = True
 
@@ -789,7 +779,7 @@ class Session:
         if not self.connected:
             return False
         if self._ack_deadline is not None and now >= self._ack_deadline:
-            self._ack_due, self._ack_deadline = True, None
+            self._bytes_to_ack, self._ack_deadline = ACK_BYTES, None
         if self._pinged_at > self._heard_at:
             return now >= self._pinged_at + PING_TIMEOUT
         if now >= self._heard_at + PING_INTERVAL:
@@ -812,9 +802,9 @@ class Session:
         if not self._replay:
             room = self._take_control(out, room)
             self._take_data(out, room)
-        if self._ack_due or (out and self._ack_deadline is not None):
+        if self._bytes_to_ack >= ACK_BYTES or (out and self._ack_deadline is not None):
             out.append(encode_frame(FrameType.ACK, 0, 0, self.received.to_bytes(8, "big")))
-            self._ack_due, self._ack_deadline, self._bytes_to_ack = False, None, 0
+            self._bytes_to_ack, self._ack_deadline = 0, None
         return b"".join(out)
 
     def receive_data(self, data: bytes, now: float) -> list[Frame]:
@@ -828,16 +818,15 @@ class Session:
             self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
             if self._receive(frame):
                 events.append(frame)
-        if self._bytes_to_ack >= ACK_BYTES:
-            self._ack_due = True
-        elif self._bytes_to_ack and not self._ack_due and self._ack_deadline is None:
+        if 0 < self._bytes_to_ack < ACK_BYTES and self._ack_deadline is None:
             self._ack_deadline = now + ACK_DELAY
         return events
 
     @property
     def has_data_to_send(self) -> bool:
         """Whether `data_to_send` is worth a call."""
-        return bool(self._ack_due or self._control or self._ready or self._credits or self._replay or self._pings)
+        waiting = self._control or self._ready or self._credits or self._replay or self._pings
+        return bool(waiting) or self._bytes_to_ack >= ACK_BYTES
 
     @property
     def between_frames(self) -> bool:
@@ -893,7 +882,8 @@ class Session:
         return len(frame)
 
     def _make_ready(self, stream: _SessionStream) -> None:
-        if not stream.ready and stream.id in self._streams and stream.can_send():
+        can_send = stream.send.credit > 0 if stream.pending else stream.ending or stream.reset is not None
+        if can_send and not stream.ready and stream.id in self._streams:
             stream.ready = True
             self._ready.append(stream)
 
@@ -1235,19 +1225,16 @@ class ResponseParser:
             else:
                 self.keep_alive, self._until_close = False, True
                 while True:
-                    yield from self._read_content(len(self.excess))
+                    yield from self._read_content(len(self.excess) - self._start)
                     yield
         self.done = True
 
     def _read_head(self) -> Generator[None, None, tuple[ResponseHead, bool]]:
-        while (end := self.excess.find(b"\r\n\r\n", self._start)) < 0:
-            self._check_length(len(self.excess) - 3, MAX_HEAD, "response head")
-            if not b"HTTP/1.".startswith(self.excess[self._start : self._start + 7]):
-                raise MessageError("not an HTTP/1 response", 502)
+        while b"HTTP/1.".startswith(self.excess[self._start :]):  # anything else is refused without waiting for its end
             yield
-        self._check_length(end, MAX_HEAD, "response head")
-        status_line, *lines = self.excess[self._start : end].split(b"\r\n")
-        self._start = end + 4
+        if not self.excess.startswith(b"HTTP/1.", self._start):
+            raise MessageError("not an HTTP/1 response", 502)
+        status_line, *lines = (yield from self._read_until(b"\r\n\r\n", MAX_HEAD, "response head")).split(b"\r\n")
         match = _STATUS_LINE.fullmatch(status_line)
         if not match or any(b"\0" in line for line in lines):
             raise MessageError("not an HTTP/1 response", 502)
@@ -1265,16 +1252,16 @@ class ResponseParser:
     def _read_chunks(self) -> Generator[None]:
         size = None
         while size != 0:
-            match = _CHUNK_SIZE.fullmatch((yield from self._read_line("chunk size")))
+            match = _CHUNK_SIZE.fullmatch((yield from self._read_until(b"\r\n", MAX_CONTROL, "chunk size")))
             if not match:
                 raise MessageError("not a chunk size", 502)
             size = int(match[1], 16)
             if size:
                 yield from self._read_content(size)
-                yield from self._read_line("chunk's end", 0)
+                yield from self._read_until(b"\r\n", 0, "chunk's end")
         # Trailers are dropped (RFC 9110 section 6.5.1 allows it); they never become header fields.
         for _ in range(MAX_FIELDS):
-            if not (yield from self._read_line("trailer")):
+            if not (yield from self._read_until(b"\r\n", MAX_CONTROL, "trailer")):
                 return
         raise MessageError(f"more than {MAX_FIELDS} trailers", 502)
 
@@ -1289,18 +1276,17 @@ class ResponseParser:
                 return
             yield
 
-    def _read_line(self, what: str, limit: int = MAX_CONTROL) -> Generator[None, None, bytes]:
-        while (end := self.excess.find(b"\r\n", self._start)) < 0:
-            self._check_length(len(self.excess) - self.excess.endswith(b"\r"), limit, what)
+    def _read_until(self, mark: bytes, limit: int, what: str) -> Generator[None, None, bytes]:
+        while True:
+            end = self.excess.find(mark, self._start)
+            least = end if end >= 0 else len(self.excess) - len(mark) + 1
+            if least - self._start > limit:
+                raise MessageError(f"a {what} over {limit} bytes", 502)
+            if end >= 0:
+                break
             yield
-        self._check_length(end, limit, what)
-        line = self.excess[self._start : end]
-        self._start = end + 2
-        return line
-
-    def _check_length(self, end: int, limit: int, what: str) -> None:
-        if end - self._start > limit:
-            raise MessageError(f"a {what} over {limit} bytes", 502)
+        start, self._start = self._start, end + len(mark)
+        return self.excess[start:end]
 
 
 class ResponseEncoder:
@@ -1309,15 +1295,11 @@ class ResponseEncoder:
     def __init__(self, method: bytes, *, http11: bool, keep_alive: bool) -> None:
         self.keep_alive = keep_alive
         self.started = False  # the final head has been encoded
+        self.until_close = False  # only the connection's end tells the visitor where the content ends
         self._method, self._http11 = method, http11
         self._body = True
         self._chunked = False
         self._remaining: int | None = None
-
-    @property
-    def until_close(self) -> bool:
-        """Whether only the connection's end tells the visitor where the content ends."""
-        return self._body and not self._chunked and self._remaining is None
 
     def head(self, head: ResponseHead, date: bytes, *, end: bool = False) -> bytes:
         """Return the head on the wire; `end` says that no content will come. Raises MessageError."""
@@ -1338,7 +1320,7 @@ class ResponseEncoder:
                 self._chunked = True
                 hop.append((b"Transfer-Encoding", b"chunked"))
             else:
-                self.keep_alive = False
+                self.keep_alive, self.until_close = False, True
         if head.status == 101:
             self.keep_alive = False
         elif not self.keep_alive:
@@ -1530,17 +1512,14 @@ class Origin(NamedTuple):
 
     @classmethod
     def from_url(cls, url: str) -> Origin:
-        """Derive it from what a client dialled. Raises MessageError.
-
-        A bare address has no names below it, so sslip.io lends its own; loopback has `.localhost`.
-        """
+        """Derive it from what a client dialled. Raises MessageError."""
         scheme, _, rest = url.partition("://")
         scheme = scheme.lower()
         if scheme not in ("http", "https"):
             raise MessageError("not an http or https URL")
         host, port = parse_host(rest.partition("/")[0])
         with contextlib.suppress(ValueError):
-            address = ipaddress.ip_address(host.strip("[]"))
+            address = ipaddress.ip_address(host.strip("[]"))  # has no names below it; sslip.io lends its own
             dashed = str(address).replace(".", "-").replace(":", "-")
             dashed = "0" * dashed.startswith("-") + dashed + "0" * dashed.endswith("-")  # `::` at an end
             host = "localhost" if address.is_loopback else f"{dashed}.sslip.io"
@@ -2202,10 +2181,7 @@ class Link:
         self._timer: asyncio.TimerHandle  # fires early at worst
 
     async def run(self, ws: WebSocket, peer_received: int) -> str:
-        """Use `ws` until it is lost or finished, and return why. The caller closes it.
-
-        `peer_received` is from the handshake. Raises ProtocolError when the peer broke the protocol.
-        """
+        """Use `ws` until it is lost or finished, and return why; the caller closes it. Raises ProtocolError."""
         loop = asyncio.get_running_loop()
         self.session.resume(peer_received, loop.time())
         self._free.clear()
@@ -2317,8 +2293,7 @@ class Link:
             await asyncio.sleep(0)  # let others add to the next message, and the reader see ACKs
 
     def _dispatch(self, frame: Frame) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("< %s", frame)
+        log.debug("< %s", frame)
         if frame.type == FrameType.OPEN:
             tunnel, kind = OPEN_HEADER.unpack_from(frame.payload)
             head, ended = frame.payload[OPEN_HEADER.size :], bool(frame.flags & END)
@@ -2368,7 +2343,14 @@ class TunnelRegistry:
         self.replaced: collections.deque[str] = collections.deque(maxlen=1024)
         self._held: collections.Counter[str] = collections.Counter()  # requests that wait
         self._changed = asyncio.Event()  # a fresh one after each change that they may wait for
-        self._load()
+        try:
+            saved = parse_object(path.read_text())
+            self._owners = {str(name): str(key) for name, key in saved["names"].items()}
+            self.zones = [str(zone) for zone in saved["zones"]]
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TunnelError(f"{path} is damaged; move it away to start with no names taken") from None
         now = asyncio.get_running_loop().time()
         self._last_seen = dict.fromkeys(self._owners, now)  # their clients are about to come back
 
@@ -2387,10 +2369,7 @@ class TunnelRegistry:
             self._save()
 
     def bind(self, session: Registration, previous: str) -> None:
-        """Give a new session its names. Whoever had one of them last, with the same token, is replaced.
-
-        Unless that was the same client: `previous` is the session that it could not resume.
-        """
+        """Give a new session its names. Whoever had one last is replaced, unless it was the same client: `previous`."""
         self.replaced.extend({self._latest.get(name, previous) for name in session.names} - {previous})
         self._latest.update(dict.fromkeys(session.names, session.id))
         for other in {self._tunnels[name] for name in session.names if name in self._tunnels}:
@@ -2403,7 +2382,6 @@ class TunnelRegistry:
     def connected(self, session: Registration) -> None:
         if session.expiry:
             session.expiry.cancel()
-            session.expiry = None
         self._wake()
 
     def drain(self) -> None:
@@ -2438,10 +2416,7 @@ class TunnelRegistry:
         session.link.end(error)
 
     async def find(self, name: str) -> Registration:
-        """Return the session that serves a tunnel, once it has a link.
-
-        Waits for a client that is away for a moment. Raises Unserved.
-        """
+        """Return the session that serves a tunnel; waits for a client that is away for a moment. Raises Unserved."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._hold
         while not ((session := self._tunnels.get(name)) and session.link.session.accepts_streams):
@@ -2469,16 +2444,6 @@ class TunnelRegistry:
         if zone not in self.zones:
             self.zones = [*self.zones, zone][-MAX_ZONES:]
             self._save()
-
-    def _load(self) -> None:
-        try:
-            saved = parse_object(self._path.read_text())
-            self._owners = {str(name): str(key) for name, key in saved["names"].items()}
-            self.zones = [str(zone) for zone in saved["zones"]]
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise TunnelError(f"{self._path} is damaged; move it away to start with no names taken") from None
 
     def _save(self) -> None:
         try:
@@ -2525,8 +2490,12 @@ PROBLEM_OF = {
 }
 
 
-def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
-    """Return the response to a request that could not be served: HTML, JSON or text, without a word of the request."""
+def _date() -> bytes:
+    return email.utils.formatdate(usegmt=True).encode()
+
+
+def problem_page(problem: str, accept: str, encoder: ResponseEncoder, fields: Headers = []) -> bytes:  # noqa: B006
+    """Return the answer to a request that could not be served: HTML, JSON or text, without a word of the request."""
     status, sentence = PROBLEMS[problem]
     if "text/html" in accept:
         kind = b"text/html; charset=utf-8"
@@ -2540,11 +2509,13 @@ def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
         text = f"{status} {problem}: {sentence}\n"
     body = text.encode()
     headers = [(b"Content-Type", kind), (b"Content-Length", b"%d" % len(body)), (b"X-Pytunnel-Error", problem.encode())]
+    headers += fields
     if status == 503:
         headers.append((b"Retry-After", b"5"))
     if status == 426:
         headers.append((b"Upgrade", b"websocket"))
-    return ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers), body
+    head = ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers)
+    return encoder.head(head, _date()) + encoder.data(body) + encoder.end()
 
 
 class Delivered:
@@ -2619,8 +2590,7 @@ class Visitor:
         if encoder.started or transport is None or self.unread:
             encoder.keep_alive = False
         if transport and not encoder.started:
-            head, body = problem_page(problem, self.request.headers.get("Accept", ""))
-            transport.write(encoder.head(head, _date()) + encoder.data(body) + encoder.end())
+            transport.write(problem_page(problem, self.request.headers.get("Accept", ""), encoder))
         elif transport:
             if encoder.until_close:  # an orderly end would look like a complete response
                 linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
@@ -2699,10 +2669,6 @@ class Visitor:
             raise
 
 
-def _date() -> bytes:
-    return email.utils.formatdate(usegmt=True).encode()
-
-
 def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]], fields: Headers | None = None) -> web.Server:
     """Return aiohttp's low-level server, with our own answer, and `fields` in it, to what is not HTTP."""
     from aiohttp import http_exceptions, http_parser, web
@@ -2716,11 +2682,10 @@ def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]], fields
         def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
             log.info("bad request from %s: %s", request.remote, escape(str(message or exc).splitlines()[0]))
             problem = "too-large" if isinstance(exc, http_exceptions.LineTooLong) else "bad-request"
-            head, body = problem_page("internal" if status == 500 else problem, "")
+            encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
             if request.transport:
-                head.headers += fields or []
-                encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
-                request.transport.write(encoder.head(head, _date()) + body)
+                page = problem_page("internal" if status == 500 else problem, "", encoder, fields or [])
+                request.transport.write(page)
             return Delivered()
 
     class VisitorServer(web.Server):
@@ -2863,8 +2828,7 @@ class TunnelServer:
         self._exchanges += 1
         try:
             session = await self._registry.find(name)
-            stream = session.link.open(session.names.index(name), kind, head, end=end)
-            with contextlib.closing(stream):
+            with contextlib.closing(session.link.open(session.names.index(name), kind, head, end=end)) as stream:
                 await visitor.relay(stream)
         finally:
             self._exchanges -= 1
@@ -2875,7 +2839,7 @@ class TunnelServer:
         if field_values(headers, b"host") != [host]:  # absolute-form: the target wins
             headers = [(name, host if name.lower() == b"host" else value) for name, value in headers]
         peer = visitor.request.remote or ""
-        trusted = bool(self._trusted) and any(ipaddress.ip_address(peer) in network for network in self._trusted)
+        trusted = any(ipaddress.ip_address(peer) in network for network in self._trusted)
         headers = forwarded(headers, peer, visitor.request.scheme, host, trusted=trusted)
         return RequestHead(visitor.method, visitor.target, headers)
 
@@ -4938,7 +4902,9 @@ $("file").onchange = async () => {
 """
 
 
-def _demo_app() -> web.Application:
+@contextlib.asynccontextmanager
+async def demo_service() -> AsyncIterator[int]:
+    """Run the sample service on a free port of 127.0.0.1, which is what the context gives."""
     from aiohttp import WSMsgType, web
 
     async def page(_: web.Request) -> web.Response:
@@ -4969,13 +4935,7 @@ def _demo_app() -> web.Application:
 
     app = web.Application()
     app.add_routes([web.get("/", page), web.get("/events", events), web.get("/ws", echo), web.post("/upload", upload)])
-    return app
-
-
-@contextlib.asynccontextmanager
-async def demo_service() -> AsyncIterator[int]:
-    """Run the sample service on a free port of 127.0.0.1, which is what the context gives."""
-    async with _running(_demo_app()) as port:
+    async with _running(app) as port:
         yield port
 
 
