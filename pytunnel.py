@@ -195,6 +195,7 @@ MAX_LOG = 32 * MiB  # bytes of heads and bodies in the log; the oldest exchanges
 MAX_NOTE = 512  # bytes kept of a WebSocket message or an event
 MAX_NOTES = 64  # of these in one exchange, the last ones
 MAX_VIEW = 1 * MiB  # bytes of a body that are unpacked for a person to see, whatever a bomb holds
+MAX_INDENT = 40  # levels of JSON that are indented; deeper ones stay at the last
 REPLAY_TIMEOUT = 30.0  # seconds a replayed request may take: an event stream would take for ever
 
 LOCAL_CONNECT_TIMEOUT = 5.0  # seconds to connect to the local service
@@ -1898,12 +1899,13 @@ def indent_json(text: str) -> str:
     """Return JSON with a line for each member; tokens stay as they were written, and half a text is no error."""
     out: list[str] = []
     depth, before = 0, ""
+    indents = ["\n" + "  " * n for n in range(MAX_INDENT + 1)]  # a text that only opens brackets must not fill memory
     for token in _JSON_TOKEN.findall(text):
         depth -= token in ("}", "]") and depth > 0
         if token in ("}", "]"):
-            out.append("" if before in ("{", "[") else "\n" + "  " * depth)
+            out.append("" if before in ("{", "[") else indents[min(depth, MAX_INDENT)])
         elif before in ("{", "[", ",") or (before and not depth):  # at depth 0 another document begins
-            out.append("\n" + "  " * depth)
+            out.append(indents[min(depth, MAX_INDENT)])
         elif before == ":":
             out.append(" ")
         out.append(token)
@@ -4030,13 +4032,13 @@ a { color: var(--accent); text-underline-offset: 3px }
 li { list-style: none }
 pre, code, kbd, td, tbody th, h2, textarea, input, #notes, .fields { font-family: var(--mono); unicode-bidi: plaintext }
 pre, code, kbd, td, tbody th, textarea, input, #notes, .fields { font-size: 12.5px }
-button, input, textarea { color: inherit; background: var(--back); border: 1px solid var(--edge); border-radius: 6px }
+button, input, textarea { color: var(--text); background: var(--back); border: 1px solid var(--edge); border-radius: 6px }
 button { font: 13px system-ui, sans-serif; border-color: var(--line); padding: 0 10px; min-height: 30px }
 button:hover { background: var(--raised); border-color: var(--edge) }
 button[aria-pressed=true] { color: var(--accent); background: var(--tint); border-color: var(--accent) }
 button.main { color: var(--back); background: var(--accent); font-weight: 600 }
 .small button, button.small { min-height: 26px; padding: 0 8px; font-size: 12px }
-input, textarea { width: 100%; padding: 5px 10px; line-height: 1.6; resize: vertical }
+input, textarea { width: 100%; padding: 5px 10px; line-height: 1.6; resize: vertical; display: block }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
 .soft, dt, thead th, label { color: var(--soft); font-weight: 400 }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 8px }
