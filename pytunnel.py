@@ -70,9 +70,14 @@ Server
 Local service
 Forwarding
 Client
+Files
 Inspector
 Demo
 Settings
+Running clients
+Python API
+Console
+Commands
 Command line
 """
 
@@ -116,22 +121,37 @@ import shlex
 import signal
 import socket
 import ssl
+import stat
 import struct
+import subprocess
 import threading
 import time
+import tomllib
 import urllib.parse
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
     import aiohttp
     from aiohttp import web
 
+    WebSocket = aiohttp.ClientWebSocketResponse | web.WebSocketResponse
+
 __version__ = "0.1.0"
-__all__ = ["Session", "TunnelClient", "TunnelServer", "main"]
+__all__ = ["Exchange", "Session", "TunnelClient", "TunnelError", "TunnelServer", "connect", "main", "serve"]
 
 log = logging.getLogger("pytunnel")
 
@@ -246,6 +266,8 @@ def parse_object(text: str) -> dict[str, Any]:
 #     TunnelError               one line for the user, with an exit status
 #     ├── UsageError            the command line or the environment is wrong
 #     ├── Unreachable           the server cannot be reached
+#     ├── LocalDown             the local service did not come up
+#     ├── NotRun                the command after `--` cannot be run
 #     └── Refused               the server said no in the handshake
 #     ProtocolError             the peer broke the wire protocol; the session ends
 #     MessageError              an HTTP message breaks RFC 9110 or 9112
@@ -254,8 +276,6 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 class ExitStatus(enum.IntEnum):
-    """What a command's exit tells a script."""
-
     OK = 0
     UNEXPECTED = 1
     USAGE = 2
@@ -263,6 +283,7 @@ class ExitStatus(enum.IntEnum):
     NAME_REFUSED = 4
     UNREACHABLE = 5
     LOCAL_DOWN = 6
+    NOT_RUN = 127
     INTERRUPTED = 130
 
 
@@ -298,17 +319,27 @@ class TunnelError(Exception):
 
 
 class UsageError(TunnelError):
-    """A flag, a target or an environment variable is not what it should be."""
-
     exit_status = ExitStatus.USAGE
     code = "usage"
 
 
 class Unreachable(TunnelError):
-    """No server answered before the deadline."""
-
     exit_status = ExitStatus.UNREACHABLE
     code = "unreachable"
+
+
+class LocalDown(TunnelError):
+    """The local service did not come up."""
+
+    exit_status = ExitStatus.LOCAL_DOWN
+    code = "local-down"
+
+
+class NotRun(TunnelError):
+    """The command after `--` cannot be run."""
+
+    exit_status = ExitStatus.NOT_RUN
+    code = "not-run"
 
 
 class Refused(TunnelError):
@@ -317,11 +348,10 @@ class Refused(TunnelError):
     def __init__(self, code: str, reason: str, *, retry: bool = False) -> None:
         super().__init__(reason)
         self.code, self.retry = code, retry
-        self.exit_status = {
-            "token": ExitStatus.TOKEN_REFUSED,
-            "name": ExitStatus.NAME_REFUSED,
-            "replaced": ExitStatus.NAME_REFUSED,
-        }.get(code, ExitStatus.UNEXPECTED)
+        if code == "token":
+            self.exit_status = ExitStatus.TOKEN_REFUSED
+        elif code in ("name", "replaced"):
+            self.exit_status = ExitStatus.NAME_REFUSED
 
 
 class ProtocolError(Exception):
@@ -349,11 +379,7 @@ class StreamReset(Exception):
 
 
 class Unserved(Exception):
-    """A visitor's request that cannot be served; `problem` is a key of PROBLEMS."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(problem)
-        self.problem = problem
+    """A visitor's request that cannot be served; `str()` is a key of PROBLEMS."""
 
 
 # ---- Frames ---------------------------------------------------------------------------------------------------------
@@ -381,8 +407,6 @@ FIRST_EXTENSION = 128  # types from here on are ignored, so that a newer peer ma
 
 
 class _Rule(NamedTuple):
-    """What the header of a frame of one type may say."""
-
     min_length: int
     max_length: int
     flags: int
@@ -435,8 +459,7 @@ class FrameDecoder:
     """Turns bytes, sliced anyhow, into frames. Holds at most one frame."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._needed = 0
+        self._buffer = b""
 
     @property
     def buffered(self) -> int:
@@ -445,29 +468,19 @@ class FrameDecoder:
 
     def feed(self, data: bytes) -> list[Frame]:
         """Return the frames that `data` completes. Raises ProtocolError; the decoder is of no use after that."""
-        if self._buffer:
-            self._buffer += data
-            if len(self._buffer) < self._needed:
-                return []
-            data = bytes(self._buffer)
-            self._buffer.clear()
-        frames = []
-        start, end, size = 0, len(data), FRAME_HEADER.size
-        needed = size
-        while end - start >= size:
+        data = self._buffer + data  # mostly nothing and whole frames, which makes no copy
+        frames, start = [], 0
+        while len(data) - start >= FRAME_HEADER.size:
             word, flags, stream_id = FRAME_HEADER.unpack_from(data, start)
             length, type_ = word >> 8, word & 0xFF
             self._check(type_, flags, stream_id, length)
-            stop = start + size + length
-            if stop > end:
-                needed = stop - start
+            begin = start + FRAME_HEADER.size
+            if len(data) - begin < length:
                 break
+            start = begin + length
             if type_ < FIRST_EXTENSION:
-                frames.append(Frame(type_, flags, stream_id, data[start + size : stop]))
-            start = stop
-        if start < end:
-            self._buffer += data[start:]
-            self._needed = needed
+                frames.append(Frame(type_, flags, stream_id, data[begin:start]))
+        self._buffer = data[start:]
         return frames
 
     @staticmethod
@@ -594,8 +607,6 @@ OPEN_HEADER = struct.Struct(">HB")  # tunnel index, Kind; the request head follo
 
 
 class _SessionStream:
-    """What a session keeps of one stream."""
-
     def __init__(self, id_: int, send_window: int, receive_window: int, *, headed: bool) -> None:
         self.id = id_
         self.state = StreamState.IDLE
@@ -604,7 +615,7 @@ class _SessionStream:
         self.pending: collections.deque[bytes | memoryview] = collections.deque()
         self.buffered = 0  # bytes in pending
         self.ending = False  # END goes out with the last of pending
-        self.reset: Frame | None = None  # goes out after that
+        self.reset: bytes | None = None  # the payload of a RESET, which goes out after that
         self.ready = False  # is in the queue of those that may send
         self.headed = headed  # DATA may arrive
         self.interims = 0
@@ -666,13 +677,11 @@ class Session:
         self._unacked_bytes = 0
         self._acked = 0  # counted frames that the peer acknowledged
         self._replay: collections.deque[bytes] = collections.deque()  # of those, what this link has still to carry
-        self._pongs: list[bytes] = []
+        self._pings: list[bytes] = []  # PONGs and a PING to send
         self._ack_due = False
         self._ack_deadline: float | None = None
         self._bytes_to_ack = 0
-        self._heard_at = self._pinged_at = 0.0
-        self._ping_due = False
-        self._ping_sent_at: float | None = None
+        self._heard_at = self._pinged_at = 0.0  # the PING is not answered while its time is the later one
 
     # Streams
 
@@ -700,18 +709,17 @@ class Session:
             raise StreamReset(ErrorCode.SHUTDOWN, "stream ids are used up")
         stream = self._add_stream(self._last_id + 1)
         payload = OPEN_HEADER.pack(tunnel, kind) + head
-        self._send_control(encode_frame(FrameType.OPEN, END if end else 0, stream.id, payload))
+        self._send_control(FrameType.OPEN, END if end else 0, stream.id, payload)
         if end:
             self._transition(stream, Input.SEND_END)
         return stream.id
 
     def send_head(self, stream_id: int, head: bytes, *, interim: bool = False, end: bool = False) -> None:
-        """Send a response head."""
         stream = self._stream(stream_id)
         assert not self.is_server and not stream.pending
         self._transition(stream, Input.SEND_END if end else Input.SEND)
         flags = (END if end else 0) | (INTERIM if interim else 0)
-        self._send_control(encode_frame(FrameType.HEAD, flags, stream_id, head))
+        self._send_control(FrameType.HEAD, flags, stream_id, head)
 
     def send_data(self, stream_id: int, data: bytes, *, end: bool = False) -> int:
         """Queue body bytes; return how many are queued now. The caller waits while that is more than SEND_BUFFER."""
@@ -729,12 +737,12 @@ class Session:
         stream = self._streams.get(stream_id)
         if stream is None:
             return
-        frame = Frame(FrameType.RESET, 0, stream_id, encode_reason(code, reason))
+        payload = encode_reason(code, reason)
         if flush and (stream.pending or stream.ending):
-            stream.reset = frame
-            return
-        self._transition(stream, Input.RESET)
-        self._send_control(encode_frame(*frame))
+            stream.reset = payload
+        else:
+            self._transition(stream, Input.RESET)
+            self._send_control(FrameType.RESET, 0, stream_id, payload)
 
     def acknowledge_received_data(self, stream_id: int, n: int) -> int:
         """Note that the reader consumed `n` bytes of DATA; return the credit that is granted for it, mostly 0."""
@@ -747,7 +755,7 @@ class Session:
     def send_goaway(self, code: ErrorCode, reason: str) -> None:
         """Announce that this end wants no new streams."""
         self.leaving = True
-        self._send_control(encode_frame(FrameType.GOAWAY, 0, 0, encode_reason(code, reason)))
+        self._send_control(FrameType.GOAWAY, 0, 0, encode_reason(code, reason))
 
     # Links
 
@@ -760,22 +768,21 @@ class Session:
         self._acknowledge(peer_received)
         self._replay = self._unacked.copy()
         self._decoder = FrameDecoder()
+        self._pings.clear()
+        self._ack_due, self._ack_deadline = False, None
         self._heard_at = now
         self.connected = True
 
     def suspend(self) -> None:
         """The link is lost; streams wait for the next one."""
         self.connected = False
-        self._replay.clear()
-        self._pongs.clear()
-        self._ack_deadline = self._ping_sent_at = None
-        self._ack_due = self._ping_due = False
 
     def next_deadline(self) -> float:
         """The time at which `handle_timeout` wants to be called; infinity without a link."""
         if not self.connected:
             return float("inf")
-        silence = self._heard_at + PING_INTERVAL if self._ping_sent_at is None else self._ping_sent_at + PING_TIMEOUT
+        asked = self._pinged_at > self._heard_at
+        silence = self._pinged_at + PING_TIMEOUT if asked else self._heard_at + PING_INTERVAL
         return silence if self._ack_deadline is None else min(silence, self._ack_deadline)
 
     def handle_timeout(self, now: float) -> bool:
@@ -784,11 +791,11 @@ class Session:
             return False
         if self._ack_deadline is not None and now >= self._ack_deadline:
             self._ack_due, self._ack_deadline = True, None
-        if self._ping_sent_at is not None:
-            return now >= self._ping_sent_at + PING_TIMEOUT
+        if self._pinged_at > self._heard_at:
+            return now >= self._pinged_at + PING_TIMEOUT
         if now >= self._heard_at + PING_INTERVAL:
-            self._ping_due = True
-            self._ping_sent_at = self._pinged_at = now
+            self._pings.append(encode_frame(FrameType.PING, 0, 0, bytes(8)))
+            self._pinged_at = now
         return False
 
     # Bytes
@@ -797,11 +804,7 @@ class Session:
         """Return whole frames to send now as one message: about `limit` bytes at the most, none when nothing is due."""
         if not self.connected:
             return b""
-        out: list[bytes] = [encode_frame(FrameType.PONG, 0, 0, payload) for payload in self._pongs]
-        self._pongs.clear()
-        if self._ping_due:
-            out.append(encode_frame(FrameType.PING, 0, 0, bytes(8)))
-            self._ping_due = False
+        out, self._pings = self._pings, []
         room = limit
         while self._replay and room > 0:
             frame = self._replay.popleft()
@@ -818,12 +821,13 @@ class Session:
     def receive_data(self, data: bytes, now: float) -> list[Frame]:
         """Take bytes from the link and return the frames for the layer above. Raises ProtocolError."""
         self._heard_at, events = now, []
-        self._ping_sent_at = None
         for frame in self._decoder.feed(data):
-            if frame.type not in LINK_LEVEL:
-                self.received += 1
-                self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
-            if self._RECEIVERS[frame.type](self, frame):
+            if frame.type in LINK_LEVEL:
+                self._receive_link_level(frame)
+                continue
+            self.received += 1
+            self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
+            if self._receive(frame):
                 events.append(frame)
         if self._bytes_to_ack >= ACK_BYTES:
             self._ack_due = True
@@ -834,8 +838,7 @@ class Session:
     @property
     def has_data_to_send(self) -> bool:
         """Whether `data_to_send` is worth a call."""
-        due = self._ack_due or self._ping_due
-        return due or bool(self._control or self._ready or self._credits or self._replay or self._pongs)
+        return bool(self._ack_due or self._control or self._ready or self._credits or self._replay or self._pings)
 
     @property
     def between_frames(self) -> bool:
@@ -871,13 +874,14 @@ class Session:
                 stream.ending = False
                 self._transition(stream, Input.SEND_END)
             if stream.reset and not stream.pending and stream.id in self._streams:
-                room -= self._count(out, encode_frame(*stream.reset))
+                room -= self._count(out, encode_frame(FrameType.RESET, 0, stream.id, stream.reset))
                 self._transition(stream, Input.RESET)
             self._make_ready(stream)
             if was_full and stream.buffered <= SEND_BUFFER:
                 self.drained.append(stream.id)
 
-    def _send_control(self, frame: bytes) -> None:
+    def _send_control(self, type_: FrameType, flags: int, stream_id: int, payload: bytes) -> None:
+        frame = encode_frame(type_, flags, stream_id, payload)
         self._control.append(frame)
         self._control_bytes += len(frame)
 
@@ -904,18 +908,10 @@ class Session:
         return stream
 
     def _stream(self, stream_id: int) -> _SessionStream:
-        """Return a stream to send on."""
         try:
             return self._streams[stream_id]
         except KeyError:
             raise StreamReset(ErrorCode.STREAM_CLOSED) from None
-
-    def _known(self, frame: Frame) -> _SessionStream | None:
-        """Return the stream that a frame is for, or None when it is closed and the frame was still on its way."""
-        stream = self._streams.get(frame.stream_id)
-        if stream is None and frame.stream_id > self._last_id:
-            raise ProtocolError(f"{frame} before its OPEN")
-        return stream
 
     def _transition(self, stream: _SessionStream, input_: Input) -> None:
         state = TRANSITIONS.get((stream.state, input_))
@@ -935,7 +931,47 @@ class Session:
             self._unacked_bytes -= len(self._unacked.popleft())
         self._acked = received
 
-    # What is received; each returns whether the frame is an event for the layer above
+    # What is received
+
+    def _receive_link_level(self, frame: Frame) -> None:
+        if frame.type == FrameType.ACK:
+            self._acknowledge(int.from_bytes(frame.payload, "big"))
+        elif frame.type == FrameType.PING:
+            if len(self._pings) >= MAX_PENDING_PONGS:
+                raise ProtocolError(f"{MAX_PENDING_PONGS} PINGs at once")
+            self._pings.append(encode_frame(FrameType.PONG, 0, 0, frame.payload))
+        elif self._pinged_at:
+            self.round_trip = self._heard_at - self._pinged_at
+
+    def _receive(self, frame: Frame) -> bool:
+        """Take a counted frame; return whether it is an event for the layer above."""
+        if frame.type == FrameType.OPEN:
+            return self._receive_open(frame)
+        if frame.type == FrameType.GOAWAY:
+            self.goaway = decode_reason(frame.payload)
+            return True
+        stream = self._streams.get(frame.stream_id)
+        if stream is None:
+            if frame.stream_id > self._last_id:
+                raise ProtocolError(f"{frame} before its OPEN")
+            return False  # closed, and the frame was still on its way
+        if frame.type == FrameType.WINDOW:
+            stream.send.add(int.from_bytes(frame.payload, "big"))
+            self._make_ready(stream)
+            return False
+        if frame.type == FrameType.RESET:
+            self._transition(stream, Input.RESET)
+            return True
+        if frame.type == FrameType.HEAD:
+            self._check_head(stream, frame)
+        elif not stream.headed:
+            raise ProtocolError(f"DATA before the HEAD on stream {stream.id}")
+        elif not frame.payload and not frame.flags & END:
+            raise ProtocolError(f"empty DATA on stream {stream.id}")
+        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
+        if frame.type == FrameType.DATA:
+            stream.receive.receive(len(frame.payload))
+        return True
 
     def _receive_open(self, frame: Frame) -> bool:
         if self.is_server or frame.stream_id <= self._last_id:
@@ -945,7 +981,7 @@ class Session:
             self._last_id = frame.stream_id
             code = ErrorCode.SHUTDOWN if self.leaving else ErrorCode.REFUSED
             refusal = encode_reason(code, "unknown kind" if unknown else "no more streams")
-            self._send_control(encode_frame(FrameType.RESET, 0, frame.stream_id, refusal))
+            self._send_control(FrameType.RESET, 0, frame.stream_id, refusal)
             if len(self._control) > MAX_UNACKED_FRAMES:
                 raise ProtocolError("more streams than answers to them are read")
             return False
@@ -954,77 +990,16 @@ class Session:
             self._transition(stream, Input.RECEIVE_END)
         return True
 
-    def _receive_head(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is None:
-            return False
+    @staticmethod
+    def _check_head(stream: _SessionStream, frame: Frame) -> None:
         if stream.headed:
-            raise ProtocolError(f"HEAD on stream {frame.stream_id} where none may come")
+            raise ProtocolError(f"HEAD on stream {stream.id} where none may come")
         if frame.flags & INTERIM:
             stream.interims += 1
             if stream.interims > MAX_INTERIM or frame.flags & END:
                 raise ProtocolError(f"interim response {stream.interims} of {MAX_INTERIM}")
         else:
             stream.headed = True
-        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
-        return True
-
-    def _receive_data(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is None:
-            return False
-        if not stream.headed:
-            raise ProtocolError(f"DATA before the HEAD on stream {frame.stream_id}")
-        if not frame.payload and not frame.flags & END:
-            raise ProtocolError(f"empty DATA on stream {frame.stream_id}")
-        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
-        stream.receive.receive(len(frame.payload))
-        return True
-
-    def _receive_reset(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is None:
-            return False
-        self._transition(stream, Input.RESET)
-        return True
-
-    def _receive_window(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is not None:
-            stream.send.add(int.from_bytes(frame.payload, "big"))
-            self._make_ready(stream)
-        return False
-
-    def _receive_ack(self, frame: Frame) -> bool:
-        self._acknowledge(int.from_bytes(frame.payload, "big"))
-        return False
-
-    def _receive_ping(self, frame: Frame) -> bool:
-        if len(self._pongs) >= MAX_PENDING_PONGS:
-            raise ProtocolError(f"{MAX_PENDING_PONGS} PINGs at once")
-        self._pongs.append(frame.payload)
-        return False
-
-    def _receive_pong(self, _: Frame) -> bool:
-        if self._pinged_at:
-            self.round_trip = self._heard_at - self._pinged_at
-        return False
-
-    def _receive_goaway(self, frame: Frame) -> bool:
-        self.goaway = decode_reason(frame.payload)
-        return True
-
-    _RECEIVERS: ClassVar[dict[int, Callable[[Session, Frame], bool]]] = {
-        FrameType.OPEN: _receive_open,
-        FrameType.HEAD: _receive_head,
-        FrameType.DATA: _receive_data,
-        FrameType.RESET: _receive_reset,
-        FrameType.WINDOW: _receive_window,
-        FrameType.ACK: _receive_ack,
-        FrameType.PING: _receive_ping,
-        FrameType.PONG: _receive_pong,
-        FrameType.GOAWAY: _receive_goaway,
-    }
 
 
 # ---- HTTP/1.1 messages ----------------------------------------------------------------------------------------------
@@ -1078,12 +1053,9 @@ def field_tokens(headers: Headers, name: bytes) -> set[bytes]:
 
 def end_to_end(headers: Headers, *, keep_upgrade: bool = False) -> Headers:
     """Return the fields that a proxy passes on (RFC 9110 section 7.6.1), in their order."""
-    drop: frozenset[bytes] | set[bytes] = HOP_BY_HOP
-    nominated = field_tokens(headers, b"connection")
-    if nominated:
-        drop = HOP_BY_HOP | nominated - NEVER_NOMINATED
+    drop = HOP_BY_HOP | field_tokens(headers, b"connection") - NEVER_NOMINATED
     if keep_upgrade:
-        drop = drop - {b"upgrade"}
+        drop -= {b"upgrade"}
     return [(name, value) for name, value in headers if name.lower() not in drop]
 
 
@@ -1099,15 +1071,14 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
             theirs = field_values(headers, name.lower())
             if theirs:
                 ours[name] = b", ".join([*theirs, ours[name]]) if name == b"X-Forwarded-For" else theirs[-1]
+    replaced = FORWARDED - {b"forwarded", b"x-real-ip"} if trusted else FORWARDED
     kept = []
     for name, value in headers:
         lower = name.lower()
         folded = lower.replace(b"_", b"-")
-        if folded != lower and folded in FORWARDED | FRAMING:
-            continue
-        if lower in FORWARDED and not (trusted and lower in (b"forwarded", b"x-real-ip")):
-            continue
-        kept.append((name, value))
+        imitates = folded != lower and folded in FORWARDED | FRAMING
+        if lower not in replaced and not imitates:
+            kept.append((name, value))
     return [*kept, *ours.items()]
 
 
@@ -1123,9 +1094,7 @@ def _encode_head(*start: bytes, headers: Headers) -> bytes:
     return payload
 
 
-def _decode_head(
-    payload: bytes, one: re.Pattern[bytes], two: re.Pattern[bytes]
-) -> tuple[bytes, bytes, Headers]:
+def _decode_head(payload: bytes, one: re.Pattern[bytes], two: re.Pattern[bytes]) -> tuple[bytes, bytes, Headers]:
     """Return the two parts of a start line, which match their patterns, and the fields. Raises ProtocolError."""
     first, _, rest = payload.partition(b"\0")
     second, *fields = rest.split(b"\0")
@@ -1221,48 +1190,67 @@ class ResponseParser:
         self.head: ResponseHead | None = None  # the final one
         self.done = False  # the response is complete; after a 101, what follows is not HTTP
         self.keep_alive = False  # another request may follow on this connection
-        self.excess = b""  # bytes that came after the end
+        self.excess = b""  # bytes not read yet; once done, those that came after the end
+        self._start = 0  # of those that are left
+        self._until_close = False
         self._method = method
-        self._interims = 0
-        self._remaining = 0
-        self._buffer = b""
-        self._state: Callable[[bytes, int, list[ResponseHead | bytes]], int] = self._read_head
+        self._events: list[ResponseHead | bytes] = []
+        self._reading = self._read()
 
     def receive_data(self, data: bytes) -> list[ResponseHead | bytes]:
         """Return the heads and the body's bytes, without framing, that `data` brings. Raises MessageError."""
-        if self._buffer:
-            data, self._buffer = self._buffer + data, b""
-        events: list[ResponseHead | bytes] = []
-        start = 0
-        while start < len(data) and not self.done:
-            stop = self._state(data, start, events)
-            if stop < 0:  # incomplete
-                self._buffer = data[start:]
-                return events
-            start = stop
-        self.excess += data[start:]
-        if self.excess:
-            self.keep_alive = False
-        return events
+        self._events = []
+        self.excess += data
+        next(self._reading, None)
+        self.excess, self._start = self.excess[self._start :], 0
+        self.keep_alive = self.keep_alive and not (self.done and self.excess)
+        return self._events
 
     def receive_eof(self) -> None:
         """The connection ended. Raises ConnectionError when the response is not complete."""
-        if self._state == self._read_until_close:
-            self.done = True
-        elif not self.done:
+        self.done = self.done or self._until_close
+        if not self.done:
             raise ConnectionError("the connection ended inside the response" if self.head else "no response")
 
-    def _read_head(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        end = data.find(b"\r\n\r\n", start)
-        if (end if end >= 0 else len(data) - 3) - start > MAX_HEAD:
-            raise MessageError(f"a response head over {MAX_HEAD} bytes", 502)
-        if end < 0:
-            if not b"HTTP/1.".startswith(data[start : start + 7]):
+    # A generator that is suspended wherever bytes are missing
+
+    def _read(self) -> Generator[None]:
+        for _ in range(MAX_INTERIM + 1):
+            head, http11 = yield from self._read_head()
+            self._events.append(head)
+            if not head.interim:
+                break
+        else:
+            raise MessageError(f"more than {MAX_INTERIM} interim responses", 502)
+        self.head = head
+        encodings = field_values(head.headers, b"transfer-encoding")
+        length = head.content_length()
+        if encodings and (length is not None or not http11 or [e.lower() for e in encodings] != [b"chunked"]):
+            raise MessageError("Transfer-Encoding is not just chunked", 502)
+        self.keep_alive = http11 and b"close" not in field_tokens(head.headers, b"connection") and head.status != 101
+        if head.has_body(self._method):
+            if encodings:
+                yield from self._read_chunks()
+            elif length is not None:
+                yield from self._read_content(length)
+            else:
+                self.keep_alive, self._until_close = False, True
+                while True:
+                    yield from self._read_content(len(self.excess))
+                    yield
+        self.done = True
+
+    def _read_head(self) -> Generator[None, None, tuple[ResponseHead, bool]]:
+        while (end := self.excess.find(b"\r\n\r\n", self._start)) < 0:
+            self._check_length(len(self.excess) - 3, MAX_HEAD, "response head")
+            if not b"HTTP/1.".startswith(self.excess[self._start : self._start + 7]):
                 raise MessageError("not an HTTP/1 response", 502)
-            return -1
-        status_line, *lines = data[start:end].split(b"\r\n")
+            yield
+        self._check_length(end, MAX_HEAD, "response head")
+        status_line, *lines = self.excess[self._start : end].split(b"\r\n")
+        self._start = end + 4
         match = _STATUS_LINE.fullmatch(status_line)
-        if not match or data.find(b"\0", start + len(status_line), end) >= 0:
+        if not match or any(b"\0" in line for line in lines):
             raise MessageError("not an HTTP/1 response", 502)
         parts: list[bytes] = []
         for line in lines:
@@ -1273,90 +1261,47 @@ class ResponseParser:
         reason = match[3] or b""
         if not _FIELD_TEXT.fullmatch(reason) or b"\0" in reason:
             reason = b""
-        head = ResponseHead(int(match[2]), reason, check_fields(parts))
-        events.append(head)
-        if head.interim:
-            self._interims += 1
-            if self._interims > MAX_INTERIM:
-                raise MessageError(f"more than {MAX_INTERIM} interim responses", 502)
-        else:
-            self.head = head
-            self._choose_framing(head, http11=match[1] == b"1")
-        return end + 4
+        return ResponseHead(int(match[2]), reason, check_fields(parts)), match[1] == b"1"
 
-    def _choose_framing(self, head: ResponseHead, *, http11: bool) -> None:
-        encodings = field_values(head.headers, b"transfer-encoding")
-        length = head.content_length()
-        if encodings and (length is not None or not http11 or [e.lower() for e in encodings] != [b"chunked"]):
-            raise MessageError("Transfer-Encoding is not just chunked", 502)
-        self.keep_alive = http11 and b"close" not in field_tokens(head.headers, b"connection") and head.status != 101
-        if not head.has_body(self._method) or length == 0:
-            self.done = True
-        elif encodings:
-            self._state = self._read_chunk_size
-        elif length is not None:
-            self._remaining = length
-            self._state = self._read_length
-        else:
-            self.keep_alive = False
-            self._state = self._read_until_close
+    def _read_chunks(self) -> Generator[None]:
+        size = None
+        while size != 0:
+            match = _CHUNK_SIZE.fullmatch((yield from self._read_line("chunk size")))
+            if not match:
+                raise MessageError("not a chunk size", 502)
+            size = int(match[1], 16)
+            if size:
+                yield from self._read_content(size)
+                yield from self._read_line("chunk's end", 0)
+        # Trailers are dropped (RFC 9110 section 6.5.1 allows it); they never become header fields.
+        for _ in range(MAX_FIELDS):
+            if not (yield from self._read_line("trailer")):
+                return
+        raise MessageError(f"more than {MAX_FIELDS} trailers", 502)
 
-    def _read_content(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        content = data[start : start + self._remaining]
-        self._remaining -= len(content)
-        events.append(content)
-        return start + len(content)
+    def _read_content(self, length: int) -> Generator[None]:
+        while True:
+            content = self.excess[self._start : self._start + length]
+            self._start += len(content)
+            length -= len(content)
+            if content:
+                self._events.append(content)
+            if not length:
+                return
+            yield
 
-    def _read_length(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        stop = self._read_content(data, start, events)
-        self.done = not self._remaining
-        return stop
+    def _read_line(self, what: str, limit: int = MAX_CONTROL) -> Generator[None, None, bytes]:
+        while (end := self.excess.find(b"\r\n", self._start)) < 0:
+            self._check_length(len(self.excess) - self.excess.endswith(b"\r"), limit, what)
+            yield
+        self._check_length(end, limit, what)
+        line = self.excess[self._start : end]
+        self._start = end + 2
+        return line
 
-    def _read_until_close(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        events.append(data[start:])
-        return len(data)
-
-    def _line_end(self, data: bytes, start: int, what: str) -> int:
-        end = data.find(b"\r\n", start)
-        if (end if end >= 0 else len(data) - 1) - start > MAX_CONTROL:
-            raise MessageError(f"a {what} over {MAX_CONTROL} bytes", 502)
-        return end
-
-    def _read_chunk_size(self, data: bytes, start: int, _: list[ResponseHead | bytes]) -> int:
-        end = self._line_end(data, start, "chunk size")
-        if end < 0:
-            return -1
-        match = _CHUNK_SIZE.fullmatch(data, start, end)
-        if not match:
-            raise MessageError("not a chunk size", 502)
-        self._remaining = int(match[1], 16)
-        self._state = self._read_chunk_data if self._remaining else self._read_trailer
-        return end + 2
-
-    def _read_chunk_data(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        stop = self._read_content(data, start, events)
-        if not self._remaining:
-            self._state = self._read_chunk_end
-        return stop
-
-    def _read_chunk_end(self, data: bytes, start: int, _: list[ResponseHead | bytes]) -> int:
-        if data[start : start + 2] != b"\r\n":
-            if len(data) - start < 2 and data[start:] == b"\r":
-                return -1
-            raise MessageError("a chunk longer than its size", 502)
-        self._state = self._read_chunk_size
-        return start + 2
-
-    def _read_trailer(self, data: bytes, start: int, _: list[ResponseHead | bytes]) -> int:
-        """Trailers are read and dropped (RFC 9110 section 6.5.1 allows it); they never become header fields."""
-        end = self._line_end(data, start, "trailer")
-        if end < 0:
-            return -1
-        self._remaining += 1
-        if self._remaining > MAX_FIELDS:
-            raise MessageError(f"more than {MAX_FIELDS} trailers", 502)
-        self.done = end == start
-        return end + 2
+    def _check_length(self, end: int, limit: int, what: str) -> None:
+        if end - self._start > limit:
+            raise MessageError(f"a {what} over {limit} bytes", 502)
 
 
 class ResponseEncoder:
@@ -1484,8 +1429,15 @@ def _digest(key: bytes, message: bytes) -> bytes:
     return hmac.digest(key, message, "sha256")
 
 
-def _salted(token: str, salt: bytes, iterations: int) -> bytes:
-    return hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations)
+def _keys(token: str, salt: bytes, iterations: int) -> tuple[bytes, bytes, bytes]:
+    """Return ClientKey, StoredKey and ServerKey (RFC 5802 section 3); takes some milliseconds."""
+    salted = hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations)
+    client_key = _digest(salted, b"Client Key")
+    return client_key, hashlib.sha256(client_key).digest(), _digest(salted, b"Server Key")
+
+
+def _xor(one: bytes, other: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(one, other, strict=False))
 
 
 class Verifier(NamedTuple):
@@ -1498,33 +1450,25 @@ class Verifier(NamedTuple):
 
     @classmethod
     def from_token(cls, token: str, salt: bytes, iterations: int = ITERATIONS) -> Verifier:
-        """Derive it; takes some milliseconds."""
-        salted = _salted(token, salt, iterations)
-        stored_key = hashlib.sha256(_digest(salted, b"Client Key")).digest()
-        return cls(salt, iterations, stored_key, _digest(salted, b"Server Key"))
+        _, stored_key, server_key = _keys(token, salt, iterations)
+        return cls(salt, iterations, stored_key, server_key)
 
     def accepts(self, proof: bytes, auth_message: bytes) -> bool:
         """Whether the proof's maker knows the token."""
-        signature = _digest(self.stored_key, auth_message)
-        client_key = bytes(a ^ b for a, b in zip(proof, signature, strict=False))
+        client_key = _xor(proof, _digest(self.stored_key, auth_message))
         return hmac.compare_digest(hashlib.sha256(client_key).digest(), self.stored_key)
 
     def signature(self, auth_message: bytes) -> bytes:
-        """The server's own proof."""
         return _digest(self.server_key, auth_message)
 
 
 def client_proof(token: str, salt: bytes, iterations: int, auth_message: bytes) -> tuple[bytes, bytes]:
     """Return ClientProof and the ServerSignature to expect."""
-    salted = _salted(token, salt, iterations)
-    client_key = _digest(salted, b"Client Key")
-    signature = _digest(hashlib.sha256(client_key).digest(), auth_message)
-    proof = bytes(a ^ b for a, b in zip(client_key, signature, strict=True))
-    return proof, _digest(_digest(salted, b"Server Key"), auth_message)
+    client_key, stored_key, server_key = _keys(token, salt, iterations)
+    return _xor(client_key, _digest(stored_key, auth_message)), _digest(server_key, auth_message)
 
 
 def encode_message(type_: str, **fields: object) -> str:
-    """Return a handshake message."""
     return json.dumps({"type": type_, **fields}, separators=(",", ":"))
 
 
@@ -1604,7 +1548,6 @@ class Origin(NamedTuple):
         return cls(scheme, host, port if port != DEFAULT_PORTS[scheme] else None)
 
     def url(self, name: str) -> str:
-        """Return a tunnel's public URL."""
         return f"{self.scheme}://{name}.{self.zone}{'' if self.port is None else f':{self.port}'}"
 
 
@@ -1737,12 +1680,6 @@ class Exchange:
         """The target without its query."""
         return self.target.partition("?")[0]
 
-    def line(self) -> str:
-        """Return it as one line for a terminal."""
-        outcome = str(self.status) if self.status else "---"
-        error = f"  {escape(self.error)}" if self.error else ""
-        return f"{outcome} {self.method:<7} {escape(self.target, 80)}  {self.duration * 1000:.0f} ms{error}"
-
     def summary(self) -> dict[str, Any]:
         """Return it as a program sees it in a list: plain JSON values; sizes in bytes, `ms` None while it runs."""
         return {
@@ -1776,6 +1713,13 @@ class Exchange:
 
 def _size(headers: Headers) -> int:
     return sum(len(name) + len(value) for name, value in headers)
+
+
+def one_line(summary: Mapping[str, Any]) -> str:
+    """Return an exchange's summary as a line for a terminal."""
+    error = f"  {escape(summary['error'])}" if summary["error"] else ""
+    start = f"{summary['status'] or '---'} {escape(summary['method']):<7} {escape(summary['path'], 80)}"
+    return f"{start}  {summary['ms'] or 0:.0f} ms{error}"
 
 
 class ExchangeLog:
@@ -2111,13 +2055,6 @@ def read_or_make(path: Path, make: Callable[[], str]) -> str:
 # event loop goes out as one message.
 
 
-class WebSocket(Protocol):
-    """What a link needs of aiohttp's two WebSockets."""
-
-    async def receive(self) -> aiohttp.WSMessage: ...
-    async def send_bytes(self, data: bytes) -> None: ...
-
-
 async def receive_message(ws: WebSocket) -> Message:
     """Return the peer's next handshake message. Raises ProtocolError, or ConnectionError when there is none."""
     from aiohttp import WSMsgType
@@ -2131,7 +2068,7 @@ async def receive_message(ws: WebSocket) -> Message:
 
 
 class Stream:
-    """One stream; a context manager that resets what is not finished when it is left.
+    """One stream; whoever has it must close it.
 
     Reading and writing are independent, one task each. All verbs raise StreamReset once either side has reset the
     stream or its session is over; what had arrived before that is read first.
@@ -2144,24 +2081,19 @@ class Stream:
         self.on_reset: Callable[[ErrorCode], object] = lambda code: None  # called when the peer resets the stream
         self._link = link
         self.has_content = not ended  # from the peer, even if none of it came
-        self._ended = ended  # the peer has
-        self._finished = finished  # we have
+        self.finished = finished  # our direction has been ended
+        self._ended = ended  # and the peer's
         self._error: StreamReset | None = None
         self._heads: collections.deque[bytes] = collections.deque()
         self._chunks: collections.deque[bytes] = collections.deque()
-        self._readable, self._writable = asyncio.Event(), asyncio.Event()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._readable = asyncio.Event()
+        self.writable = asyncio.Event()  # set by the link when the queue has room again
 
     def close(self) -> None:
         """Reset what is not finished, and forget the stream. May be called again."""
-        if self._finished and not self._ended and not self._link.session.is_server:
+        if self.finished and not self._ended and not self._link.session.is_server:
             self.abort(ErrorCode.NO_ERROR, flush=True)  # RFC 9113 section 8.1: the rest of the request is not wanted
-        elif not (self._finished and self._ended):
+        elif not (self.finished and self._ended):
             self.abort(ErrorCode.CANCEL)
         self._link.forget(self)
 
@@ -2171,11 +2103,6 @@ class Stream:
     def at_eof(self) -> bool:
         """Whether the peer has ended its direction and all of it has been read."""
         return self._ended and not self._chunks
-
-    @property
-    def finished(self) -> bool:
-        """Whether our direction has been ended."""
-        return self._finished
 
     @property
     def readable(self) -> bool:
@@ -2211,18 +2138,18 @@ class Stream:
         """Send a response head; `end` says that no content follows."""
         self._check()
         self._link.session.send_head(self.id, head.encode(), interim=head.interim, end=end)
-        self._finished = end
+        self.finished = end
         self._link.wake()
 
     async def write(self, data: bytes, *, end: bool = False) -> None:
         """Send a chunk; waits while more than SEND_BUFFER bytes are queued. `end` says that it is the last one."""
         self._check()
         queued = self._link.session.send_data(self.id, data, end=end)
-        self._finished = end
+        self.finished = end
         self._link.wake()
         if queued > SEND_BUFFER and not end:
-            self._writable.clear()
-            await self._writable.wait()
+            self.writable.clear()
+            await self.writable.wait()
             self._check()
 
     def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None:
@@ -2251,13 +2178,9 @@ class Stream:
         """The stream is over; wake whoever waits."""
         self._error = self._error or error
         self._readable.set()
-        self._writable.set()
+        self.writable.set()
         if by_peer:
             self.on_reset(error.code)
-
-    def resume_writing(self) -> None:
-        """The queue has room again."""
-        self._writable.set()
 
     def _check(self) -> None:
         if self._error:
@@ -2274,12 +2197,11 @@ class Link:
         self._streams: dict[int, Stream] = {}
         self._wakeup = asyncio.Event()
         self._closed = asyncio.Event()  # some stream has been
-        self._lost: asyncio.Future[str] | None = None  # while a WebSocket is in use
+        self._lost: asyncio.Future[str] | None = None  # of the WebSocket in use, or the last one
         self._free = asyncio.Event()
         self._free.set()
         self._finishing = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
+        self._timer: asyncio.TimerHandle  # fires early at worst
 
     async def run(self, ws: WebSocket, peer_received: int) -> str:
         """Use `ws` until it is lost or finished, and return why. The caller closes it.
@@ -2289,24 +2211,19 @@ class Link:
         loop = asyncio.get_running_loop()
         self.session.resume(peer_received, loop.time())
         self._free.clear()
-        self._lost = loop.create_future()
-        self.wake()
         self._set_timer()
-        tasks = [asyncio.ensure_future(self._read(ws)), asyncio.ensure_future(self._write(ws))]
+        self._lost = loop.create_future()
+        ends = [asyncio.ensure_future(self._read(ws)), asyncio.ensure_future(self._write(ws)), self._lost]
         try:
-            await asyncio.wait([*tasks, self._lost], return_when=asyncio.FIRST_COMPLETED)
-            return next(t for t in (*tasks, self._lost) if t.done()).result()
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return next(end for end in ends if end.done()).result()
         finally:
             self.session.suspend()
-            self._lost.cancel()
-            self._lost = None
-            if self._timer:
-                self._timer.cancel()
-                self._timer = None
-            for task in tasks:
-                task.cancel()
+            self._timer.cancel()
+            for end in ends:
+                end.cancel()
             try:
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.gather(*ends, return_exceptions=True)
             finally:  # cancelled here, too, when the connection ends while it is being given up
                 self._free.set()
 
@@ -2334,9 +2251,10 @@ class Link:
     def open(self, tunnel: int, kind: Kind, head: RequestHead, *, end: bool) -> Stream:
         """Open a stream. Raises StreamReset when the session takes no more."""
         payload = head.encode()
-        stream_id = self.session.open_stream(tunnel, kind, payload, end=end)
+        id_ = self.session.open_stream(tunnel, kind, payload, end=end)
         self.wake()
-        return self._remember(Stream(self, stream_id, tunnel, kind, payload, ended=False, finished=end))
+        self._streams[id_] = Stream(self, id_, tunnel, kind, payload, ended=False, finished=end)
+        return self._streams[id_]
 
     def forget(self, stream: Stream) -> None:
         """A stream's owner is done with it."""
@@ -2350,12 +2268,7 @@ class Link:
             await self._closed.wait()
 
     def wake(self) -> None:
-        """Something may have to be sent."""
         self._wakeup.set()
-
-    def _remember(self, stream: Stream) -> Stream:
-        self._streams[stream.id] = stream
-        return stream
 
     async def _read(self, ws: WebSocket) -> str:
         from aiohttp import WSMsgType
@@ -2370,7 +2283,9 @@ class Link:
                     raise ProtocolError("a message that ends inside a frame")
                 if session.has_data_to_send:
                     self.wake()
-                self._set_timer()
+                if session.next_deadline() < self._timer_at:
+                    self._timer.cancel()
+                    self._set_timer()
             elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
                 return "the connection was closed"
             elif message.type is WSMsgType.ERROR:
@@ -2388,7 +2303,6 @@ class Link:
                 self._wakeup.clear()
                 await self._wakeup.wait()
                 continue
-            self._set_timer()
             try:
                 async with asyncio.timeout(WRITE_TIMEOUT):
                     await ws.send_bytes(data)
@@ -2398,7 +2312,7 @@ class Link:
                 return str(error)
             for stream_id in session.drained:
                 if stream_id in self._streams:
-                    self._streams[stream_id].resume_writing()
+                    self._streams[stream_id].writable.set()
             session.drained.clear()
             if not session.streams:
                 self._closed.set()
@@ -2409,27 +2323,22 @@ class Link:
             log.debug("< %s", frame)
         if frame.type == FrameType.OPEN:
             tunnel, kind = OPEN_HEADER.unpack_from(frame.payload)
-            head = frame.payload[OPEN_HEADER.size :]
-            stream = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=bool(frame.flags & END))
-            self.on_stream(self._remember(stream))
+            head, ended = frame.payload[OPEN_HEADER.size :], bool(frame.flags & END)
+            self._streams[frame.stream_id] = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=ended)
+            self.on_stream(self._streams[frame.stream_id])
         elif frame.type == FrameType.GOAWAY:
             self.on_goaway(*decode_reason(frame.payload))
         elif frame.stream_id in self._streams:
             self._streams[frame.stream_id].feed(frame)
 
     def _set_timer(self) -> None:
-        deadline = self.session.next_deadline()
-        if self._timer and self._timer_at <= deadline:
-            return  # fires early at worst, and is set again then
-        if self._timer:
-            self._timer.cancel()
-        self._timer, self._timer_at = asyncio.get_running_loop().call_at(deadline, self._on_timer), deadline
+        self._timer_at = self.session.next_deadline()
+        self._timer = asyncio.get_running_loop().call_at(self._timer_at, self._tick)
 
-    def _on_timer(self) -> None:
-        self._timer = None
+    def _tick(self) -> None:
         if self.session.handle_timeout(asyncio.get_running_loop().time()):
             self.lose(f"no answer for {PING_TIMEOUT:g} s")
-        elif self.session.connected:
+        else:
             self.wake()
             self._set_timer()
 
@@ -2450,8 +2359,6 @@ class Registration:
 
 
 class TunnelRegistry:
-    """Who has which name. An entry lives as long as its session; whose a name is outlives even the server."""
-
     def __init__(self, path: Path, *, grace: float, hold: float) -> None:
         self.sessions: dict[str, Registration] = {}
         self.zones: list[str] = []
@@ -2461,7 +2368,8 @@ class TunnelRegistry:
         self._owners: dict[str, str] = {}
         self._latest: dict[str, str] = {}  # name -> the last session that had it, even when it is over
         self.replaced: collections.deque[str] = collections.deque(maxlen=1024)
-        self._held: dict[str, list[asyncio.Future[None]]] = collections.defaultdict(list)
+        self._held: collections.Counter[str] = collections.Counter()  # requests that wait
+        self._changed = asyncio.Event()  # a fresh one after each change that they may wait for
         self._load()
         now = asyncio.get_running_loop().time()
         self._last_seen = dict.fromkeys(self._owners, now)  # their clients are about to come back
@@ -2495,21 +2403,19 @@ class TunnelRegistry:
         self._tunnels.update(dict.fromkeys(session.names, session))
 
     def connected(self, session: Registration) -> None:
-        """A session has a link."""
         if session.expiry:
             session.expiry.cancel()
             session.expiry = None
-        self._wake(session.names)
+        self._wake()
 
     def drain(self) -> None:
         """Let no request wait any more."""
         self.draining = True
-        self._wake(list(self._held))
+        self._wake()
 
-    def _wake(self, names: list[str]) -> None:
-        for waiter in itertools.chain.from_iterable(self._held[name] for name in names):
-            if not waiter.done():
-                waiter.set_result(None)
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def disconnected(self, session: Registration) -> None:
         """A session has lost its link; it is over after the grace, or now when its client said goodbye."""
@@ -2548,17 +2454,16 @@ class TunnelRegistry:
             until = deadline if session else min(deadline, self._last_seen.get(name, -self._hold) + self._hold)
             if until <= loop.time():
                 raise Unserved("tunnel-offline")
-            if len(self._held[name]) >= MAX_HELD:
+            if self._held[name] >= MAX_HELD:
                 raise Unserved("busy")
-            arrival = loop.create_future()
-            self._held[name].append(arrival)
+            self._held[name] += 1
             try:
                 async with asyncio.timeout_at(until):
-                    await arrival
+                    await self._changed.wait()
             except TimeoutError:
                 pass
             finally:
-                self._held[name].remove(arrival)
+                self._held[name] -= 1
         return session
 
     def learn_zone(self, zone: str) -> None:
@@ -2568,13 +2473,14 @@ class TunnelRegistry:
             self._save()
 
     def _load(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                saved = parse_object(self._path.read_text())
-                self._owners = {str(name): str(key) for name, key in saved["names"].items()}
-                self.zones = [str(zone) for zone in saved["zones"]]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise TunnelError(f"{self._path} is damaged; move it away to start with no names taken") from None
+        try:
+            saved = parse_object(self._path.read_text())
+            self._owners = {str(name): str(key) for name, key in saved["names"].items()}
+            self.zones = [str(zone) for zone in saved["zones"]]
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TunnelError(f"{self._path} is damaged; move it away to start with no names taken") from None
 
     def _save(self) -> None:
         try:
@@ -2644,18 +2550,16 @@ def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
 
 
 class Delivered:
-    """What a handler returns to aiohttp: the response has been written already, or `data` is all of it."""
+    """What a handler returns to aiohttp: the response has been written already."""
 
-    def __init__(self, *, keep_alive: bool = False, data: bytes = b"") -> None:
-        self.keep_alive, self._data = keep_alive, data
+    def __init__(self, *, keep_alive: bool = False) -> None:
+        self.keep_alive = keep_alive
 
     async def prepare(self, request: web.BaseRequest) -> None:
-        """Write what is left to write."""
-        if self._data and request.transport:
-            request.transport.write(self._data)
+        """Nothing is left to write."""
 
     async def write_eof(self) -> None:
-        """Nothing is left."""
+        """Nor to end."""
 
 
 class RawPipe(asyncio.StreamReader):
@@ -2668,34 +2572,39 @@ class RawPipe(asyncio.StreamReader):
 
 
 class Visitor:
-    """One request of a visitor, and the response to it."""
-
     def __init__(self, request: web.BaseRequest, *, keep_alive: bool) -> None:
         message = request._message  # the raw head; its public accessor is deprecated in favour of parsed fields
         self.request = request
         self.method = message.method.encode()
         self.target = message.path.encode("utf-8", "surrogateescape")
         self.headers: Headers = [(name, value) for name, value in message.raw_headers]
-        self.upgrade = b""
         http11 = message.version >= (1, 1)
+        asks = http11 and b"upgrade" in field_tokens(self.headers, b"connection")
+        self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower() if asks else b""
         self.has_body = request.body_exists
         # aiohttp (3.14.5) hands the last trailer of a chunked request to the next request on the connection, as a field
         # of its head. Behind a front that may be somebody else's, so there is no next one.
         keep_alive = keep_alive and http11 and not message.should_close and not message.chunked
         self.encoder = ResponseEncoder(self.method, http11=http11, keep_alive=keep_alive)
-        if http11 and b"upgrade" in field_tokens(self.headers, b"connection"):
-            self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower()
+
+    @property
+    def unread(self) -> bool:
+        """Whether some of the request's content has not been read."""
+        return self.has_body and not self.request.content.is_eof()
 
     async def relay(self, stream: Stream) -> None:
         """Send the request's content to a stream and its response to the visitor; nothing is left running."""
-        upload = asyncio.ensure_future(self._upload(stream)) if self.has_body else None
-        if upload:
-            stream.on_reset = lambda _: upload.cancel()
+        upload: asyncio.Future[None] | None = None
+        if self.has_body:
+            upload = asyncio.ensure_future(self._upload(stream, self.request.content.readany))
+            stream.on_reset = lambda _: upload and upload.cancel()
         try:
             while (head := ResponseHead.decode(await stream.read_head())).interim:
                 self.write(self.encoder.head(head, b""))
             if head.status == 101:
-                return await self._switch_protocols(stream, head)
+                pipe = self._switch_protocols(head)
+                upload = asyncio.ensure_future(self._upload(stream, lambda: pipe.read(SEND_BUFFER)))
+                return await self._pipe(stream, upload)
             if upload and not upload.done():
                 self.encoder.keep_alive = False  # said in the head: the rest of the request may never be read
             await self._respond(stream, head)
@@ -2708,19 +2617,17 @@ class Visitor:
 
     async def fail(self, problem: str) -> None:
         """Answer with an error page, or break the connection off when a response has begun."""
-        transport = self.request.transport
-        if transport is None or self.encoder.started:
-            self.encoder.keep_alive = False
-            if transport and self.encoder.until_close:  # an orderly end would look like a complete response
+        transport, encoder = self.request.transport, self.encoder
+        if encoder.started or transport is None or self.unread:
+            encoder.keep_alive = False
+        if transport and not encoder.started:
+            head, body = problem_page(problem, self.request.headers.get("Accept", ""))
+            transport.write(encoder.head(head, _date()) + encoder.data(body) + encoder.end())
+        elif transport:
+            if encoder.until_close:  # an orderly end would look like a complete response
                 linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
                 transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            if transport:
-                transport.abort()
-            return
-        if self.has_body and not self.request.content.is_eof():
-            self.encoder.keep_alive = False
-        head, body = problem_page(problem, self.request.headers.get("Accept", ""))
-        transport.write(self.encoder.head(head, _date()) + self.encoder.data(body) + self.encoder.end())
+            transport.abort()
 
     async def discard(self) -> None:
         """Read on a little when the response came before the request's end: closing at once would swallow it."""
@@ -2738,10 +2645,10 @@ class Visitor:
         if data:
             transport.write(data)
 
-    async def _upload(self, stream: Stream) -> None:
-        content = self.request.content
+    @staticmethod
+    async def _upload(stream: Stream, read: Callable[[], Awaitable[bytes]]) -> None:
         try:
-            while data := await content.readany():
+            while data := await read():
                 await stream.write(data)
             await stream.write(b"", end=True)
         except StreamReset:
@@ -2772,36 +2679,26 @@ class Visitor:
             await self.request.writer.drain()
             transport.set_write_buffer_limits()
 
-    async def _switch_protocols(self, stream: Stream, head: ResponseHead) -> None:
+    def _switch_protocols(self, head: ResponseHead) -> RawPipe:
         if not self.upgrade:
             raise MessageError("101 without an Upgrade", 502)
-        transport = self.request.transport
-        if transport is None:
-            raise ConnectionResetError("the visitor is gone")
+        self.write(self.encoder.head(head, b""))
         pipe = RawPipe(SEND_BUFFER)
         self.request.protocol.set_parser(pipe)  # type: ignore[arg-type]
-        pipe.set_transport(transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
-        self.write(self.encoder.head(head, b""))
+        assert self.request.transport
+        pipe.set_transport(self.request.transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
+        return pipe
 
-        async def upload() -> None:
-            with contextlib.suppress(StreamReset):
-                while data := await pipe.read(SEND_BUFFER):
-                    await stream.write(data)
-                await stream.write(b"", end=True)
-
-        uploading = asyncio.ensure_future(upload())
+    async def _pipe(self, stream: Stream, upload: asyncio.Future[None]) -> None:
         try:
             while data := await stream.read():
                 self.write(data)
                 await self.request.writer.drain()
             await self._flush()
         except asyncio.CancelledError:  # the visitor has closed the connection; what it sent before that still counts
-            await asyncio.wait([uploading], timeout=LINGER)
+            await asyncio.wait([upload], timeout=LINGER)
             stream.abort(ErrorCode.NO_ERROR, flush=True)
             raise
-        finally:
-            uploading.cancel()
-            await asyncio.gather(uploading, return_exceptions=True)
 
 
 def _date() -> bytes:
@@ -2818,19 +2715,15 @@ def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]], fields
     class VisitorProtocol(web.RequestHandler):
         __slots__ = ()
 
-        def handle_error(  # type: ignore[override]
-            self,
-            request: web.BaseRequest,
-            status: int = 500,
-            exc: BaseException | None = None,
-            message: str | None = None,
-        ) -> Delivered:
+        def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
             log.info("bad request from %s: %s", request.remote, escape(str(message or exc).splitlines()[0]))
             problem = "too-large" if isinstance(exc, http_exceptions.LineTooLong) else "bad-request"
             head, body = problem_page("internal" if status == 500 else problem, "")
-            head.headers += fields or []
-            encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
-            return Delivered(data=encoder.head(head, _date()) + body)
+            if request.transport:
+                head.headers += fields or []
+                encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
+                request.transport.write(encoder.head(head, _date()) + body)
+            return Delivered()
 
     class VisitorServer(web.Server):
         def __call__(self) -> web.RequestHandler:
@@ -2877,11 +2770,7 @@ class TunnelServer:
         self._state, self._grace, self._hold = state, grace, hold
         self._host, self.port, self._domain = host, port, domain
         self._trusted = [ipaddress.ip_network(cidr) for cidr in trusted_proxies]
-        self._registry: TunnelRegistry
-        self._http: web.Server
-        self._listener: asyncio.Server
-        self._handshakes = 0
-        self._exchanges = 0
+        self._handshakes = self._exchanges = 0
         self._idle = asyncio.Event()
 
     async def start(self) -> None:
@@ -2925,7 +2814,7 @@ class TunnelServer:
             if (response := await self._route(visitor)) is not None:
                 return response
         except Unserved as error:
-            await visitor.fail(error.problem)
+            await visitor.fail(str(error))
         except StreamReset as error:
             await visitor.fail(PROBLEM_OF.get(error.code, "internal"))
         except MessageError as error:
@@ -2939,7 +2828,7 @@ class TunnelServer:
         except Exception:
             log.exception("a request failed")
             await visitor.fail("internal")
-        if visitor.has_body and not request.content.is_eof():
+        if visitor.unread:
             await visitor.discard()
         return Delivered(keep_alive=visitor.encoder.keep_alive)
 
@@ -2976,7 +2865,8 @@ class TunnelServer:
         self._exchanges += 1
         try:
             session = await self._registry.find(name)
-            with session.link.open(session.names.index(name), kind, head, end=end) as stream:
+            stream = session.link.open(session.names.index(name), kind, head, end=end)
+            with contextlib.closing(stream):
                 await visitor.relay(stream)
         finally:
             self._exchanges -= 1
@@ -3011,10 +2901,15 @@ class TunnelServer:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 await ws.prepare(request)
-                handshake = await self._handshake(ws)
-        except (Refused, ProtocolError) as error:
+                hello, key, signature = await self._handshake(ws)
+            origin = self._domain or Origin.from_url(hello.get("server", str))
+            self._registry.learn_zone(origin.zone)
+            session, received = await self._session_for(hello, key)
+        except (Refused, ProtocolError, MessageError) as error:
             log.info("refused a link from %s: %s", request.remote, escape(str(error)))
-            await self._refuse(ws, error)
+            code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
+            with contextlib.suppress(ConnectionError):
+                await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
             return ws
         except (TimeoutError, ConnectionError):
             transport.abort()
@@ -3023,54 +2918,41 @@ class TunnelServer:
             raise Unserved("not-a-link") from None
         finally:
             self._handshakes -= 1
-        await self._run_link(ws, transport, *handshake)
+        ready = encode_message(
+            "ready",
+            signature=base64.b64encode(signature).decode(),
+            session=session.id,
+            resumed=session.id == hello.get("session", str, ""),
+            received=session.link.session.received,
+            tunnels=[{"name": name, "url": origin.url(name)} for name in session.names],
+            window=INITIAL_WINDOW,
+            streams=MAX_STREAMS,
+            agent=f"pytunnel/{__version__}",
+        )
+        await self._run_link(ws, transport, session, ready, received)
         return ws
 
     async def _run_link(
-        self, ws: web.WebSocketResponse, transport: asyncio.Transport, hello: Message, key: str, signature: bytes
+        self, ws: web.WebSocketResponse, transport: asyncio.Transport, session: Registration, ready: str, received: int
     ) -> None:
-        """Serve an authenticated client until its link is lost; the session is suspended or ended then."""
-        session, received = None, 0
-        reason = "the connection was closed"
+        """Serve a client until its link is lost; the session is suspended or ended then."""
+        reason, names = "the connection was closed", ", ".join(session.names)
         try:
-            origin = self._domain or self._learn_origin(hello.get("server", str))
-            session, received = await self._session_for(hello, key)
-            ready = encode_message(
-                "ready",
-                signature=base64.b64encode(signature).decode(),
-                session=session.id,
-                resumed=session.id == hello.get("session", str, ""),
-                received=session.link.session.received,
-                tunnels=[{"name": name, "url": origin.url(name)} for name in session.names],
-                window=INITIAL_WINDOW,
-                streams=MAX_STREAMS,
-                agent=f"pytunnel/{__version__}",
-            )
             await ws.send_str(ready)
             self._registry.connected(session)
-            log.info("%s: connected%s", ", ".join(session.names), " again" * bool(received))
+            log.info("%s: connected%s", names, " again" * bool(received))
             reason = await session.link.run(ws, received)
-        except (Refused, ProtocolError) as error:
+        except ProtocolError as error:
             reason = f"refused: {error}"
-            if session:
-                self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
-            else:
-                await self._refuse(ws, error)
+            self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
         finally:
-            if session:
-                self._registry.disconnected(session)
-                if reason != "finished":
-                    transport.abort()
-                stopped = session.link.session.goaway is not None
-                log.info("%s: %s", ", ".join(session.names), "its client stopped" if stopped else escape(reason))
-            else:
-                log.info("a client was %s", escape(reason))
-
-    @staticmethod
-    async def _refuse(ws: web.WebSocketResponse, error: Refused | ProtocolError) -> None:
-        code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
-        with contextlib.suppress(ConnectionError):
-            await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
+            self._registry.disconnected(session)
+            if not names:  # the client only wanted to know whether its token is good
+                self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
+            if reason != "finished":
+                transport.abort()
+            stopped = session.link.session.goaway is not None
+            log.info("%s: %s", names, "its client stopped" if stopped else escape(reason))
 
     async def _handshake(self, ws: web.WebSocketResponse) -> tuple[Message, str, bytes]:
         """Return hello, key and our signature, once the client has proved that it knows the token."""
@@ -3078,7 +2960,8 @@ class TunnelServer:
         if hello.get("version", int) != PROTOCOL_VERSION:
             raise Refused("version", f"this server (pytunnel {__version__}) speaks version {PROTOCOL_VERSION} only")
         key = hello.get("key", str)
-        verifier = self._verifiers.get(key) or self._fake_verifier(key)
+        seed = _digest(self._fake_secret, key.encode())  # accepts nothing: an unknown key looks like a wrong token
+        verifier = self._verifiers.get(key) or Verifier(self._salt, ITERATIONS, seed, seed)
         challenge = encode_message(
             "challenge",
             nonce=hello.get("nonce", str) + secrets.token_urlsafe(18),
@@ -3104,8 +2987,8 @@ class TunnelServer:
             if session.id in self._registry.sessions and session.link.session.may_resume(received):
                 return session, received
         names = [check_name(str(name)) for name in hello.get("tunnels", list)]
-        if not 0 < len(names) <= MAX_TUNNELS or len(set(names)) != len(names):
-            raise ProtocolError(f"{len(names)} tunnels, allowed 1 to {MAX_TUNNELS} with different names")
+        if len(names) > MAX_TUNNELS or len(set(names)) != len(names):
+            raise ProtocolError(f"{len(names)} tunnels, allowed are {MAX_TUNNELS} with different names")
         state = Session(
             is_server=True,
             send_window=hello.number("window", 1, MAX_WINDOW, INITIAL_WINDOW),
@@ -3115,19 +2998,6 @@ class TunnelServer:
         session = Registration(key, names, state)
         self._registry.bind(session, previous)
         return session, 0
-
-    def _fake_verifier(self, key: str) -> Verifier:
-        """Return one that accepts nothing, so that an unknown key looks like a wrong token."""
-        seed = _digest(self._fake_secret, key.encode())
-        return Verifier(self._salt, ITERATIONS, seed, seed)
-
-    def _learn_origin(self, dialled: str) -> Origin:
-        try:
-            origin = Origin.from_url(dialled)
-        except MessageError:
-            raise ProtocolError("handshake field 'server' is not a URL") from None
-        self._registry.learn_zone(origin.zone)
-        return origin
 
 
 # ---- Local service --------------------------------------------------------------------------------------------------
@@ -3159,10 +3029,16 @@ class Target(NamedTuple):
     host: str  # or the path of a Unix socket
     port: int  # 0 for a Unix socket
     tls: bool = False
+    folder: bool = False  # `host` is its path
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read `3000`, `host:port`, `http://…`, `https://…` or `unix:/path`. Raises UsageError."""
+        """Read `3000`, `host:port`, `http://…`, `https://…`, `unix:/path` or a folder's path. Raises UsageError."""
+        if text.startswith((".", "/", "~")) or (not text.isdecimal() and os.path.isdir(text)):
+            path = os.path.abspath(os.path.expanduser(text))
+            if not os.path.isdir(path):
+                raise UsageError(f"there is no folder {escape(path)}")
+            return cls(path, path, 0, folder=True)
         if text.startswith("unix:/"):
             return cls(text, text.removeprefix("unix:"), 0)
         scheme, separator, rest = text.partition("://")
@@ -3175,7 +3051,7 @@ class Target(NamedTuple):
         except MessageError:
             host, port = "", None
         if scheme not in ("http", "https") or not host or port == 0 or not (port or separator):
-            forms = "a port like 3000, host:port, http://host:port, https://host:port or unix:/path"
+            forms = "a port like 3000, host:port, http:// or https://host:port, unix:/path or a folder like ./dist"
             raise UsageError(f"{escape(text)!r} is not a target: give {forms}")
         return cls(text, host.strip("[]"), port or DEFAULT_PORTS[scheme], scheme == "https")
 
@@ -3579,15 +3455,22 @@ class Tunnel(NamedTuple):
     host: str = ""
     request: Edits = Edits()
     response: Edits = Edits()
+    insecure: bool = False  # do not verify the certificate of a service that is not on this machine
+    spa: bool = False  # of a folder: its index.html for paths that are no file
 
-    def open(self, *, insecure: bool) -> list[Route]:
+    @property
+    def targets(self) -> list[Target]:
+        """All its local services."""
+        return [self.target, *(target for _, target in self.routes)]
+
+    def open(self) -> list[Route]:
         """Return the routes with their local services, the longest prefix first."""
         routes = []
         for prefix, target in sorted([*self.routes, ("", self.target)], key=lambda route: -len(route[0])):
             host = target.authority if self.host == "rewrite" else self.host
             put = [(b"Host", host.encode()), *self.request.put] if host else self.request.put
             request = Edits(put, self.request.drop)
-            routes.append(Route(prefix, LocalService(target, insecure=insecure), request, self.response))
+            routes.append(Route(prefix, LocalService(target, insecure=self.insecure), request, self.response))
         return routes
 
 
@@ -3605,7 +3488,6 @@ class TunnelClient:
         token: str,
         tunnels: list[Tunnel],
         *,
-        insecure: bool = False,
         max_retries: int | None = None,
         on_event: Callable[..., None] = lambda event, **fields: None,
     ) -> None:
@@ -3615,7 +3497,7 @@ class TunnelClient:
         self.problem = "connecting"  # why there is no link; "" while there is one
         self.retry_at: float | None = None  # when the next dial is, in the event loop's time
         self._token, self._on_event, self._max_retries = token, on_event, max_retries
-        self._routes = [tunnel.open(insecure=insecure) for tunnel in tunnels]
+        self._routes = [tunnel.open() for tunnel in tunnels]
         self._changed = asyncio.Event()
         self.log.listeners.add(self._changed.set)
         self._hinted = False
@@ -3669,7 +3551,14 @@ class TunnelClient:
             await self._changed.wait()
 
     async def wait_for(
-        self, *, method: str = "", path: str = "", count: int = 1, after: int = 0, timeout: float | None = 60.0
+        self,
+        *,
+        method: str = "",
+        path: str = "",
+        tunnel: str = "",
+        count: int = 1,
+        after: int = 0,
+        timeout: float | None = 60.0,
     ) -> Exchange:
         """Return the `count`th exchange that has ended and that fits; those that are in the log already count, too.
 
@@ -3682,8 +3571,8 @@ class TunnelClient:
             while True:
                 changed, version = self.log.since(version), self.log.version
                 for e in changed:
-                    fits = not path or fnmatch.fnmatchcase(e.path, path)
-                    if fits and e.ended is not None and e.id > after and method.upper() in ("", e.method):
+                    fits = method.upper() in ("", e.method) and tunnel in ("", e.tunnel)
+                    if fits and e.ended is not None and e.id > after and fnmatch.fnmatchcase(e.path, path or "*"):
                         found[e.id] = e
                 if len(found) >= count:
                     return list(found.values())[count - 1]
@@ -3724,6 +3613,17 @@ class TunnelClient:
     def _emit(self, event: str, **fields: Any) -> None:
         self._on_event(event, **fields)
         self.log.touch()
+
+    async def log_in(self) -> None:
+        """Shake hands with the server once, and leave. Raises Unreachable or Refused."""
+        import aiohttp
+
+        until = asyncio.get_running_loop().time() + DIAL_TIMEOUT
+        try:
+            async with self._dial(until) as ws, asyncio.timeout_at(until):
+                await self._handshake(ws)
+        except (OSError, aiohttp.ClientError, TimeoutError, ProtocolError) as error:
+            raise Unreachable(f"no server at {self.server}: {_describe(error)}; check the address") from None
 
     # The link
 
@@ -4004,6 +3904,140 @@ class TunnelClient:
                 self._emit("hint", message="the local service refuses this host name; add --host-header rewrite")
 
 
+# ---- Files ----------------------------------------------------------------------------------------------------------
+# A folder as a local service. Nothing is served but what lies in it: a target is cut at its slashes before it is
+# decoded, its names are checked, and what they lead to is checked again, symbolic links followed.
+
+FILE_NAME = re.compile(r"[^./\\\0][^/\\\0]*")  # dotfiles (.env, .git) are nobody's business, and `..` is one of them
+LISTING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>%(title)s</title>
+<style>
+body{font:16px/1.7 system-ui;margin:2rem auto;max-width:50rem;padding:0 1rem;color-scheme:light dark}
+h1{font-size:1.2rem}table{width:100%%}td:last-child{text-align:right;font-variant-numeric:tabular-nums}
+td{overflow-wrap:anywhere}
+</style>
+<h1>%(title)s</h1>
+<table>%(rows)s
+</table>
+"""
+
+
+class Found(NamedTuple):
+    """A file or folder that may be served."""
+
+    path: Path
+    status: os.stat_result
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder; else it is a regular file."""
+        return stat.S_ISDIR(self.status.st_mode)
+
+
+def _find(root: Path, names: list[str]) -> Found | None:
+    """Return what the names lead to, None when it does not exist or is not to be served; `root` is resolved already."""
+    if not all(map(FILE_NAME.fullmatch, names)):
+        return None
+    try:
+        path = root.joinpath(*names).resolve(strict=True)
+        found = Found(path, path.stat())
+    except (OSError, RuntimeError):  # the latter for a loop of links, before Python 3.13
+        return None
+    inside = path.is_relative_to(root) and all(map(FILE_NAME.fullmatch, path.relative_to(root).parts))
+    return found if inside and (found.is_folder or stat.S_ISREG(found.status.st_mode)) else None  # no FIFO, no device
+
+
+def _listing(root: Path, names: list[str]) -> str:
+    """Return a folder's page. Raises OSError."""
+    entries = [(name, found) for name in os.listdir(root.joinpath(*names)) if (found := _find(root, [*names, name]))]
+    rows = ['\n<tr><td><a href="../">../</a><td>'] if names else []
+    for name, found in sorted(entries, key=lambda entry: (not entry[1].is_folder, entry[0].casefold(), entry[0])):
+        slash, size = ("/", "") if found.is_folder else ("", f"{found.status.st_size:,}")
+        link = "./" + urllib.parse.quote(os.fsencode(name)) + slash
+        rows.append(f'\n<tr><td><a href="{link}">{html.escape(escape(name, 255))}{slash}</a><td>{size}')
+    return LISTING % {"title": html.escape(escape("/".join(["", *names, ""]))), "rows": "".join(rows)}
+
+
+def _folder_app(root: Path, *, spa: bool) -> web.Application:
+    from aiohttp import web, web_fileresponse
+
+    root = root.resolve()
+    fresh = {"Cache-Control": "no-cache"}  # kept, but asked about each time: what is being worked on changes
+
+    class FileResponse(web.FileResponse):
+        """aiohttp's, which knows ranges and conditions, without two of its habits."""
+
+        def __init__(self, found: Found) -> None:
+            super().__init__(found.path, headers=fresh)
+            self.validator = f'"{found.status.st_mtime_ns:x}-{found.status.st_size:x}"'  # the ETag that aiohttp makes
+            self.content_type = web_fileresponse.CONTENT_TYPES.guess_type(found.path)[0] or "application/octet-stream"
+            if self.content_type.startswith("text/") or self.content_type.endswith("javascript"):
+                self.charset = "utf-8"
+
+        async def prepare(self, request: web.BaseRequest) -> Any:
+            # It would send a sibling `.gz`, however old, to who accepts that, and a Range whatever ETag If-Range has.
+            conditions = ("If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since", "If-Range", "Range")
+            headers = {name: request.headers[name] for name in conditions if request.headers.get(name, "é").isascii()}
+            if '"' in headers.get("If-Range", "") and headers["If-Range"] != self.validator:
+                headers.pop("Range", None)
+            return await super().prepare(request.clone(headers=headers))
+
+    def answer(request: web.Request) -> web.StreamResponse:
+        path, mark, query = request.raw_path.partition("?")
+        names = [urllib.parse.unquote(name, errors="surrogateescape") for name in path.split("/")[1:]]
+        if slash := names[-1:] == [""]:
+            names.pop()
+        wants_page = spa and "text/html" in request.headers.get("Accept", "") and all(map(FILE_NAME.fullmatch, names))
+        found = _find(root, names)
+        if found and found.is_folder:
+            index = _find(root, [*names, "index.html"])
+            if not slash and (index or not spa):
+                raise web.HTTPFound(path + "/" + mark + query)
+            if not index and not spa:
+                return web.Response(text=_listing(root, names), content_type="text/html", headers=fresh)
+            found = index
+        elif slash:
+            found = None
+        if not found and wants_page:
+            found = _find(root, ["index.html"])
+        if not found or found.is_folder:
+            raise web.HTTPNotFound
+        return FileResponse(found)
+
+    async def serve(request: web.Request) -> web.StreamResponse:
+        try:
+            return await asyncio.to_thread(answer, request)
+        except OSError:
+            raise web.HTTPForbidden from None
+
+    app = web.Application()
+    app.router.add_get("/{path:(?s:.*)}", serve)  # which answers 405 to other methods
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _running(app: web.Application) -> AsyncIterator[int]:
+    """Run an application on a free port of 127.0.0.1, which is what the context gives."""
+    from aiohttp import web
+
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def folder_service(root: Path, *, spa: bool = False) -> AsyncIterator[int]:
+    """Serve a folder on a free port of 127.0.0.1, which is what the context gives.
+
+    With `spa`, a browser gets the root's index.html for each path that has no file.
+    """
+    async with _running(_folder_app(root, spa=spa)) as port:
+        yield port
 # ---- Inspector ------------------------------------------------------------------------------------------------------
 # The client's log as a page in the developer's browser. What it shows was written by strangers, so it is only ever set
 # as text; and every other page in that browser can reach its port, so each request has to show that it is our own.
@@ -4735,13 +4769,14 @@ class Inspector:
         }
 
     async def _wait(self, query: Mapping[str, str]) -> dict[str, Any]:
-        wanted = {name: query.get(name, "") for name in ("method", "path")}
+        wanted = {name: query.get(name, "") for name in ("method", "path", "tunnel")}
         count, after = int(_number(query, "count", 1, 2**53)), int(_number(query, "after", 0, 2**53))
         try:
             timeout = _number(query, "timeout", 60, 2**31)
             return self._row(await self._client.wait_for(**wanted, count=max(count, 1), after=after, timeout=timeout))
         except TimeoutError:
-            raise MessageError("no such exchange in time", 408) from None
+            what = " ".join(filter(None, wanted.values())) or "requests"
+            raise MessageError(f"fewer than {count} {what} within {timeout:g} s", 408) from None
 
     async def _replay(self, exchange: Exchange, text: bytes) -> dict[str, Any]:
         try:
@@ -4749,7 +4784,7 @@ class Inspector:
             again = await self._client.replay(exchange, **edits)
         except (AttributeError, TypeError, ValueError) as error:
             raise MessageError(f"not a request: {error}") from None
-        return {"id": again.id, "diff": diff(exchange, again)}
+        return {**self._row(again), "diff": diff(exchange, again)}
 
 
 def _number(query: Mapping[str, str], name: str, default: float, most: float) -> float:
@@ -4847,20 +4882,12 @@ def _demo_app() -> web.Application:
 @contextlib.asynccontextmanager
 async def demo_service() -> AsyncIterator[int]:
     """Run the sample service on a free port of 127.0.0.1, which is what the context gives."""
-    from aiohttp import web
-
-    runner = web.AppRunner(_demo_app(), access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
+    async with _running(_demo_app()) as port:
+        yield port
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
-# Where values come from: a flag, else the environment, else what a former run remembered, else a default.
+# Where values come from, and what is remembered between runs.
 
 
 def state_directory() -> Path:
@@ -4943,13 +4970,6 @@ class Memory:
             with contextlib.suppress(OSError):
                 write_private(self._path, json.dumps({"server": server, "tokens": self.tokens}, indent=1))
 
-    def token_for(self, server: str) -> str:
-        """Return the token for a server: the one that worked, on this machine else the one that serve keeps."""
-        if server not in self.tokens and Origin.from_url(server).zone == "localhost":
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                return (self.directory / "token").read_text().strip()
-        return self.tokens.get(server, "")
-
     def machine(self) -> str:
         """Return what tells this machine from the user's others, so that its tunnels' names stay."""
         try:
@@ -4958,105 +4978,326 @@ class Memory:
             return platform.node()
 
 
-def client_settings(options: argparse.Namespace, memory: Memory) -> tuple[str, str, list[Tunnel]]:
-    """Return server, token and tunnels. Raises UsageError or Refused."""
-    server = parse_server(options.server or os.environ.get("PYTUNNEL_SERVER") or memory.server or "localhost")
-    token = options.token or os.environ.get("PYTUNNEL_TOKEN") or memory.token_for(server)
-    if not token:
-        raise UsageError(f"no token for {server}: add --token with what `pytunnel serve` printed there")
-    check_token(token, "copy the whole of what `pytunnel serve` printed")
-    if len(options.name) > 1:
-        raise UsageError("--name was given twice; write NAME=TARGET for each, like web=3000 api=8080")
-    name = options.name[0] if options.name else os.environ.get("PYTUNNEL_NAME", "")
-    tunnels = []
-    for text in options.targets:
-        label, separator, rest = text.partition("=") if not text.startswith("unix:") else ("", "", "")
-        target = Target.parse(rest if separator else text)
-        if name and (separator or len(options.targets) > 1):
-            raise UsageError("--name and PYTUNNEL_NAME are for one target; write NAME=TARGET, like web=3000 api=8080")
-        wanted = label if separator else name
-        if wanted:
-            check_name(wanted)
-        tunnels.append(Tunnel(wanted or default_name(token, memory.machine(), target.text), target))
-    if len({tunnel.name for tunnel in tunnels}) < len(tunnels):
-        raise UsageError("two targets with one name; give each its own, like web=3000 api=8080")
-    return server, token, tunnels
+class Setting(NamedTuple):
+    """A value and where it comes from."""
+
+    value: str
+    source: str
+
+    @classmethod
+    def first(cls, *candidates: tuple[str | None, str]) -> Setting:
+        """Return the first of the candidates that has a value, else nothing from nowhere."""
+        return next((cls(value, source) for value, source in candidates if value), cls("", "not set"))
 
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
-# Parse, wire things together, turn signals into stops and errors into one line and an exit status.
-# stdout is for programs: the public URL on a line of its own, or with --json one object a line. stderr is for people.
-
-EXAMPLES = {
-    "": """\
-  pytunnel serve                      on a host that visitors can reach; prints the line to paste at home
-  pytunnel connect 3000               at home: gives localhost:3000 a public URL
-  pytunnel connect web=3000 api=8080  two tunnels, with names of your choice
-  pytunnel demo                       all of it on this machine, with a sample page
-""",
-    "serve": """\
-  pytunnel serve                           port 8080, URLs from the address that clients dial
-  pytunnel serve --domain t.example.com    tunnels at NAME.t.example.com, whatever they dial
-  pytunnel serve --listen 127.0.0.1:8080 --domain https://t.example.com --trusted-proxy 127.0.0.1
-                                           behind Caddy or nginx on the same host
-""",
-    "connect": """\
-  pytunnel connect 3000                            localhost:3000, under a name that stays the same
-  pytunnel connect 3000 --name web                 https://web.t.example.com
-  pytunnel connect web=3000 api=https://10.0.0.7   two tunnels
-  pytunnel connect unix:/run/app.sock              a Unix socket
-  pytunnel connect 3000 >url &                     stdout is the URL, when it works, and nothing else
-""",
-    "demo": """\
-  pytunnel demo                        a server, a sample page and a tunnel to it, on this machine alone
-  pytunnel demo --listen 127.0.0.1:80  on another port
-""",
+SETTINGS = {"server": str, "token": str, "tunnels": dict}  # of a settings file
+TUNNEL_SETTINGS = {  # of each of its tunnels; also flags of `connect`
+    "target": str,
+    "host-header": str,
+    "header": list,
+    "remove-header": list,
+    "response-header": list,
+    "remove-response-header": list,
+    "route": list,
+    "spa": bool,
+    "insecure": bool,
 }
 
 
-class CommandParser(argparse.ArgumentParser):
-    """argparse, with examples before everything else and errors in one line."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return what a settings file (TOML) says, {} when there is none. Raises UsageError that says what is wrong."""
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {escape(str(error))}") from None
+    _check_settings(settings, SETTINGS, f"{path}: ")
+    for name, tunnel in settings.get("tunnels", {}).items():
+        where = f"{path}: tunnel {escape(name)}: "
+        _check_settings(tunnel if isinstance(tunnel, dict) else {"=": tunnel}, TUNNEL_SETTINGS, where)
+        if "target" not in tunnel:
+            raise UsageError(f"{where}it has no target; add one, like target = \"3000\"")
+    return settings
 
-    def format_help(self) -> str:
-        """Return the examples, then what argparse has to say."""
-        _, _, rest = super().format_help().partition(f"{self.description}\n\n")
-        return f"{self.description}\n\n{EXAMPLES[self.prog.partition(' ')[2]]}\n{self.format_usage()}\n{rest}"
 
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and one line."""
-        self.exit(ExitStatus.USAGE, f"error: {message}; see {self.prog} --help\n")
+def _check_settings(settings: dict[str, Any], known: Mapping[str, type], where: str) -> None:
+    for key, value in settings.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, 1, 0.0)[0]
+            raise UsageError(f"{where}unknown setting {escape(key)!r}; did you mean {nearest!r}?")
+        items = value if isinstance(value, list) else []
+        if type(value) is not known[key] or any(not isinstance(item, str) for item in items):
+            kind = {str: "text in quotes", list: "a list of texts", bool: "true or false", dict: "a table"}[known[key]]
+            raise UsageError(f"{where}{key} is not {kind}")
 
 
-def _parser() -> CommandParser:
-    common = CommandParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="events on stdout, one JSON object a line")
-    common.add_argument("-v", "--verbose", action="store_true", help="more about links on stderr")
-    common.add_argument("--debug", action="store_true", help="frames that arrive, and tracebacks")
-    parser = CommandParser(prog="pytunnel", description="A public URL for a service on your machine.")
-    parser.add_argument("--version", action="version", version=f"pytunnel {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+class Settings:
+    """What a client uses: a flag, else the environment, else a file, else what worked before, else a default."""
 
-    def add(name: str, summary: str) -> CommandParser:
-        what = summary[0].lower() + summary[1:]
-        return commands.add_parser(name, parents=[common], help=what, description=f"{summary}.")
+    def __init__(self, flags: Mapping[str, Any], *, project: bool = False) -> None:
+        """Read them; `project` says that ./pytunnel.toml counts. Raises UsageError."""
+        import platformdirs
 
-    serve = add("serve", "Serve visitors and tunnels")
-    serve.add_argument("--listen", default=f":{DEFAULT_PORT}", metavar="HOST:PORT", help="default: 8080, everywhere")
-    serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
-    serve.add_argument("--token", metavar="T", help="default: one that is made once and kept")
-    serve.add_argument("--trusted-proxy", action="append", default=[], metavar="CIDR", help="believe its X-Forwarded-*")
-    serve.add_argument("--grace", type=float, default=GRACE, metavar="S", help=f"sessions outlive links by {GRACE:g} s")
-    serve.add_argument("--hold", type=float, default=HOLD, metavar="S", help=f"requests wait {HOLD:g} s for a client")
-    serve.add_argument("--drain", type=float, default=DRAIN, metavar="S", help=f"exchanges get {DRAIN:g} s on SIGTERM")
-    connect = add("connect", "Give local services public URLs")
-    connect.add_argument("targets", nargs="+", metavar="TARGET", help="[NAME=] port, host:port, URL or unix:/path")
-    connect.add_argument("--server", metavar="URL", help="default: the last one that worked, else localhost:8080")
-    connect.add_argument("--token", metavar="T", help="default: the one remembered for that server")
-    connect.add_argument("--name", action="append", default=[], metavar="N", help="default: one that stays the same")
-    connect.add_argument("--insecure", action="store_true", help="do not verify a local service's certificate")
-    demo = add("demo", "Try it on this machine")
-    demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
-    return parser
+        self._flags = flags
+        self.memory = Memory(state_directory())
+        own = os.environ.get("PYTUNNEL_CONFIG") or Path(platformdirs.user_config_dir("pytunnel")) / "config.toml"
+        self.files = {path: read_settings(path) for path in [Path("pytunnel.toml")] * project + [Path(own)]}
+        candidates = [*self._given("server"), *((file.get("server"), str(path)) for path, file in self.files.items())]
+        last = (self.memory.server, "the last one that worked")
+        server, source = Setting.first(*candidates, last, ("localhost", "default"))
+        self.server = Setting(parse_server(server), source)
+        self.token = Setting.first(*self._given("token"), *self._kept_tokens())
+
+    def _given(self, key: str) -> list[tuple[str | None, str]]:
+        variable = f"PYTUNNEL_{key.upper()}"
+        return [(self._flags.get(key), f"--{key}"), (os.environ.get(variable), f"${variable}")]
+
+    def _kept_tokens(self) -> Iterator[tuple[str | None, str]]:
+        for path, file in self.files.items():
+            if parse_server(file.get("server") or self.server.value) == self.server.value:  # else it is another's
+                yield file.get("token"), str(path)
+        yield self.memory.tokens.get(self.server.value), "the one that worked for this server"
+        if Origin.from_url(self.server.value).zone == "localhost":
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                path = self.memory.directory / "token"
+                yield path.read_text(encoding="utf-8").strip(), str(path)
+
+    def checked_token(self) -> str:
+        """Return the token. Raises UsageError when there is none."""
+        if not self.token.value:
+            raise UsageError(f"no token for {self.server.value}: add --token with what `pytunnel serve` printed there")
+        return check_token(self.token.value, "copy the whole of what `pytunnel serve` printed")
+
+    def from_targets(self, texts: Sequence[str]) -> list[Tunnel]:
+        """Return the tunnels of targets like `3000` or `web=3000`. Raises UsageError or Refused."""
+        name = Setting.first(*self._given("name")).value
+        tunnels = []
+        for text in texts:
+            label, separator, rest = text.partition("=") if re.match(r"[^:/\\]+=", text) else ("", "", text)
+            if name and (separator or len(texts) > 1):
+                raise UsageError("--name and PYTUNNEL_NAME are for one target; write NAME=TARGET, like web=3000")
+            tunnels.append(self._tunnel(label if separator else name, rest, self._flags))
+        if len({tunnel.name for tunnel in tunnels}) < len(tunnels):
+            raise UsageError("two targets with one name; give each its own, like web=3000 api=8080")
+        return tunnels
+
+    def named(self) -> dict[str, Tunnel]:
+        """Return the tunnels of the settings files, by name; those of ./pytunnel.toml first."""
+        tables: dict[str, dict[str, Any]] = {}
+        for file in self.files.values():
+            for name, table in file.get("tunnels", {}).items():
+                tables.setdefault(name, {key.replace("-", "_"): value for key, value in table.items()})
+        return {name: self._tunnel(name, table["target"], table) for name, table in tables.items()}
+
+    def _tunnel(self, name: str, target: str, options: Mapping[str, Any]) -> Tunnel:
+        parsed = Target.parse(target)
+        routes = []
+        for text in options.get("route") or ():
+            prefix, separator, rest = text.partition("=")
+            if not separator or not prefix.startswith("/"):
+                raise UsageError(f"{escape(text)!r} is not a route: write PATH=TARGET, like /api=8080")
+            routes.append((prefix.rstrip("/"), Target.parse(rest)))
+        host = options.get("host_header") or ""
+        if host and host != "rewrite":
+            try:
+                parse_host(host)
+            except MessageError:
+                raise UsageError(f"{escape(host)!r} is not a host; give one, or `rewrite` for the target's") from None
+        return Tunnel(
+            check_name(name) if name else default_name(self.checked_token(), self.memory.machine(), parsed.text),
+            parsed,
+            tuple(routes),
+            host,
+            Edits.parse(options.get("header") or (), options.get("remove_header") or ()),
+            Edits.parse(options.get("response_header") or (), options.get("remove_response_header") or ()),
+            bool(options.get("insecure")),
+            bool(options.get("spa")),
+        )
+
+
+# ---- Running clients ------------------------------------------------------------------------------------------------
+# A client leaves a private note of itself, so that other commands find it and talk to it through its inspector.
+
+
+class Run:
+    """A client that runs on this machine: its tunnels, and the way to its inspector."""
+
+    def __init__(self, path: Path, note: Mapping[str, Any]) -> None:
+        self.path, self.tunnels = path, list(note["tunnels"])  # of each: name, url, target
+        self.pid, self.inspector, self._token = int(note["pid"]), str(note["inspector"]), str(note["token"])
+
+    @staticmethod
+    @contextlib.contextmanager
+    def noted(inspector: Inspector) -> Iterator[Callable[[TunnelClient], None]]:
+        """Give a function that leaves the note of a client; it is removed when the context ends."""
+        path = state_directory() / "run" / f"{os.getpid()}.json"
+
+        def leave(client: TunnelClient) -> None:
+            pairs = zip(client.tunnels, client.urls, strict=True)
+            tunnels = [{"name": tunnel.name, "url": url, "target": tunnel.target.text} for tunnel, url in pairs]
+            note = {"pid": os.getpid(), "inspector": inspector.url, "token": inspector.token, "tunnels": tunnels}
+            with contextlib.suppress(OSError):  # a full disk is no reason to stop
+                write_private(path, json.dumps(note))
+
+        try:
+            yield leave
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # unless there is more in them
+                path.parent.rmdir()
+                path.parent.parent.rmdir()
+
+    @classmethod
+    def all(cls) -> list[Run]:
+        """Return the clients that run here; what killed ones have left is removed."""
+        runs = []
+        for path in sorted((state_directory() / "run").glob("*.json")):
+            try:
+                run = cls(path, parse_object(path.read_text(encoding="utf-8")))
+                run.ask("/api/status", within=2.0)
+            except (OSError, ValueError, LookupError, TypeError, TunnelError):
+                path.unlink(missing_ok=True)
+            else:
+                runs.append(run)
+        return runs
+
+    @classmethod
+    def find(cls, name: str | None) -> Run:
+        """Return the client that has a tunnel of this name, without one the only client. Raises TunnelError."""
+        runs = cls.all()
+        fitting = [run for run in runs if not name or name in run.names]
+        if len(fitting) == 1:
+            return fitting[0]
+        names = ", ".join(name for run in runs for name in run.names)
+        if not runs:
+            raise TunnelError("no client runs here; start one with pytunnel connect")
+        raise TunnelError(f"which tunnel? these run here: {escape(names)}")
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its tunnels."""
+        return [str(tunnel["name"]) for tunnel in self.tunnels]
+
+    def ask(self, path: str, /, *, post: bool = False, within: float = 10.0, **query: object) -> Any:
+        """Return the inspector's answer: an object, or bytes that are no JSON. Raises TunnelError with its reason."""
+        import urllib.request
+
+        url = self.inspector + path + ("?" + urllib.parse.urlencode(query) if query else "")
+        request = urllib.request.Request(url, b"{}" if post else None, {"X-Pytunnel-Token": self._token})
+        request.add_header("Content-Type", "application/json")
+        try:
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(request, timeout=within) as response:
+                data: bytes = response.read()
+                return parse_object(data.decode()) if "json" in response.headers["Content-Type"] else data
+        except urllib.error.HTTPError as error:
+            with error, contextlib.suppress(ValueError):
+                raise TunnelError(escape(str(parse_object(error.read().decode()).get("error")))) from None
+            raise TunnelError(f"the client answered with HTTP status {error.code}") from None
+        except (OSError, ValueError) as error:
+            raise TunnelError(f"the client at {self.inspector} does not answer: {_describe(error)}") from None
+
+
+# ---- Python API -----------------------------------------------------------------------------------------------------
+# What the commands do, for a test suite or a notebook.
+
+
+@contextlib.asynccontextmanager
+async def open_folders(tunnels: Iterable[Tunnel]) -> AsyncIterator[list[Tunnel]]:
+    """Serve the folders among the targets while the context lasts, and give the tunnels that lead there."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def opened(target: Target, spa: bool) -> Target:
+            if not target.folder:
+                return target
+            port = await stack.enter_async_context(folder_service(Path(target.host), spa=spa))
+            return target._replace(host="127.0.0.1", port=port, folder=False)
+
+        yield [
+            tunnel._replace(
+                target=await opened(tunnel.target, tunnel.spa),
+                routes=tuple([(prefix, await opened(target, tunnel.spa)) for prefix, target in tunnel.routes]),
+            )
+            for tunnel in tunnels
+        ]
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    *targets: int | str,
+    server: str = "",
+    token: str = "",
+    name: str = "",
+    host_header: str = "",
+    header: Sequence[str] = (),
+    remove_header: Sequence[str] = (),
+    response_header: Sequence[str] = (),
+    remove_response_header: Sequence[str] = (),
+    route: Sequence[str] = (),
+    spa: bool = False,
+    insecure: bool = False,
+) -> AsyncIterator[TunnelClient]:
+    """Give local services public URLs while the context lasts; it is entered when they work.
+
+    The arguments are those of the command line, like `connect(3000, name="web")`, `connect("web=3000", "api=8080")`
+    or `connect("./dist", spa=True)`. The client has `url` and `urls`, `wait_for`, `replay`, and the exchanges in its
+    `log`. Raises TunnelError, also at the end when the session was lost for good.
+    """
+    settings = Settings(locals())
+    async with open_folders(settings.from_targets([str(target) for target in targets])) as tunnels:
+        client = TunnelClient(settings.server.value, settings.checked_token(), tunnels)
+        running = asyncio.ensure_future(client.run())
+        try:
+            while client.problem and not running.done():
+                changed = asyncio.ensure_future(client.wait_changed(client.log.version))
+                await asyncio.wait([running, changed], return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+            if running.done():
+                running.result()
+            yield client
+        finally:
+            client.stop()
+            client.stop()
+            await running
+
+
+def _dialled(host: str | None, everywhere: str) -> str:
+    """Return the host of a URL that reaches what listens on `host`; `everywhere` stands for all addresses."""
+    if host in (None, "0.0.0.0", "::"):
+        return everywhere
+    return f"[{host}]" if ":" in host else host
+
+
+class Served(NamedTuple):
+    """A server that runs, and what a client needs to use it."""
+
+    url: str
+    token: str
+    server: TunnelServer
+
+
+@contextlib.asynccontextmanager
+async def serve(listen: str = "127.0.0.1:0", *, token: str = "", state: Path | None = None) -> AsyncIterator[Served]:
+    """Run a server while the context lasts, with `url` and `token` for clients. Raises TunnelError.
+
+    Which name belongs to which token is kept in the directory `state`, else nowhere.
+    """
+    import tempfile
+
+    host, port = parse_listen(listen)
+    token = check_token(token or make_token())
+    with tempfile.TemporaryDirectory(prefix="pytunnel-") as directory:
+        server = TunnelServer(tokens=[token], state=state or Path(directory), host=host, port=port)
+        await server.start()
+        try:
+            yield Served(f"http://{_dialled(host, '127.0.0.1')}:{server.port}", token, server)
+        finally:
+            await server.close()
+
+
+# ---- Console --------------------------------------------------------------------------------------------------------
+# stdout is for programs: the public URL on a line of its own, or with --json one object a line. stderr is for people.
 
 
 class Output(threading.Thread):
@@ -5088,31 +5329,35 @@ class Output(threading.Thread):
 class Console:
     """Tells programs and people what happens."""
 
-    def __init__(self, *, as_json: bool) -> None:
-        self._json = as_json
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Report as the options say: `json`, `run`, and for clients `format` and `detached`."""
+        self.as_json: bool = options.json
+        self.format: str = getattr(options, "format", None) or ("" if options.run else "{url}")  # stdout is COMMAND's
+        self.quiet = bool(getattr(options, "detached", False))  # about requests
         self.stdout, self.stderr = Output(1), Output(2)
+        self.say: Callable[[str], None] = self.stderr.write  # a line for people; the terminal view takes its place
         self._last_line = ""
 
     def emit(self, event: str, **fields: Any) -> None:
         """Report an event."""
         exchange = fields.pop("exchange", None)
-        if exchange and self._json:
+        if exchange:
             fields = exchange.summary()
-        line = exchange.line() if exchange else self._line(event, fields)
-        if self._json:
+        line = one_line(fields) if exchange else self._line(event, fields)
+        if self.as_json:
             self.stdout.write(json.dumps({"event": event, **fields}))
         else:
-            if event == "ready":
-                self.stdout.write(fields["url"])
-            if line and line != self._last_line:  # an outage is reported once, not at every dial
-                self.stderr.write(line)
-            self._last_line = line if event == "disconnected" else ""
+            if event == "ready" and self.format:
+                self.stdout.write(self.format.format(**fields))
+            if line and line != self._last_line and not (exchange and self.quiet):
+                self.say(line)
+            self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
 
     def fail(self, error: TunnelError) -> None:
         """Report what a command ends with."""
-        if self._json:
+        if self.as_json:
             self.emit("error", code=error.code, message=str(error))
-        self.stderr.write(f"error: {error}")
+        self.say(f"error: {error}")
 
     def close(self) -> None:
         """Let everything out."""
@@ -5132,8 +5377,12 @@ class Console:
         return ""
 
 
+# ---- Commands -------------------------------------------------------------------------------------------------------
+# Each subcommand wires things together, turns signals into stops, and returns an exit status.
+
+
 @contextlib.contextmanager
-def _signals(handler: Callable[[], None]) -> Iterator[None]:
+def _signals(handler: Callable[[int], object]) -> Iterator[None]:
     """Call `handler` on SIGINT, SIGTERM, and when the terminal is closed."""
     loop = asyncio.get_running_loop()
     caught = [signal.SIGINT, signal.SIGTERM]
@@ -5141,15 +5390,88 @@ def _signals(handler: Callable[[], None]) -> Iterator[None]:
         caught.append(signal.SIGHUP)
     for number in caught:
         try:
-            loop.add_signal_handler(number, handler)
+            loop.add_signal_handler(number, handler, number)
         except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(handler))
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(handler, number))
     try:
         yield
     finally:
         for number in caught:
             with contextlib.suppress(NotImplementedError):
                 loop.remove_signal_handler(number)
+
+
+PACKAGES = "aiohttp zstandard platformdirs"
+
+
+def _run(command: Coroutine[Any, Any, int]) -> int:
+    """Run a command on uvloop when it is installed, else on asyncio's own loop."""
+    factory = None
+    if os.environ.get("PYTUNNEL_LOOP") != "asyncio":
+        with contextlib.suppress(ImportError):
+            import uvloop
+
+            factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(command)
+
+
+class Command:
+    """What `connect … -- COMMAND` runs, in a process group of its own that has the terminal meanwhile."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Run it with these variables, too. Raises NotRun."""
+        group: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {"creationflags": 0x200}
+        try:
+            self._process = subprocess.Popen(self._words, env={**os.environ, **environment}, **group)
+        except OSError as error:
+            raise NotRun(f"cannot run {escape(self._words[0])}: {_describe(error)}") from None
+
+    async def wait(self) -> int:
+        """Return its exit status, as a shell tells it; what it has started ends with it."""
+        assert self._process
+        wait = self._wait if os.name == "posix" else self._process.wait
+        waiting = asyncio.ensure_future(asyncio.to_thread(wait))
+        try:
+            status = await asyncio.shield(waiting)
+        finally:
+            self.send_signal(signal.SIGTERM)
+            if not waiting.done():
+                await asyncio.wait([waiting], timeout=GOODBYE)
+                if not waiting.done():
+                    self.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+                    await waiting
+        return status if status >= 0 else 128 - status
+
+    def send_signal(self, number: int) -> bool:
+        """Pass a signal on to its process group; False before there is one."""
+        if self._process:
+            with contextlib.suppress(OSError):
+                if os.name == "posix":
+                    os.killpg(self._process.pid, number)
+                else:
+                    self._process.terminate()
+        return self._process is not None
+
+    def _wait(self) -> int:
+        assert self._process
+        group, own_group = self._process.pid, os.getpgrp()
+        has_terminal = os.isatty(0) and os.tcgetpgrp(0) == own_group
+        while True:
+            if has_terminal:
+                os.tcsetpgrp(0, group)
+                self.send_signal(signal.SIGCONT)  # it may have been stopped when it read before it had the terminal
+            _, status = os.waitpid(group, os.WUNTRACED)
+            if has_terminal:
+                os.tcsetpgrp(0, own_group)  # SIGTTOU is ignored
+            if not os.WIFSTOPPED(status):
+                self._process.returncode = os.waitstatus_to_exitcode(status)
+                return self._process.returncode
+            os.kill(os.getpid(), signal.SIGSTOP)  # Ctrl-Z is for both, and so is the shell's `fg`
 
 
 async def _serve(options: argparse.Namespace, console: Console) -> int:
@@ -5174,11 +5496,11 @@ async def _serve(options: argparse.Namespace, console: Console) -> int:
     except ValueError as error:
         raise UsageError(f"--trusted-proxy: {error}; give an address or a network, like 10.0.0.0/8") from None
     await server.start()
-    signals: asyncio.Queue[None] = asyncio.Queue()
-    with _signals(lambda: signals.put_nowait(None)):
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    with _signals(signals.put_nowait):
         console.emit("listening", host=host or "*", port=server.port)
         if not options.json:
-            console.stderr.write(_invitation(host, server.port, domain, token if not given else "", state / "token"))
+            console.say(_invitation(host, server.port, domain, token if not given else "", state / "token"))
         await signals.get()
         log.info("stopping; running requests have %g s, a second signal ends them", options.drain)
         drained = asyncio.ensure_future(server.drain())
@@ -5204,13 +5526,6 @@ def _invitation(host: str | None, port: int, domain: Origin | None, token: str, 
     return f"listening on port {port}; on the machine with your service, run{where}:\n\n  {line}\n"
 
 
-def _dialled(host: str | None, everywhere: str) -> str:
-    """Return the host of a URL that reaches what listens on `host`; `everywhere` stands for all addresses."""
-    if host in (None, "0.0.0.0", "::"):
-        return everywhere
-    return f"[{host}]" if ":" in host else host
-
-
 def _own_address() -> str:
     """Return the address that this machine has towards the internet; nothing is sent to find out."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -5219,97 +5534,502 @@ def _own_address() -> str:
     return "localhost"
 
 
-async def _run_client(client: TunnelClient, console: Console) -> int:
-    def stop() -> None:
-        if client.log.in_flight:
-            console.stderr.write(f"finishing what still runs ({client.log.in_flight}); once more to stop now")
-        client.stop()
+def _connect(options: argparse.Namespace, console: Console) -> int:
+    if len(options.name) > 1:
+        raise UsageError("--name was given twice; write NAME=TARGET for each, like web=3000 api=8080")
+    settings = Settings({**vars(options), "name": "".join(options.name)})
+    return _share(settings, settings.from_targets(options.targets), options, console)
 
+
+def _start(options: argparse.Namespace, console: Console) -> int:
+    settings = Settings(vars(options), project=True)
+    tunnels = settings.named()
+    if not tunnels:
+        raise UsageError(f"no tunnels are set up in {' or '.join(map(str, settings.files))}; see pytunnel start --help")
+    names = list(tunnels) if options.all or (len(tunnels) == 1 and not options.names) else options.names
+    for name in names:
+        if name not in tunnels:
+            nearest = difflib.get_close_matches(name, tunnels, 1, 0.0)[0]
+            raise UsageError(f"no tunnel is called {escape(name)!r}; did you mean {nearest!r}?")
+    if not names:
+        raise UsageError(f"which tunnel? give --all, or some of: {', '.join(tunnels)}")
+    return _share(settings, [tunnels[name] for name in names], options, console)
+
+
+def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespace, console: Console) -> int:
+    settings.checked_token()
+    try:
+        console.format.format(url="", name="", target="")
+    except (LookupError, ValueError, AttributeError):
+        raise UsageError(f"--format {escape(console.format)!r}: the fields are {{url}}, {{name}} and {{target}}") from None
+    inspectors = {urllib.parse.urlsplit(run.inspector).port for run in Run.all()}
+    for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
+        if target.is_loopback and target.port in inspectors:
+            raise UsageError(f"port {target.port} is a pytunnel inspector; it stays on this machine")
+    if options.detach and not options.detached:
+        return _detach(options, console, len(tunnels))
+
+    def remember() -> None:
+        settings.memory.remember(settings.server.value, settings.token.value)
+
+    status = _run(_share_here(settings.server.value, settings.token.value, tunnels, options, console, remember))
+    if options.detached:
+        Path(options.detached).unlink(missing_ok=True)  # nothing went wrong
+    return status
+
+
+def write_url(path: Path, urls: Iterable[str]) -> None:
+    """Write public URLs, a line for each, in one step. Raises TunnelError, as only a TunnelError ends the client."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text("\n".join(urls) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise TunnelError(f"cannot write {path}: {_describe(error)}") from None
+
+
+def _detach(options: argparse.Namespace, console: Console, count: int) -> int:
+    """Run the same command in the background; return when its tunnels are live, or when it has failed."""
+    path = state_directory() / "run" / f"{secrets.token_hex(8)}.log"
+    write_private(path, "")
+    words = [sys.executable, os.path.abspath(__file__), *options.argv, "--detached", str(path)]
+    with open(path, "ab") as errors:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        )
+    assert process.stdout
+    try:
+        lines = list(itertools.islice(process.stdout, count))
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
+    for line in lines:
+        console.stdout.write(line.decode().rstrip("\n"))
+    if len(lines) == count:
+        process.returncode = 0  # it goes on without us
+        return ExitStatus.OK
+    status = process.wait()
+    for problem in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        console.say(problem)
+    path.unlink(missing_ok=True)
+    return status if status >= 0 else 128 - status
+
+
+async def _share_here(
+    server: str,
+    token: str,
+    tunnels: list[Tunnel],
+    options: argparse.Namespace,
+    console: Console,
+    on_live: Callable[[], None] = lambda: None,
+) -> int:
+    """Run a client with all that the command line offers around it."""
+    if server.startswith("http:") and Origin.from_url(server).zone != "localhost":
+        console.say("warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://")
+    if options.wait_local is not None:
+        await _wait_local(tunnels, options.wait_local)
+    live = asyncio.Event()
+
+    def emit(event: str, **fields: Any) -> None:
+        if event == "ready" and fields["url"] == client.urls[-1]:
+            on_live()
+            leave_note(client)
+            if options.url_file:
+                write_url(Path(options.url_file), client.urls)
+            live.set()
+        console.emit(event, **fields)
+
+    async with contextlib.AsyncExitStack() as stack:
+        tunnels = await stack.enter_async_context(open_folders(tunnels))
+        client = TunnelClient(server, token, tunnels, max_retries=options.max_retries, on_event=emit)
+        inspector = Inspector(client, on_stop=client.stop)
+        await inspector.start()
+        stack.push_async_callback(inspector.close)
+        leave_note = stack.enter_context(Run.noted(inspector))
+        if options.url_file:
+            stack.callback(Path(options.url_file).unlink, missing_ok=True)
+        if options.run:
+            command = Command(options.run)
+
+            async def run_command() -> int:
+                await live.wait()
+                command.start({"PYTUNNEL_URL": client.url})
+                return await command.wait()
+
+            return await _run_client(client, console, run_command(), command.send_signal)
+        on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
+        if on_terminal and not (options.no_tui or options.json or os.environ.get("CI")):
+            terminal = Terminal(client, inspector_url=inspector.url)
+            console.say = terminal.notice
+            return await _run_client(client, console, terminal.show())
+        return await _run_client(client, console)
+
+
+async def _wait_local(tunnels: Iterable[Tunnel], seconds: float) -> None:
+    """Return when all local services take connections. Raises LocalDown."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
+        while not target.folder:
+            try:
+                (await LocalService(target, insecure=True).connect()).abort()
+                break
+            except StreamReset as error:
+                if loop.time() > until:
+                    raise LocalDown(f"{error.reason}; it did not come up within {seconds:g} s") from None
+            await asyncio.sleep(0.1)
+
+
+async def _run_client(
+    client: TunnelClient,
+    console: Console,
+    companion: Coroutine[Any, Any, int] | None = None,
+    on_signal: Callable[[int], bool] = lambda number: False,
+) -> int:
+    """Run a client until it is stopped, or until its companion ends, whose result is the exit status then."""
+
+    def stop(number: int) -> None:
+        if not on_signal(number):
+            if client.log.in_flight:
+                console.say(f"finishing what still runs ({client.log.in_flight}); once more to stop now")
+            client.stop()
+
+    running = asyncio.ensure_future(client.run())
+    tasks: list[asyncio.Future[Any]] = [running, *([asyncio.ensure_future(companion)] if companion else [])]
     with _signals(stop):
-        await client.run()
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                client.stop()
+            await running
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     console.emit("closed")
+    if companion and not tasks[1].cancelled():
+        return int(tasks[1].result())
     return ExitStatus.OK if client.urls else ExitStatus.INTERRUPTED
 
 
-async def _connect(options: argparse.Namespace, console: Console) -> int:
-    memory = Memory(state_directory())
-    server, token, tunnels = client_settings(options, memory)
-
-    def emit(event: str, **fields: Any) -> None:
-        if event == "ready":
-            memory.remember(server, token)
-        console.emit(event, **fields)
-
-    if server.startswith("http:") and Origin.from_url(server).zone != "localhost":
-        console.stderr.write("warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://")
-    return await _run_client(TunnelClient(server, token, tunnels, insecure=options.insecure, on_event=emit), console)
-
-
 async def _demo(options: argparse.Namespace, console: Console) -> int:
-    import tempfile
-
-    token = make_token()
-    host, port = parse_listen(options.listen or f"127.0.0.1:{DEFAULT_PORT}")
-    with tempfile.TemporaryDirectory(prefix="pytunnel-demo-") as directory:
-        server = TunnelServer(tokens=[token], state=Path(directory), host=host, port=port)
+    async with contextlib.AsyncExitStack() as stack:
         try:
-            await server.start()
+            server = await stack.enter_async_context(serve(options.listen or f"127.0.0.1:{DEFAULT_PORT}"))
         except TunnelError:
             if options.listen:
                 raise
-            server.port = 0
-            await server.start()
-        try:
-            async with demo_service() as local:
-                tunnel = Tunnel("demo", Target.parse(f"127.0.0.1:{local}"))
-                url = f"http://{_dialled(host, '127.0.0.1')}:{server.port}"
-                client = TunnelClient(url, token, [tunnel], on_event=console.emit)
-                return await _run_client(client, console)
-        finally:
-            await server.close()
+            server = await stack.enter_async_context(serve())
+        local = await stack.enter_async_context(demo_service())
+        tunnel = Tunnel("demo", Target.parse(f"127.0.0.1:{local}"))
+        return await _share_here(server.url, server.token, [tunnel], options, console)
 
 
-def _run(command: Callable[[argparse.Namespace, Console], Any], options: argparse.Namespace, console: Console) -> int:
-    """Run a command on uvloop when it is installed, else on asyncio's own loop. Raises TunnelError."""
-    factory = None
-    if os.environ.get("PYTUNNEL_LOOP") != "asyncio":
-        with contextlib.suppress(ImportError):
-            import uvloop
+def _status(options: argparse.Namespace, console: Console) -> int:
+    runs = Run.all()
+    for run in runs:
+        status = run.ask("/api/status")
+        for tunnel in run.tunnels:
+            state = status["problem"] or "connected"
+            if options.json:
+                fields = {"connected": not status["problem"], "requests": status["total"], "inspector": run.inspector}
+                console.stdout.write(json.dumps({**tunnel, **fields, "pid": run.pid}))
+            else:
+                line = f"{tunnel['url']} -> {tunnel['target']}  {state}, {status['total']} requests  {run.inspector}"
+                console.stdout.write(escape(f"{tunnel['name']}  {line}", 500))
+    if not runs:
+        console.say("no client runs here")
+    return ExitStatus.OK
 
-            factory = uvloop.new_event_loop
-    try:
-        with asyncio.Runner(loop_factory=factory) as runner:
-            return int(runner.run(command(options, console)))
-    except ModuleNotFoundError as error:
-        packages = "aiohttp zstandard platformdirs"
-        raise TunnelError(f"the package {error.name} is missing; run: python3 -m pip install {packages}") from error
-    except OSError as error:
-        raise TunnelError(f"{_describe(error)}: {error.filename or ''}".rstrip(": ")) from error
+
+def _stop(options: argparse.Namespace, console: Console) -> int:
+    for run in Run.all() if options.all else [Run.find(options.name)]:
+        run.ask("/api/stop", post=True)
+        until = time.monotonic() + 2 * GOODBYE
+        while run.path.exists():
+            if time.monotonic() > until:
+                raise TunnelError(f"process {run.pid} does not stop; end it with kill {run.pid}")
+            time.sleep(0.02)
+        console.say(f"stopped {', '.join(run.names)}")
+    return ExitStatus.OK
+
+
+def _expect(options: argparse.Namespace, console: Console) -> int:
+    run = Run.find(options.name)
+    wanted = {"method": options.method.upper(), "path": options.path, "tunnel": options.name or ""}
+    wanted |= {"count": options.count, "timeout": options.timeout}
+    summary = run.ask("/api/wait", within=options.timeout + 10.0, **wanted)
+    if options.save:
+        body = run.ask(f"/api/exchanges/{summary['id']}/body", which="request")
+        if len(body) < summary["bytes_in"]:
+            raise TunnelError(f"only {len(body)} of its {summary['bytes_in']} bytes were kept")
+        Path(options.save).write_bytes(body)
+    console.stdout.write(json.dumps(summary) if options.json else one_line(summary))
+    return ExitStatus.OK
+
+
+def _replay(options: argparse.Namespace, console: Console) -> int:
+    run, failed = Run.find(options.name), False
+    for _ in range(options.times):
+        summary = run.ask(f"/api/exchanges/{options.id}/replay", post=True, within=REPLAY_TIMEOUT + 10.0)
+        summary.pop("diff")
+        console.stdout.write(json.dumps(summary) if options.json else one_line(summary))
+        failed = failed or bool(summary["error"]) or (summary["status"] or 500) >= 500
+    return ExitStatus.UNEXPECTED if failed else ExitStatus.OK
+
+
+def _config(options: argparse.Namespace, console: Console) -> int:
+    settings = Settings(vars(options), project=True)
+    token = settings.token
+    if token.value:
+        token = Setting(f"{token.value[:4]}…", token.source)
+    rows = {"server": settings.server, "token": token}
+    for name, tunnel in settings.named().items():
+        source = next(path for path, file in settings.files.items() if name in file.get("tunnels", {}))
+        rows[f"tunnels.{name}"] = Setting(tunnel.target.text, str(source))
+    for key, setting in rows.items():
+        fields = {"setting": key, "value": setting.value or None, "source": setting.source}
+        console.stdout.write(json.dumps(fields) if options.json else f"{key} = {setting.value}  ({setting.source})")
+    return ExitStatus.OK
+
+
+def _login(options: argparse.Namespace, console: Console) -> int:
+    import getpass
+
+    server = parse_server(options.server)
+    token = options.token or os.environ.get("PYTUNNEL_TOKEN")
+    if not token:
+        token = getpass.getpass("token: ") if sys.stdin.isatty() else sys.stdin.readline()
+    token = check_token(token.strip(), "copy the whole of what `pytunnel serve` printed")
+
+    async def log_in() -> int:
+        await TunnelClient(server, token, []).log_in()
+        return ExitStatus.OK
+
+    _run(log_in())
+    Memory(state_directory()).remember(server, token)
+    console.say(f"{server} knows this token; from now on `pytunnel connect 3000` uses both")
+    return ExitStatus.OK
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+# Flags, help and exit statuses.
+
+EXAMPLES = {
+    "": """\
+  pytunnel serve                      on a host that visitors can reach; prints the line to paste at home
+  pytunnel connect 3000               at home: gives localhost:3000 a public URL
+  pytunnel connect web=3000 api=8080  two tunnels, with names of your choice
+  pytunnel demo                       all of it on this machine, with a sample page
+""",
+    "serve": """\
+  pytunnel serve                           port 8080, URLs from the address that clients dial
+  pytunnel serve --domain t.example.com    tunnels at NAME.t.example.com, whatever they dial
+  pytunnel serve --listen 127.0.0.1:8080 --domain https://t.example.com --trusted-proxy 127.0.0.1
+                                           behind Caddy or nginx on the same host
+""",
+    "connect": """\
+  pytunnel connect 3000                            localhost:3000, under a name that stays the same
+  pytunnel connect 3000 --name web                 https://web.t.example.com
+  pytunnel connect web=3000 api=https://10.0.0.7   two tunnels
+  pytunnel connect 3000 --route /api=8080          one tunnel, /api goes to another port
+  pytunnel connect ./dist --spa                    a folder
+  pytunnel connect 5173 --host-header rewrite      for a development server that refuses unknown hosts
+  pytunnel connect 3000 -- npm test                run a command with $PYTUNNEL_URL, exit with its status
+  URL=$(pytunnel connect 3000 --detach)            go on in the background; see status, stop, expect
+""",
+    "start": """\
+  pytunnel start            the only tunnel of ./pytunnel.toml or of your config.toml
+  pytunnel start web api    some of them
+  pytunnel start --all      all, in one process
+
+  pytunnel.toml:            server = "https://t.example.com"
+
+                            [tunnels.web]
+                            target = "5173"
+                            host-header = "rewrite"
+""",
+    "status": """\
+  pytunnel status           a line for each tunnel of this machine
+  pytunnel status --json    the same for programs
+""",
+    "stop": """\
+  pytunnel stop             the only client of this machine
+  pytunnel stop web         the client that has the tunnel web, with all its tunnels
+  pytunnel stop --all       all clients of this machine
+""",
+    "expect": """\
+  pytunnel expect --method POST --path /hook          wait until such a request has arrived; earlier ones count
+  pytunnel expect --path '/hook/*' --count 3 --timeout 10
+  pytunnel expect --path /hook --save body.json       keep its content
+""",
+    "replay": """\
+  pytunnel replay 12                send request 12 to the local service again
+  pytunnel replay 12 --times 10
+""",
+    "login": """\
+  pytunnel login https://t.example.com             asks for the token and keeps it
+  pytunnel login https://t.example.com <token.txt  in a script
+""",
+    "config": """\
+  pytunnel config           the values in force for `start`, and where each comes from
+""",
+    "doctor": """\
+  pytunnel doctor           the server used last, and the way there
+  pytunnel doctor 3000 --server https://t.example.com
+""",
+    "demo": """\
+  pytunnel demo                        a server, a sample page and a tunnel to it, on this machine alone
+  pytunnel demo --listen 127.0.0.1:80  on another port
+""",
+}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, with examples before everything else and errors in one line."""
+
+    def format_help(self) -> str:
+        """Return the examples, then what argparse has to say."""
+        _, _, rest = super().format_help().partition(f"{self.description}\n\n")
+        return f"{self.description}\n\n{EXAMPLES[self.prog.partition(' ')[2]]}\n{self.format_usage()}\n{rest}"
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and one line."""
+        self.exit(ExitStatus.USAGE, f"error: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> CommandParser:
+    common = CommandParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="events on stdout, one JSON object a line")
+    common.add_argument("-v", "--verbose", action="store_true", help="more about links on stderr")
+    common.add_argument("--debug", action="store_true", help="frames that arrive, and tracebacks")
+    parser = CommandParser(prog="pytunnel", description="A public URL for a service on your machine.")
+    parser.add_argument("--version", action="version", version=f"pytunnel {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, summary: str, *parents: CommandParser) -> CommandParser:
+        what = summary[0].lower() + summary[1:]
+        return commands.add_parser(name, parents=[*parents, common], help=what, description=f"{summary}.")
+
+    link = CommandParser(add_help=False)
+    link.add_argument("--server", metavar="URL", help="default: the last one that worked, else localhost:8080")
+    link.add_argument("--token", metavar="T", help="default: the one remembered for that server")
+    client = CommandParser(add_help=False)
+    client.add_argument("--detach", action="store_true", help="go on in the background once the tunnels work")
+    client.add_argument("--detached", help=argparse.SUPPRESS)  # what --detach starts; the file its stderr goes to
+    client.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
+    client.add_argument("--wait-local", type=float, metavar="S", help="wait for the local service first; default: 60 s")
+    client.add_argument("--max-retries", type=int, metavar="N", help="give up after N dials; default: never")
+    client.add_argument("--url-file", metavar="FILE", help="write the public URL there while it works")
+    client.add_argument("--format", metavar="F", help="what stdout gets instead of the URL, like 'url={url}'")
+
+    serve = add("serve", "Serve visitors and tunnels")
+    serve.add_argument("--listen", default=f":{DEFAULT_PORT}", metavar="HOST:PORT", help="default: 8080, everywhere")
+    serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
+    serve.add_argument("--token", metavar="T", help="default: one that is made once and kept")
+    serve.add_argument("--trusted-proxy", action="append", default=[], metavar="CIDR", help="believe its X-Forwarded-*")
+    serve.add_argument("--grace", type=float, default=GRACE, metavar="S", help=f"sessions outlive links by {GRACE:g} s")
+    serve.add_argument("--hold", type=float, default=HOLD, metavar="S", help=f"requests wait {HOLD:g} s for a client")
+    serve.add_argument("--drain", type=float, default=DRAIN, metavar="S", help=f"exchanges get {DRAIN:g} s on SIGTERM")
+    connect = add("connect", "Give local services public URLs", link, client)
+    connect.usage = "pytunnel connect [OPTION...] TARGET... [-- COMMAND...]"
+    what = "[NAME=] port, host:port, URL, unix:/path or ./folder"
+    connect.add_argument("targets", nargs="+", metavar="TARGET", help=what)
+    connect.add_argument("--name", action="append", default=[], metavar="N", help="default: one that stays the same")
+    connect.add_argument("--route", action="append", metavar="P=TARGET", help="where requests below a path go")
+    connect.add_argument("--host-header", metavar="H", help="the Host for the local service; `rewrite`: its own")
+    connect.add_argument("--header", action="append", metavar="'K: V'", help="put a field into each request")
+    connect.add_argument("--remove-header", action="append", metavar="K", help="drop a field from each request")
+    connect.add_argument("--response-header", action="append", metavar="'K: V'", help="the same for responses")
+    connect.add_argument("--remove-response-header", action="append", metavar="K", help="the same for responses")
+    connect.add_argument("--spa", action="store_true", help="a folder's index.html for paths that are no file")
+    connect.add_argument("--insecure", action="store_true", help="do not verify a local service's certificate")
+    start = add("start", "Start tunnels that are set up in a file", link, client)
+    start.add_argument("names", nargs="*", metavar="NAME", help="default: the only one there is")
+    start.add_argument("--all", action="store_true", help="all of them")
+    add("status", "Show the tunnels of this machine")
+    stop = add("stop", "Stop a client")
+    stop.add_argument("name", nargs="?", metavar="NAME", help="one of its tunnels; default: the only client")
+    stop.add_argument("--all", action="store_true", help="all clients of this machine")
+    running = CommandParser(add_help=False)
+    running.add_argument("--name", metavar="N", help="the tunnel; default: those of the only client")
+    expect = add("expect", "Wait until a request has arrived", running)
+    expect.add_argument("--method", default="", metavar="M", help="default: any")
+    expect.add_argument("--path", default="", metavar="P", help="* and ? are wildcards; default: any")
+    expect.add_argument("--count", type=int, default=1, metavar="N", help="this many of them; default: 1")
+    expect.add_argument("--timeout", type=float, default=60.0, metavar="S", help="default: 60 s")
+    expect.add_argument("--save", metavar="FILE", help="write the content of the last one there")
+    replay = add("replay", "Send a recorded request to the local service again", running)
+    replay.add_argument("id", type=int, metavar="ID", help="its number in the terminal view, the inspector or --json")
+    replay.add_argument("--times", type=int, default=1, metavar="N", help="this often; default: once")
+    login = add("login", "Keep a server's token")
+    login.add_argument("server", metavar="SERVER", help="its URL")
+    login.add_argument("--token", metavar="T", help="default: asked for, or read from stdin")
+    add("config", "Show which values are in force, and where they come from", link)
+    doctor = add("doctor", "Find out what is wrong on the way", link)
+    doctor.add_argument("targets", nargs="*", metavar="TARGET", help="local services to look at, too")
+    doctor.add_argument("--idle", type=float, default=0.0, metavar="S", help="see whether an idle link lasts this long")
+    demo = add("demo", "Try it on this machine")
+    demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
+    demo.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
+    demo.set_defaults(wait_local=None, max_retries=None, url_file=None)
+    return parser
+
+
+def _doctor(options: argparse.Namespace, console: Console) -> int:
+    raise NotImplementedError
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
+    "serve": lambda options, console: _run(_serve(options, console)),
+    "connect": _connect,
+    "start": _start,
+    "status": _status,
+    "stop": _stop,
+    "expect": _expect,
+    "replay": _replay,
+    "login": _login,
+    "config": _config,
+    "doctor": _doctor,
+    "demo": lambda options, console: _run(_demo(options, console)),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = _parser()
-    options, unknown = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    end = words.index("--") if "--" in words else len(words)
+    known = ["--wait-local=60" if word == "--wait-local" else word for word in words[:end]]  # its value needs a `=`
+    options, unknown = parser.parse_known_args(known)
+    parser.prog = f"pytunnel {options.command}"
     if unknown:
-        parser.prog = f"pytunnel {options.command}"
         parser.error(f"unrecognized arguments: {escape(' '.join(unknown))}")
-    console = Console(as_json=options.json)
+    options.argv, options.run = words, words[end + 1 :]
+    if options.run and (options.command not in ("connect", "start") or options.detach):
+        parser.error("a command after -- is for connect and start, without --detach")
+    console = Console(options)
     handler = logging.Handler()
-    handler.emit = lambda record: console.stderr.write(handler.format(record))  # type: ignore[method-assign]
+    handler.emit = lambda record: console.say(handler.format(record))  # type: ignore[method-assign]
     logging.basicConfig(handlers=[handler], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     chatty = options.verbose or options.command == "serve"
     log.setLevel(logging.DEBUG if options.debug else logging.INFO if chatty else logging.WARNING)
     try:
-        return _run({"serve": _serve, "connect": _connect, "demo": _demo}[options.command], options, console)
+        return COMMANDS[options.command](options, console)
     except TunnelError as error:
         log.debug("stopped", exc_info=True)
         console.fail(error)
         return error.exit_status
+    except ModuleNotFoundError as error:
+        console.fail(TunnelError(f"the package {error.name} is missing; run: python3 -m pip install {PACKAGES}"))
+    except OSError as error:
+        log.debug("stopped", exc_info=True)
+        console.fail(TunnelError(f"{_describe(error)}: {error.filename or ''}".rstrip(": ")))
     except KeyboardInterrupt:
         return ExitStatus.INTERRUPTED
     finally:
         console.close()
+    return ExitStatus.UNEXPECTED
 
 
 if __name__ == "__main__":
