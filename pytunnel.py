@@ -215,6 +215,7 @@ MAX_LOG = 32 * MiB  # bytes of heads and bodies in the log; the oldest exchanges
 MAX_NOTE = 512  # bytes kept of a WebSocket message or an event
 MAX_NOTES = 64  # of these in one exchange, the last ones
 MAX_VIEW = 1 * MiB  # bytes of a body that are unpacked for a person to see, whatever a bomb holds
+MAX_INDENT = 40  # levels of JSON that are indented; deeper ones stay at the last
 REPLAY_TIMEOUT = 30.0  # seconds a replayed request may take: an event stream would take for ever
 
 LOCAL_CONNECT_TIMEOUT = 5.0  # seconds to connect to the local service
@@ -1821,12 +1822,13 @@ def indent_json(text: str) -> str:
     """Return JSON with a line for each member; tokens stay as they were written, and half a text is no error."""
     out: list[str] = []
     depth, before = 0, ""
+    indents = ["\n" + "  " * n for n in range(MAX_INDENT + 1)]  # a text that only opens brackets must not fill memory
     for token in _JSON_TOKEN.findall(text):
         depth -= token in ("}", "]") and depth > 0
         if token in ("}", "]"):
-            out.append("" if before in ("{", "[") else "\n" + "  " * depth)
+            out.append("" if before in ("{", "[") else indents[min(depth, MAX_INDENT)])
         elif before in ("{", "[", ",") or (before and not depth):  # at depth 0 another document begins
-            out.append("\n" + "  " * depth)
+            out.append(indents[min(depth, MAX_INDENT)])
         elif before == ":":
             out.append(" ")
         out.append(token)
@@ -4007,184 +4009,165 @@ async def folder_service(root: Path, *, spa: bool = False) -> AsyncIterator[int]
 INSPECTOR_PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width">
 <meta name="token" content="%TOKEN%">
 <title>pytunnel</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath
- d='M2 14V8a6 6 0 0 1 12 0v6h-3V8a3 3 0 0 0-6 0v6z' fill='%236366f1'/%3E%3C/svg%3E">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><path
+ d='M2 14V8a6 6 0 0 1 12 0v6h-3V8a3 3 0 0 0-6 0v6z' fill='%236366f1'/></svg>">
 <style>
 :root {
-  color-scheme: light dark;
-  --back: light-dark(#ffffff, #0f0f12); --raised: light-dark(#f6f6f8, #18181c); --line: light-dark(#e3e3e8, #2b2b32);
-  --edge: light-dark(#8b8b96, #6c6c78); --text: light-dark(#17171c, #ececf1); --soft: light-dark(#595964, #a3a3af);
-  --accent: light-dark(#4338ca, #a5b4fc); --tint: light-dark(#eef0ff, #22233a);
-  --good: light-dark(#116932, #6ee7a0); --moved: light-dark(#1d5fae, #8ec5ff); --warn: light-dark(#8a4b08, #fbbf60);
-  --bad: light-dark(#b3261e, #ff9a92); --good-tint: light-dark(#e8f6ed, #12291c); --bad-tint: light-dark(#fdeceb, #331a1a);
+  --back: light-dark(#fff, #0f0f12); --raised: light-dark(#f6f6f8, #18181c); --tint: light-dark(#eef0ff, #22233a);
+  --line: light-dark(#e3e3e8, #2b2b32); --edge: light-dark(#8b8b96, #6c6c78); --text: light-dark(#17171c, #ececf1);
+  --soft: light-dark(#595964, #a3a3af); --accent: light-dark(#4338ca, #a5b4fc); --good: light-dark(#116932, #6ee7a0);
+  --moved: light-dark(#1d5fae, #8ec5ff); --warn: light-dark(#8a4b08, #fbbf60); --bad: light-dark(#b3261e, #ff9a92);
   --mono: ui-monospace, "SF Mono", "Cascadia Code", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  font: 14px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); accent-color: var(--accent);
+  color-scheme: light dark; color: var(--text); background: var(--back); font: 14px/1.5 system-ui, sans-serif;
 }
-* { box-sizing: border-box; margin: 0 }
+* { box-sizing: border-box; margin: 0; padding: 0; font-size: inherit }
 [hidden] { display: none !important }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
-h1, h2, h3 { font-size: inherit; font-weight: 600 }
 a { color: var(--accent); text-underline-offset: 3px }
-ul, ol, dd { list-style: none; padding: 0 }
-pre, code, .mono, td, dl.fields, textarea, input { font-family: var(--mono); font-size: 12.5px; unicode-bidi: plaintext }
-button, input, textarea, .chip { font-size: 13px; color: inherit; background: var(--back); border: 1px solid var(--edge);
-  border-radius: 6px; padding: 3px 10px; min-height: 30px }
-button { font-family: inherit; cursor: pointer; border-color: var(--line); white-space: nowrap }
+li { list-style: none }
+pre, code, kbd, td, tbody th, h2, textarea, input, #notes, .fields { font-family: var(--mono); unicode-bidi: plaintext }
+pre, code, kbd, td, tbody th, textarea, input, #notes, .fields { font-size: 12.5px }
+button, input, textarea { color: var(--text); background: var(--back); border: 1px solid var(--edge); border-radius: 6px }
+button { font: 13px system-ui, sans-serif; border-color: var(--line); padding: 0 10px; min-height: 30px }
 button:hover { background: var(--raised); border-color: var(--edge) }
 button[aria-pressed=true] { color: var(--accent); background: var(--tint); border-color: var(--accent) }
-button.main { color: var(--back); background: var(--accent); border-color: var(--accent); font-weight: 600 }
-button:disabled { opacity: .55; cursor: default }
-input, textarea { width: 100% }
-textarea { padding: 8px 10px; line-height: 1.6; resize: vertical }
-.unseen { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; white-space: nowrap }
-.soft, dt, th, label { color: var(--soft) }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: 6px }
-.fill { flex: 1 1 auto; min-width: 0 }
+button.main { color: var(--back); background: var(--accent); font-weight: 600 }
+.small button, button.small { min-height: 26px; padding: 0 8px; font-size: 12px }
+input, textarea { width: 100%; padding: 5px 10px; line-height: 1.6; resize: vertical; display: block }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+.soft, dt, thead th, label { color: var(--soft); font-weight: 400 }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 8px }
+.last { margin-left: auto }
+.grid { display: grid; gap: 12px; align-items: start }
+.grid > * { min-width: 0 }
+.box, pre { padding: 10px 12px; background: var(--raised); border: 1px solid var(--line); border-radius: 8px }
+dl.row, #facts { gap: 2px 18px; font-variant-numeric: tabular-nums }
+dl.row > div { display: flex; gap: 6px }
 
-body > header { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 20px; padding: 10px 16px;
-  border-bottom: 1px solid var(--line) }
-h1 { font-size: 15px; letter-spacing: -.01em }
-#state::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 8px; border-radius: 50%;
-  background: var(--good) }
-#state[data-bad]::before { background: none; border: 2px solid var(--bad) }
-#stats { display: flex; flex-wrap: wrap; gap: 0 16px; margin-left: auto; font-variant-numeric: tabular-nums }
-#stats div { display: flex; gap: 6px }
-#tunnels li { display: flex; flex-wrap: wrap; align-items: center; gap: 2px 8px; overflow-wrap: anywhere }
-#tunnels button, .small { min-height: 24px; padding: 0 8px; font-size: 12px }
-
-#list > .tools { position: sticky; top: 0; z-index: 1; display: grid; gap: 8px; padding: 10px 16px;
-  background: var(--back); border-bottom: 1px solid var(--line) }
+body > header { padding: 10px 16px; gap: 4px 20px; border-bottom: 1px solid var(--line) }
+#state::before, #legend dt::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 8px }
+#state::before { background: var(--good); border-radius: 50% }
+#state[data-bad]::before { background: none; box-shadow: inset 0 0 0 2px var(--bad) }
+.tools { position: sticky; top: 0; padding: 10px 16px; background: var(--back); border-bottom: 1px solid var(--line) }
 table { width: 100%; table-layout: fixed; border-collapse: collapse; font-variant-numeric: tabular-nums }
 tr > * { padding: 6px 8px; text-align: left; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
-tr > :first-child { padding-left: 16px; width: 68px } tr > :last-child { padding-right: 16px }
-thead th { font-size: 12px; font-weight: 500; border-bottom: 1px solid var(--line) }
-tbody th { font-weight: inherit }
+tr > .status { padding-left: 16px; width: 74px }
+tr > .method { width: 68px }
+tr > .time, tr > .size, tr > .at { width: 84px; text-align: right }
+tr > .at { width: 92px; padding-right: 16px }
+thead th { font-size: 12px; border-bottom: 1px solid var(--line) }
+tbody th { font-weight: 400 }
 tbody tr { cursor: pointer }
 tbody tr:hover { background: var(--raised) }
-tbody tr:has([aria-current]) { background: var(--tint); box-shadow: inset 3px 0 var(--accent) }
-tbody a { display: block; overflow: hidden; text-overflow: ellipsis; color: inherit; text-decoration: none; border-radius: 3px }
-tbody a:focus-visible { outline-offset: -1px }
-.method { width: 72px } .ms, .size { width: 84px; text-align: right } .at { width: 88px; text-align: right }
-.s1, .s3 { color: var(--moved) } .s2 { color: var(--good) } .s4 { color: var(--warn) } .s5, .s- { color: var(--bad) }
-.status { font-weight: 600 }
-.empty { padding: 48px 24px; display: grid; gap: 12px; justify-items: center; text-align: center; overflow-wrap: anywhere }
-.empty strong { font-size: 16px; font-weight: 600 }
+tr:has([aria-current]) { background: var(--tint); box-shadow: inset 3px 0 var(--accent) }
+tr a { display: block; overflow: hidden; text-overflow: ellipsis; color: inherit; text-decoration: none }
+td.status, span.status { font-weight: 600 }
+.s1, .s3 { color: var(--moved) }
+.s2, .down, .string { color: var(--good) }
+.s4, .atom { color: var(--warn) }
+.s5, .error { color: var(--bad) }
+.key, .up { color: var(--accent) }
+.empty { padding: 48px 16px; justify-items: center; text-align: center }
 #more { display: block; margin: 12px auto }
 
+#list, #detail { container-type: inline-size; min-width: 0 }
 #detail { padding: 14px 16px 32px; overflow-wrap: anywhere; outline-offset: -2px }
-#exchange { display: grid; gap: 14px; min-width: 0 }
-#title { font: 600 16px/1.4 var(--mono); unicode-bidi: plaintext }
-#facts { display: flex; flex-wrap: wrap; gap: 2px 16px }
-#times { display: grid; gap: 6px }
-#bar { display: flex; gap: 2px; height: 8px } #bar span { min-width: 2px; border-radius: 2px }
-#legend { display: flex; flex-wrap: wrap; gap: 2px 18px; font-variant-numeric: tabular-nums }
-#legend dt::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 2px; margin-right: 6px }
-#legend div { display: flex; gap: 6px }
-.t0, #legend .t0 dt::before { background: light-dark(#b9b9c4, #5b5b68) }
-.t1, #legend .t1 dt::before { background: light-dark(#0e8a8a, #4fd1c5) }
-.t2, #legend .t2 dt::before { background: light-dark(#4338ca, #818cf8) }
-.t3, #legend .t3 dt::before { background: light-dark(#c2650c, #f0a95b) }
-.sides { display: grid; gap: 14px; align-items: start } .sides > * { display: grid; gap: 8px; min-width: 0 }
-.head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 10px; min-height: 26px }
-.head .small { margin-left: auto }
-dl.fields { display: grid; grid-template-columns: minmax(80px, max-content) minmax(0, 1fr); gap: 2px 14px }
-dl.fields dt { max-width: 22ch }
-pre, .box { padding: 10px 12px; background: var(--raised); border: 1px solid var(--line); border-radius: 8px; line-height: 1.6 }
-pre { white-space: pre-wrap; overflow: auto; max-height: 60vh; tab-size: 2 }
-pre.hex { white-space: pre; overflow-wrap: normal }
-pre .key { color: var(--accent) } pre .string { color: var(--good) } pre .atom { color: var(--warn) }
-.box img { display: block; max-width: 100%; max-height: 50vh; margin: auto;
-  background: repeating-conic-gradient(#8883 0 25%, #0000 0 50%) 0 0 / 16px 16px }
-#notes { max-height: 50vh; overflow: auto; padding: 4px 12px }
-#notes li { display: grid; grid-template-columns: 1.2em 8ch 12ch minmax(0, 1fr); gap: 10px; padding: 4px 0 }
-#notes li + li { border-top: 1px solid var(--line) }
-.up { color: var(--accent) } .down { color: var(--good) }
-#diff span { display: block; min-height: 1.6em; margin: 0 -12px; padding: 0 12px }
-#diff .add { color: var(--good); background: var(--good-tint) } #diff .del { color: var(--bad); background: var(--bad-tint) }
-#edit { display: grid; gap: 10px; background: var(--raised) } #edit label { display: grid; gap: 3px }
-#toast { position: fixed; inset: auto 16px 16px auto; max-width: calc(100vw - 32px); padding: 8px 14px; border-radius: 8px;
-  color: var(--back); background: var(--text); overflow-wrap: anywhere; z-index: 2 }
+h2 { font-size: 16px; line-height: 1.4 }
+#bar { display: flex; height: 8px }
+#bar span { border-radius: 2px; background: var(--part) }
+#legend dt::before { border-radius: 2px; background: var(--part) }
+.server { --part: light-dark(#a5a5b1, #6b6b78) }
+.link { --part: light-dark(#0e8a8a, #4fd1c5) }
+.local { --part: light-dark(#4338ca, #818cf8) }
+.content { --part: light-dark(#c2650c, #f0a95b) }
+.fields { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 14px }
+.fields dt { max-width: 20ch }
+pre { white-space: pre-wrap; overflow: auto; max-height: 60vh; line-height: 1.6 }
+pre.hex { white-space: pre }
+img { max-width: 100%; max-height: 50vh; margin: auto }
+#notes { max-height: 50vh; overflow: auto }
+#notes li { display: grid; grid-template-columns: 1em 7ch minmax(8ch, auto) 1fr; gap: 12px; line-height: 1.9 }
+#diff span { display: block; min-height: 1.6em }
+#diff .add { color: var(--good); background: light-dark(#e2f4e8, #12291c) }
+#diff .del { color: var(--bad); background: light-dark(#fdeceb, #331a1a) }
+#toast { position: fixed; inset: auto 16px 16px; width: fit-content; margin-left: auto; padding: 8px 14px;
+  color: var(--back); background: var(--text); border-radius: 8px; overflow-wrap: anywhere }
 #toast:empty { visibility: hidden }
-dialog { margin: auto; padding: 20px; width: min(420px, calc(100vw - 32px)); color: inherit; background: var(--back);
-  border: 1px solid var(--line); border-radius: 12px } dialog::backdrop { background: #0008 }
-dialog dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 16px; margin: 12px 0 }
-kbd { font: 12px var(--mono); padding: 1px 6px; border: 1px solid var(--edge); border-radius: 4px; color: var(--text) }
+dialog { margin: auto; padding: 20px; color: inherit; background: var(--back); border: 1px solid var(--edge) }
+dialog .fields { font: inherit; margin: 12px 0 }
+kbd { padding: 1px 6px; color: var(--text); border: 1px solid var(--edge); border-radius: 4px }
 
-#list { container-type: inline-size; min-width: 0 } #detail { container-type: inline-size; min-width: 0 }
-@container (max-width: 640px) { .at, .size { display: none } }
-@container (max-width: 420px) { tr > :first-child { width: 56px } .method { width: 62px } .ms { width: 76px } }
-@container (min-width: 880px) { .sides { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 20px } }
+@container (max-width: 600px) { tr > .size, tr > .at { display: none } tr > .time { padding-right: 16px; width: 92px } }
+@container (min-width: 860px) { .sides { grid-template-columns: 1fr 1fr; gap: 20px } }
 @media (max-width: 899px) {
-  body.open #list, body:not(.open) #detail { display: none }
-  #stats { margin-left: 0; font-size: 13px }
-  #notes li { grid-template-columns: 1.2em 8ch minmax(0, 1fr) } #notes li > :last-child { grid-column: 1 / -1 }
+  .open #list, .open #stats, body:not(.open) #detail { display: none }
+  #stats { margin: 0; font-size: 13px }
 }
 @media (min-width: 900px) {
-  body { display: flex; flex-direction: column; height: 100dvh }
-  main { flex: 1; min-height: 0; display: grid; grid-template-columns: minmax(400px, 2fr) 3fr }
-  #list, #detail { overflow-y: auto } #list { border-right: 1px solid var(--line) } #back { display: none }
+  body { display: flex; flex-direction: column; height: 100vh }
+  main { flex: 1; min-height: 0; display: grid; grid-template-columns: 2fr 3fr }
+  #list, #detail { overflow-y: auto }
+  #list { border-right: 1px solid var(--line) }
+  #back { display: none }
 }
-@media (prefers-reduced-motion: no-preference) { button, tbody tr { transition: background .12s, border-color .12s } }
 </style>
-<header>
+<header class="row">
   <h1>pytunnel</h1>
-  <p><span id="state" role="status" data-bad>Connecting</span> <span id="retry" class="soft" aria-hidden="true"></span></p>
-  <ul id="tunnels"></ul>
-  <dl id="stats"></dl>
+  <p><span id="state" role="status" data-bad>Connecting</span> <span id="retry" class="soft"></span></p>
+  <div id="tunnels" class="row"></div>
+  <dl id="stats" class="row last"></dl>
 </header>
 <main>
   <section id="list" aria-label="Exchanges">
-    <div class="tools">
-      <input id="filter" type="search" aria-label="Filter" placeholder="Filter: 5xx, post, /path, body:text" maxlength="200">
+    <div class="tools grid">
+      <input id="filter" type="search" aria-label="Filter" aria-keyshortcuts="/" placeholder="5xx post /path body:text">
       <div class="row">
-        <div id="chips" class="row fill" role="group" aria-label="Quick filters"></div>
-        <button id="pause" aria-pressed="false">Pause</button>
-        <button id="clear">Clear</button>
-        <button id="export">Export HAR</button>
-        <button id="ask" aria-label="Keyboard shortcuts">?</button>
+        <div id="chips" class="row small" role="group" aria-label="Quick filters"></div>
+        <div class="row last">
+          <button id="pause" aria-pressed="false" aria-keyshortcuts="p">Pause</button> <button id="clear">Clear</button>
+          <button id="export">Export HAR</button> <button id="ask" aria-label="Help" aria-keyshortcuts="?">?</button>
+        </div>
       </div>
     </div>
     <table>
       <caption class="unseen">Requests and their responses, the newest first</caption>
-      <thead><tr><th scope="col">Status<th scope="col" class="method">Method<th scope="col">Path
-        <th scope="col" class="ms">Time<th scope="col" class="size">Size<th scope="col" class="at">At</thead>
+      <thead><tr><th class="status">Status<th class="method">Method<th>Path
+        <th class="time">Time<th class="size">Size<th class="at">At</thead>
       <tbody id="rows"></tbody>
     </table>
-    <div id="none" class="empty" hidden></div>
+    <div id="none" class="empty grid" hidden></div>
     <button id="more" hidden>Show older ones</button>
   </section>
   <section id="detail" aria-labelledby="title" tabindex="-1">
-    <p id="nothing" class="empty soft">Choose an exchange to see its headers, bodies and timings.</p>
-    <div id="exchange" hidden>
+    <p id="nothing" class="empty soft">Choose an exchange to see its header fields, bodies and timings.</p>
+    <div id="exchange" class="grid" hidden>
       <div class="row">
-        <button id="back">← All exchanges</button>
-        <button id="replay" class="main">Replay</button>
-        <button id="change" aria-expanded="false" aria-controls="edit">Edit and replay</button>
-        <button id="curl">Copy as curl</button>
-        <button id="har">HAR</button>
+        <button id="back">← All</button>
+        <button id="replay" class="main" aria-keyshortcuts="r">Replay</button>
+        <button id="change" aria-keyshortcuts="e" aria-expanded="false" aria-controls="edit">Edit and replay</button>
+        <button id="curl">Copy as curl</button> <button id="har">HAR</button>
         <button id="reveal" aria-pressed="false">Show secrets</button>
       </div>
       <h2 id="title"></h2>
-      <div id="facts"></div>
-      <form id="edit" class="box" hidden>
-        <label>Method <input name="method" required spellcheck="false"></label>
-        <label>Target <input name="target" required spellcheck="false"></label>
+      <div id="facts" class="row soft"></div>
+      <form id="edit" class="box grid" hidden>
+        <label>Method <input name="method" required></label>
+        <label>Target <input name="target" required></label>
         <label>Header fields, one a line <textarea name="headers" rows="6" spellcheck="false"></textarea></label>
         <label>Body <textarea name="body" rows="6" spellcheck="false"></textarea></label>
         <div class="row"><button class="main">Send</button> <button id="cancel" type="button">Cancel</button></div>
       </form>
-      <section id="result" aria-label="Replay" hidden></section>
-      <section aria-label="Timings" id="times"><div id="bar"></div><dl id="legend"></dl></section>
-      <section id="messages" aria-label="Messages" hidden>
-        <div class="head"><h3>Messages</h3><span id="kept" class="soft"></span></div>
-        <ol id="notes" class="box mono" tabindex="0" aria-label="Messages"></ol>
+      <section id="result" class="grid" aria-label="Replay" hidden></section>
+      <div id="bar"></div> <dl id="legend" class="row" aria-label="Timings"></dl>
+      <section id="messages" class="grid" aria-label="Messages" hidden>
+        <h3>Messages</h3> <ol id="notes" class="box" tabindex="0" aria-label="The last messages"></ol>
       </section>
-      <div class="sides">
-        <section id="request" aria-label="Request"></section>
-        <section id="response" aria-label="Response"></section>
+      <div class="sides grid">
+        <section id="request" class="grid" aria-label="Request"></section>
+        <section id="response" class="grid" aria-label="Response"></section>
       </div>
     </div>
   </section>
@@ -4193,45 +4176,42 @@ kbd { font: 12px var(--mono); padding: 1px 6px; border: 1px solid var(--edge); b
 <output id="toast"></output>
 <dialog id="help" aria-labelledby="keys">
   <h2 id="keys">Keyboard</h2>
-  <dl>
-    <dt><kbd>j</kbd> <kbd>k</kbd> <kbd>↓</kbd> <kbd>↑</kbd><dd>next and previous exchange
-    <dt><kbd>Enter</kbd><dd>open it
-    <dt><kbd>Esc</kbd><dd>back to the list
-    <dt><kbd>/</kbd><dd>filter: <code>404</code>, <code>5xx</code>, <code>post</code>, <code>body:text</code>, a part of the path
-    <dt><kbd>r</kbd> <kbd>e</kbd><dd>replay as it is, or edited
-    <dt><kbd>p</kbd><dd>pause and go on
-    <dt><kbd>?</kbd><dd>this help
+  <dl class="fields">
+    <dt><kbd>j</kbd> <kbd>k</kbd> or arrows<dd>next and previous <dt><kbd>Enter</kbd><dd>open <dt><kbd>Esc</kbd><dd>back
+    <dt><kbd>/</kbd><dd>filter: <code>404 5xx post body:text</code> or part of a path
+    <dt><kbd>r</kbd> <kbd>e</kbd><dd>replay as it was, or edited <dt><kbd>p</kbd><dd>pause, and go on
   </dl>
   <form method="dialog"><button class="main">Close</button></form>
 </dialog>
 <script>
 "use strict"
 const $ = id => document.getElementById(id)
-const STEP = 100, PACE = 500  // rows shown at first and added each time; milliseconds between two polls
+const STEP = 100, PACE = 500  // rows shown at first and added each time; milliseconds from one poll to the next
 let token = document.querySelector("meta[name=token]").content
-let version = 0, limit = STEP, total = 0, selected = 0, loaded, exchange, status = {}, retryAt = 0
-let paused = false, reveal = false, abort = new AbortController(), wake = () => {}
+let version = 0, limit = STEP, selected = 0, loaded = 0, exchange, status, retryAt = 0
+let paused = false, reveal = "", abort = new AbortController(), wake = () => {}
 
-// Text comes from strangers: control and direction characters in it are shown as escapes, and it never becomes markup.
+// Strangers wrote this text: control and direction characters in it are shown as escapes, and it never becomes markup.
 const visible = text => String(text).replace(/[^\P{C}\n\t\u200d]/gu, c => `\\u{${c.codePointAt(0).toString(16)}}`)
-const texts = nodes => nodes.map(node => node instanceof Node ? node : visible(node))
-function h(tag, properties, ...children) {
+const put = (node, ...parts) => node.replaceChildren(...parts.map(part => part instanceof Node ? part : visible(part)))
+function h(tag, properties, ...parts) {
   const node = Object.assign(document.createElement(tag), properties)
-  node.append(...texts(children))
+  put(node, ...parts)
   return node
 }
-const put = (node, ...children) => node.replaceChildren(...texts(children))
+const span = (className, ...parts) => h("span", {className}, ...parts)
+const pair = (className, name, value) => h("div", {className}, h("dt", {}, name), h("dd", {}, value))
+const changed = (node, data) => node.shown !== (node.shown = JSON.stringify(data))
+const seconds = s => s === null ? "–" : s < 1 ? `${(s * 1000).toFixed(s < 0.01 ? 1 : 0)} ms` : `${s.toFixed(2)} s`
+const clock = time => new Date(time * 1000).toLocaleTimeString([], {hour12: false})
+const duration = e => e.ms === null ? "…" : seconds(e.ms / 1000)
+const outcome = e => e.status ?? (e.ms === null ? "…" : "none")
+const kindOf = e => e.status ? "status s" + String(e.status)[0] : "status error"
 function size(n) {
   let unit = 0
   for (; n >= 1000 && unit < 4; unit++) n /= 1024
   return `${n.toFixed(unit && n < 100 ? 1 : 0)} ${["B", "KiB", "MiB", "GiB", "TiB"][unit]}`
 }
-const seconds = s => s === null ? "–" : s < 1 ? `${(s * 1000).toFixed(s < 0.01 ? 1 : 0)} ms` : `${s.toFixed(2)} s`
-const duration = e => e.ms === null ? "…" : seconds(e.ms / 1000)
-const clock = time => new Date(time * 1000).toLocaleTimeString([], {hour12: false})
-const outcome = e => e.status ?? (e.ms === null ? "…" : "none")
-const statusClass = e => "s" + (e.status ? String(e.status)[0] : e.ms === null ? "" : "-")
-
 function toast(text) {
   put($("toast"), text)
   clearTimeout(toast.timer)
@@ -4241,377 +4221,303 @@ async function copy(text) {
   await navigator.clipboard.writeText(text)
   toast("Copied")
 }
-function save(name, blob) {
-  const link = h("a", {href: URL.createObjectURL(blob), download: name})
-  link.click()
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000)
-}
-
-// The interface
-
 async function api(path, options) {
   const response = await fetch("/api/" + path, {...options, headers: {"X-Pytunnel-Token": token}})
   if (response.ok) return response
   throw Object.assign(Error((await response.json()).error), {status: response.status})
 }
 const json = async (path, options) => (await api(path, options)).json()
-const sleep = ms => new Promise(resolve => { wake = resolve; if (ms !== undefined) setTimeout(resolve, ms) })
+const bodyOf = (e, which) => api(`exchanges/${e.id}/body?which=${which}`)
+async function save(path, name) {
+  const link = h("a", {href: URL.createObjectURL(await (await api(path)).blob()), download: name})
+  link.click()
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000)
+}
 
+// What is new, about twice a second at the most; nothing while nobody looks
+
+const sleep = ms => new Promise(resolve => { wake = resolve; if (ms !== undefined) setTimeout(resolve, ms) })
 async function poll() {
   for (;;) {
-    if (paused || document.hidden) {
-      await sleep()
-      continue
-    }
+    while (document.hidden || paused && version) await sleep()
     const {signal} = abort = new AbortController()
-    const started = performance.now()
     const query = {since: version, filter: $("filter").value, limit, id: selected, wait: version ? 20 : 0}
+    const next = performance.now() + PACE
     try {
-      const data = await json("exchanges?" + new URLSearchParams(query), {signal})
-      if (!signal.aborted) update(data)
-      await sleep(signal.aborted ? 0 : started + PACE - performance.now())
+      const news = await json("exchanges?" + new URLSearchParams(query), {signal})
+      if (signal.aborted) continue
+      update(news)
+      await sleep(next - performance.now())
     } catch (error) {
-      if (!signal.aborted) await ended(error)
+      if (!signal.aborted) await lost(error)
     }
   }
 }
-function again(from = version) {  // poll at once
-  version = from
-  abort.abort()
-  wake()
-}
-function restart() {
-  put($("rows"))
-  again(0)
-}
-async function ended(error) {
-  if (error.status === 403) {  // another client listens here now
-    token = /name="token" content="([^"]*)"/.exec(await (await fetch("/")).text())[1]
-    total = 0
-    return restart()
-  }
-  showState(true, error.status ? error.message : "The client has ended; this page waits for the next one")
+const pollNow = (since = version) => { version = since; abort.abort(); wake() }
+const restart = () => { put($("rows")); pollNow(0) }
+async function lost(error) {
+  showState(error.status ? error.message : "The client has ended; this page waits for the next one")
   await sleep(2000)
+  if (error.status !== 403) return
+  const page = await fetch("/").then(response => response.text(), () => "")  // of another client, with its own token
+  token = /name="token" content="([^"]*)"/.exec(page)?.[1] ?? token
+  restart()
 }
-
-// The list
-
-function update(data) {
-  const fresh = version ? data.total - total : 0
-  status = data
-  version = data.version
-  total = data.total
+function update(news) {
+  status = news
+  version = news.version
   const rows = $("rows")
-  for (const e of data.exchanges.reverse()) putRow(e)
-  for (let last; (last = rows.lastChild) && (rows.rows.length > limit || +last.dataset.id < data.oldest);) last.remove()
-  if (rows.firstChild && !rows.querySelector("a[tabindex='0']")) rows.firstChild.cells[2].firstChild.tabIndex = 0
+  for (const e of news.exchanges.reverse()) putRow(e)
+  for (let last; (last = rows.lastChild) && (rows.rows.length > limit || last.number < news.oldest);) last.remove()
+  if (rows.firstChild && !rows.querySelector("[tabindex='0']")) linkOf(rows.firstChild).tabIndex = 0
   $("more").hidden = rows.rows.length < limit
+  retryAt = news.retry_in && performance.now() + news.retry_in * 1000
+  showState(news.problem && `Reconnecting: ${news.problem}`)
+  showHeader(news)
   showNone()
-  retryAt = data.retry_in === null ? 0 : performance.now() + data.retry_in * 1000
-  const trip = data.round_trip === null ? "" : ` · ${seconds(data.round_trip)} away`
-  showState(data.problem, data.problem ? `Reconnecting: ${data.problem}` : `Connected${trip}`)
-  showHeader(data)
-  if (fresh) announce(fresh)
-  if (selected && data.selected !== loaded) load(data.selected)
+  if (news.exchanges.length) announce()
+  if (selected && news.selected > loaded) load()
 }
-function putRow(e) {
-  const rows = $("rows")
-  let next = rows.firstChild
-  while (next && +next.dataset.id > e.id) next = next.nextSibling
-  let row = next
-  if (!row || +row.dataset.id !== e.id) {
-    const cell = (tag, className) => h(tag, {className})
-    row = h("tr", {}, cell("td"), cell("td", "method"), h("th", {scope: "row"}, h("a", {href: "#" + e.id, tabIndex: -1})),
-      cell("td", "ms"), cell("td", "size"), cell("td", "at"))
-    row.dataset.id = e.id
-    rows.insertBefore(row, next)
-    mark(row)
-  }
-  const [state, method, path, ms, bytes, at] = row.cells
-  state.className = "status " + statusClass(e)
-  put(state, outcome(e))
-  put(method, e.method)
-  put(path.firstChild, e.path)
-  path.firstChild.title = visible(e.error ?? e.path)
-  put(ms, duration(e))
-  put(bytes, size(e.bytes_out))
-  put(at, clock(e.time))
-}
-function mark(row) {
-  const link = row.cells[2].firstChild
-  if (+row.dataset.id === selected) link.setAttribute("aria-current", "true")
-  else link.removeAttribute("aria-current")
-}
-function move(step) {
-  const rows = [...$("rows").rows]
-  const at = rows.findIndex(row => row.cells[2].firstChild.tabIndex === 0)
-  const row = rows[Math.max(0, Math.min(rows.length - 1, rows.some(row => row.contains(document.activeElement)) ? at + step : at))]
-  if (!row) return
-  row.cells[2].firstChild.focus()
-  if (selected && matchMedia("(min-width: 900px)").matches) location.replace("#" + row.dataset.id)
-}
-function announce(count) {  // at most every ten seconds, however many there are
-  announce.count = (announce.count ?? 0) + count
+function announce() {  // for those who hear the page: once in a while, however many there are
   announce.timer ??= setTimeout(() => {
-    put($("news"), `${announce.count} new requests`)
-    announce.count = announce.timer = undefined
+    put($("news"), `${status.total} requests so far`)
+    announce.timer = undefined
   }, 10000)
 }
-function showState(bad, text) {
-  const state = $("state")
-  state.toggleAttribute("data-bad", Boolean(bad))
-  if (state.textContent !== visible(text)) put(state, text)
+function showState(problem) {
+  $("state").toggleAttribute("data-bad", problem)
+  if (changed($("state"), problem)) put($("state"), problem || "Connected")
   countDown()
 }
 function countDown() {
   const left = Math.ceil((retryAt - performance.now()) / 1000)
-  put($("retry"), retryAt && left > 0 ? `again in ${left} s` : "")
+  put($("retry"), left > 0 ? `again in ${left} s` : "")
 }
-const changed = (node, data) => node.shown !== (node.shown = JSON.stringify(data))
 function showHeader({tunnels, total, in_flight, p50, p90, bytes_in, bytes_out}) {
   if (changed($("tunnels"), tunnels)) {
-    put($("tunnels"), ...tunnels.map(t => h("li", {}, publicLink(t), h("span", {className: "soft"}, `→ ${t.target}`))))
-    document.title = tunnels[0].name ? visible(`${tunnels[0].name} · pytunnel`) : "pytunnel"
+    put($("tunnels"), ...tunnels.map(publicLink))
+    document.title = visible(`${tunnels[0].name} · pytunnel`)
   }
-  const facts = {Requests: total, Running: in_flight, p50: seconds(p50), p90: seconds(p90),
-    In: size(bytes_in), Out: size(bytes_out)}
-  put($("stats"), ...Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))))
+  const facts = {Requests: total, Running: in_flight, p50: seconds(p50), p90: seconds(p90), In: size(bytes_in),
+    Out: size(bytes_out)}
+  put($("stats"), ...Object.entries(facts).map(([name, value]) => pair("", name, value)))
 }
-function publicLink({url, name}) {
-  if (!/^https?:\/\//.test(url)) return name
-  const button = h("button", {className: "small", onclick: () => copy(url), ariaLabel: visible(`Copy ${url}`)}, "Copy")
-  return h("span", {className: "row"}, h("a", {href: url, target: "_blank", rel: "noreferrer"}, url), button)
+function publicLink({url, name, target}) {
+  if (!/^https?:\/\//.test(url)) return span("soft", name)
+  const link = h("a", {href: url, target: "_blank", rel: "noreferrer"}, url)
+  const button = h("button", {className: "small", ariaLabel: `Copy ${url}`, onclick: () => copy(url)}, "Copy")
+  return span("row", link, button, span("soft", `→ ${target}`))
+}
+
+// The list
+
+const linkOf = row => row.querySelector("a")
+function putRow(e) {
+  let row = $("rows").firstChild
+  while (row && row.number > e.id) row = row.nextSibling
+  if (row?.number !== e.id) {
+    const names = ["status", "method", "path", "time", "size", "at"]
+    const cells = names.map(className => h(className === "path" ? "th" : "td", {className}))
+    put(cells[2], h("a", {href: "#" + e.id, tabIndex: -1, ariaCurrent: e.id === selected ? "true" : null}))
+    row = $("rows").insertBefore(h("tr", {number: e.id}, ...cells), row)
+  }
+  const texts = [outcome(e), e.method, e.path, duration(e), size(e.bytes_out), clock(e.time)]
+  texts.forEach((text, n) => put(n === 2 ? linkOf(row) : row.cells[n], text))
+  row.cells[0].className = kindOf(e)
+  row.title = visible(e.error ?? e.path)
 }
 function showNone() {
-  const none = $("none"), words = $("filter").value
+  const words = $("filter").value, none = $("none")
   none.hidden = $("rows").rows.length > 0
   if (none.hidden || !changed(none, [words, status.tunnels])) return
-  if (words) {
-    const all = h("button", {onclick: () => setFilter("")}, "Show all")
-    put(none, h("strong", {}, `Nothing matches “${words}”`), all)
-  } else {
-    put(none, h("strong", {}, "Waiting for the first request"), h("p", {className: "soft"}, "Open this address, or call it:"),
-      ...status.tunnels.map(publicLink))
-  }
+  const all = h("button", {onclick: () => setFilter("")}, "Show all")
+  const hint = words ? [all] : ["Open this address, or have it called:", ...status.tunnels.map(publicLink)]
+  put(none, h("strong", {}, words ? `Nothing matches “${words}”` : "Waiting for the first request"), ...hint)
 }
 function setFilter(words) {
   $("filter").value = words
-  for (const chip of $("chips").children) chip.setAttribute("aria-pressed", chip.words === words.trim())
+  for (const chip of $("chips").children) chip.ariaPressed = chip.words === words.trim()
   restart()
 }
-
-// One exchange
-
-async function load(newest) {
-  const wanted = selected
-  if (newest === null) return exchange && toast(`#${selected} is no longer kept`), loaded = null
-  try {
-    const data = await json(`exchanges/${wanted}${reveal ? "?reveal=1" : ""}`)
-    if (wanted !== selected) return
-    loaded = newest ?? loaded
-    show(exchange = data)
-  } catch (error) {
-    if (error.status === 404) leave()
-    toast(error.message)
-  }
+function focusRow(row) {
+  for (const link of $("rows").querySelectorAll("[tabindex='0']")) link.tabIndex = -1
+  linkOf(row).tabIndex = 0
+  linkOf(row).focus()
 }
+function move(step) {
+  const rows = [...$("rows").rows], link = $("rows").querySelector("[tabindex='0']")
+  const row = rows[rows.findIndex(row => row.contains(link)) + (document.activeElement === link ? step : 0)]
+  if (row) focusRow(row)
+  if (row && selected) location.replace("#" + row.number)
+}
+
+// One exchange: its number is the address's fragment, so that the browser's Back leads to the list
+
 function choose() {
-  const before = selected
+  const left = selected
   selected = Number(location.hash.slice(1)) || 0
-  loaded = exchange = undefined
-  closeEdit()
+  loaded = 0
+  exchange = undefined
+  showEdit(false)
   $("result").hidden = true
   for (const row of $("rows").rows) {
-    mark(row)
-    row.cells[2].firstChild.tabIndex = -1 // the row that Tab leads to is the one that was chosen last
-    if (+row.dataset.id === (selected || before)) row.cells[2].firstChild.tabIndex = 0
+    linkOf(row).ariaCurrent = row.number === selected ? "true" : null
+    if (left && row.number === left && !selected) focusRow(row)
   }
-  document.body.classList.toggle("open", selected > 0)
-  $("nothing").hidden = selected > 0
+  document.body.classList.toggle("open", selected)
+  $("nothing").hidden = selected
   $("exchange").hidden = !selected
   if (selected) load()
-  else $("rows").querySelector("a[tabindex='0']")?.focus()
 }
-const leave = () => { location.hash = "" }
-function show(e) {
+async function load() {
+  const e = await json(`exchanges/${selected}?${reveal}`)
+  if (e.id !== selected) return
+  exchange = e
+  loaded = e.version
   put($("title"), `${e.method} ${e.target}`)
-  const facts = [h("span", {className: "status " + statusClass(e)}, `${outcome(e)} ${e.reason}`), duration(e),
-    `${size(e.request.size)} in, ${size(e.response.size)} out`, `#${e.id} at ${clock(e.time)}`]
-  if (e.replay_of) facts.push(h("a", {href: "#" + e.replay_of}, `replay of #${e.replay_of}`))
-  if (e.error) facts.push(h("span", {className: "s-"}, e.error))
-  put($("facts"), ...facts.map(fact => fact instanceof Node ? fact : h("span", {className: "soft"}, fact)))
-  showTimes(e.timings)
-  showNotes(e.notes)
-  showSide("request", "Request", e)
-  showSide("response", "Response", e)
+  const facts = [duration(e), `${size(e.bytes_in)} in, ${size(e.bytes_out)} out`, `#${e.id} at ${clock(e.time)}`]
+  put($("facts"), span(kindOf(e), `${outcome(e)} ${e.reason}`), ...facts.map(fact => span("", fact)))
+  if (e.error) $("facts").append(span("error", e.error))
+  if (e.replay_of) $("facts").append(h("a", {href: "#" + e.replay_of}, `replay of #${e.replay_of}`))
+  const names = {server: "wait on the server", link: "link", local: "local service", content: "content"}
+  const times = Object.entries(e.timings)
+  put($("bar"), ...times.map(([name, value]) => span(name)))
+  times.forEach(([name, value], n) => Object.assign($("bar").children[n].style, {flexGrow: value * 1000}))
+  put($("legend"), ...times.map(([name, value]) => pair(name, names[name], seconds(value))))
+  $("messages").hidden = !e.notes.length
+  if (changed($("notes"), e.notes)) put($("notes"), ...e.notes.map(showNote))
+  for (const which of ["request", "response"]) if (changed($(which), [e.id, e[which]])) showSide(which, e)
 }
-function showTimes(times) {
-  if (!changed($("times"), times)) return
-  const names = {server: "waiting on the server", link: "link", local: "local service", content: "content"}
-  const parts = Object.entries(times)
-  put($("bar"), ...parts.map(([name, value], n) => {
-    const part = h("span", {className: "t" + n, hidden: !value})
-    part.style.flexGrow = value ?? 0
-    return part
-  }))
-  put($("legend"), ...parts.map(([name, value], n) =>
-    h("div", {className: "t" + n}, h("dt", {}, names[name]), h("dd", {}, seconds(value)))))
+function showNote({from_visitor, at, kind, size, data}) {
+  const arrow = h("span", {role: "img", className: from_visitor ? "up" : "down"}, from_visitor ? "↑" : "↓")
+  arrow.ariaLabel = from_visitor ? "from the visitor" : "to the visitor"
+  const text = span("", data, size > 512 ? ` … ${size} bytes` : "")
+  return h("li", {}, arrow, span("soft", `${at.toFixed(2)} s`), span("soft", kind), text)
 }
-function showNotes(notes) {
-  $("messages").hidden = !notes.length
-  if (!changed($("notes"), notes)) return
-  put($("kept"), `the last ${notes.length}`)
-  const atEnd = $("notes").scrollTop + $("notes").clientHeight > $("notes").scrollHeight - 20
-  put($("notes"), ...notes.map(note => h("li", {},
-    note.from_visitor ? h("span", {className: "up", ariaLabel: "from the visitor", role: "img"}, "↑")
-      : h("span", {className: "down", ariaLabel: "to the visitor", role: "img"}, "↓"),
-    h("span", {className: "soft"}, `${note.at.toFixed(2)} s`),
-    h("span", {className: "soft"}, note.kind), h("span", {}, note.data, note.size > 512 ? ` … (${size(note.size)})` : ""))))
-  if (atEnd) $("notes").scrollTop = $("notes").scrollHeight
-}
-function showSide(which, name, e) {
-  const side = $(which), {headers, body, kept} = e[which]
-  if (!changed(side, [e.id, e[which]])) return
-  const fields = h("dl", {className: "fields"}, ...headers.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]))
-  const download = h("button", {className: "small", ariaLabel: `Download the ${which}'s body`, onclick: async () => {
-    save(`${which}-${e.id}`, await (await api(`exchanges/${e.id}/body?which=${which}`)).blob())
-  }}, "Download")
-  put(side, h("h3", {}, name), headers.length ? fields : h("p", {className: "soft"}, "No header fields"),
-    h("div", {className: "head"}, h("h3", {}, "Body"),
-      h("span", {className: "soft"}, [body.kind, body.note].filter(Boolean).join(", ")), ...kept ? [download] : []),
-    ...body.kind === "empty" ? [] : [showBody(which, e)])
+function showSide(which, e) {
+  const {headers, body, kept} = e[which], name = which[0].toUpperCase() + which.slice(1)
+  const fields = headers.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])
+  put($(which), h("h3", {}, name), h("dl", {className: "fields"}, ...fields))
+  if (!kept || e.status === 101) return  // what follows a 101 are the messages
+  const download = h("button", {className: "small last"}, "Download")
+  download.onclick = () => save(`exchanges/${e.id}/body?which=${which}`, `${which}-${e.id}`)
+  const kind = span("soft", [body.kind, body.note].filter(Boolean).join(", "))
+  $(which).append(h("div", {className: "row"}, h("h3", {}, "Body"), kind, download), showBody(which, e))
 }
 function showBody(which, e) {
   const {headers, body} = e[which], ariaLabel = `Body of the ${which}`
   if (body.kind === "image") {
-    const img = h("img", {alt: ariaLabel}), type = headers.find(([name]) => name.toLowerCase() === "content-type")[1]
-    api(`exchanges/${e.id}/body?which=${which}`).then(response => response.arrayBuffer()).then(bytes => {
-      img.onload = img.onerror = () => URL.revokeObjectURL(img.src)
-      img.src = URL.createObjectURL(new Blob([bytes], {type}))
+    const image = h("img", {alt: ariaLabel}), type = headers.find(([name]) => /^content-type$/i.test(name))[1]
+    bodyOf(e, which).then(response => response.arrayBuffer()).then(bytes => {
+      image.src = URL.createObjectURL(new Blob([bytes], {type}))
+      image.onload = image.onerror = () => URL.revokeObjectURL(image.src)
     })
-    return h("div", {className: "box"}, img)
+    return h("div", {className: "box grid"}, image)
   }
-  const text = body.kind === "json" && body.text.length < 50000 ? paint(body.text) : [body.text]
-  return h("pre", {className: body.kind, tabIndex: 0, role: "region", ariaLabel}, ...text)
+  const parts = body.kind === "json" && body.text.length < 50000 ? paint(body.text) : [body.text]
+  return h("pre", {className: body.kind, tabIndex: 0, role: "region", ariaLabel}, ...parts)
 }
 function paint(json) {
-  return json.split(/("(?:[^"\\]|\\.)*"(?:\s*:)?|-?\b[\w.+-]+\b)/).map((part, n) => {
-    if (n % 2 === 0) return part
-    return h("span", {className: part.endsWith(":") ? "key" : part[0] === '"' ? "string" : "atom"}, part)
-  })
+  const tokens = json.split(/("(?:[^"\\]|\\.)*"(?::)?|[\w.+-]+)/)  // those at odd places are not punctuation
+  const kind = token => token.endsWith(":") ? "key" : token[0] === '"' ? "string" : "atom"
+  return tokens.map((token, n) => n % 2 ? span(kind(token), token) : token)
 }
 
 // Replay
 
-async function replay(edits) {
-  const {id} = exchange, button = edits ? $("edit").querySelector("button") : $("replay")
-  button.disabled = true
-  try {
-    showDiff(await json(`exchanges/${id}/replay`, {method: "POST", body: JSON.stringify(edits ?? {})}), id)
-    closeEdit()
-  } catch (error) {
-    toast(error.message)
-  }
-  button.disabled = false
-}
-function showDiff({id, diff}, before) {
-  toast(diff.length ? `Replayed as #${id}: the response differs` : `Replayed as #${id}: the same response`)
-  if (before !== selected) return
-  const kind = line => ({"+": "add", "-": "del"})[line[0]] ?? "soft"
-  put($("result"), h("div", {className: "head"}, h("h3", {}, "Replayed as ", h("a", {href: "#" + id}, `#${id}`)),
-    h("span", {className: "soft"}, diff.length ? "what differs in the response" : "the response is the same")))
-  if (diff.length) {
-    const lines = diff.slice(2).map(line => h("span", {className: line[0] === " " ? "" : kind(line)}, line))
-    $("result").append(h("pre", {id: "diff", tabIndex: 0, role: "region", ariaLabel: "Differences"}, ...lines))
-  }
+async function replay(edits = {}) {
+  const {id} = exchange
+  toast("Replaying…")
+  const again = await json(`exchanges/${id}/replay`, {method: "POST", body: JSON.stringify(edits)})
+  toast(`Replayed as #${again.id}: ${again.diff.length ? "the response differs" : "the same response"}`)
+  if (id !== selected) return
+  showEdit(false)
+  const lines = again.diff.slice(2).map(line => span({"+": "add", "-": "del", "@": "soft"}[line[0]] ?? "", line))
+  put($("result"), h("h3", {}, "Replayed as ", h("a", {href: "#" + again.id}, `#${again.id}`),
+    lines.length ? ", whose response differs:" : ", with the same response"))
+  const diff = h("pre", {id: "diff", tabIndex: 0, role: "region", ariaLabel: "Differences"}, ...lines)
+  if (lines.length) $("result").append(diff)
   $("result").hidden = false
 }
 async function openEdit() {
-  const {id, method, target, request: {headers, size, kept}} = exchange, form = $("edit").elements
-  let body = ""
+  const {method, target, request} = exchange, fields = $("edit").elements
+  const values = {method, target, headers: request.headers.map(field => field.join(": ")).join("\n"), body: ""}
+  const bytes = await (await bodyOf(exchange, "request")).arrayBuffer()
+  fields.body.disabled = request.size > request.kept
   try {
-    const bytes = await (await api(`exchanges/${id}/body?which=request`)).arrayBuffer()
-    body = size > kept ? null : new TextDecoder("utf-8", {fatal: true, ignoreBOM: true}).decode(bytes)
-  } catch (error) {
-    body = null
+    values.body = new TextDecoder("utf-8", {fatal: true, ignoreBOM: true}).decode(bytes)
+  } catch {
+    fields.body.disabled = true  // not text: it is sent as it was
   }
-  form.body.disabled = body === null
-  form.body.placeholder = body === null ? "It is not text, or too long: it is sent as it was." : ""
-  const values = {method, target, headers: headers.map(field => field.join(": ")).join("\n"), body: body ?? ""}
-  for (const name in values) form[name].value = form[name].before = values[name]
-  for (const name in values) form[name].before = form[name].value  // as the form writes line ends
-  $("edit").hidden = false
-  $("change").ariaExpanded = "true"
-  form.method.focus()
+  for (const name in values) {
+    fields[name].value = values[name]
+    fields[name].before = fields[name].value  // with the line ends of a form
+  }
+  showEdit(true)
+  fields.method.focus()
 }
-function closeEdit() {
-  if ($("edit").contains(document.activeElement)) $("change").focus()
-  $("edit").hidden = true
-  $("change").ariaExpanded = "false"
+function showEdit(open) {
+  if (!open && $("edit").contains(document.activeElement)) $("change").focus()
+  $("edit").hidden = !open
+  $("change").ariaExpanded = open
 }
 function sendEdit() {
-  const edits = {}, form = $("edit").elements
-  for (const name of ["method", "target", "headers", "body"]) {
-    if (form[name].value !== form[name].before) edits[name] = form[name].value
-  }
+  const changed = [...$("edit").elements].filter(field => field.name && field.value !== field.before)
+  const edits = Object.fromEntries(changed.map(field => [field.name, field.value]))
   const lines = edits.headers?.split("\n").filter(line => line.trim())
-  if (lines) edits.headers = lines.map(line => [line.split(":")[0].trim(), line.slice(line.indexOf(":") + 1).trim()])
+  if (lines) edits.headers = lines.map(line => [line.split(":")[0], line.slice(line.split(":")[0].length + 1).trim()])
   replay(edits)
 }
 
-// Controls
+// Buttons and keys
 
-function pause() {
-  paused = !paused
-  $("pause").ariaPressed = paused
-  put($("pause"), paused ? "Resume" : "Pause")
-  again()
+function press(id, on) {
+  $(id).ariaPressed = on
+  return on
 }
-const exported = async (path, name) => save(name, await (await api(path)).blob())
-const guard = action => async event => {
-  try {
-    await action(event)
-  } catch (error) {
-    toast(error.message)
-  }
+const har = query => save(`har?${query}&${reveal}`, `pytunnel${query.replace("id=", "-")}.har`)
+const actions = {
+  pause: () => { paused = press("pause", !paused); pollNow() },
+  clear: () => api("clear", {method: "POST"}).then(restart),
+  export: () => har(""),
+  ask: () => $("help").showModal(),
+  more: () => { limit += STEP; pollNow(0) },
+  back: () => { location.hash = "" },
+  replay: () => replay(),
+  change: () => $("edit").hidden ? openEdit() : showEdit(false),
+  cancel: () => showEdit(false),
+  curl: () => copy(exchange.curl),
+  har: () => har(`id=${selected}`),
+  reveal: () => { reveal = press("reveal", !reveal) ? "reveal=1" : ""; load() },
+  rows: event => { location.hash = event.target.closest("tr").number },
 }
-$("pause").onclick = pause
-$("clear").onclick = guard(() => api("clear", {method: "POST"}))
-$("export").onclick = guard(() => exported(`har?${reveal ? "reveal=1" : ""}`, "pytunnel.har"))
-$("har").onclick = guard(() => exported(`har?id=${selected}${reveal ? "&reveal=1" : ""}`, `pytunnel-${selected}.har`))
-$("curl").onclick = guard(() => copy(exchange.curl))
-$("reveal").onclick = () => { $("reveal").ariaPressed = reveal = !reveal; load() }
-$("replay").onclick = () => replay()
-$("change").onclick = () => $("edit").hidden ? openEdit() : closeEdit()
-$("cancel").onclick = closeEdit
-$("edit").onsubmit = event => { event.preventDefault(); sendEdit() }
-$("back").onclick = leave
-$("ask").onclick = () => $("help").showModal()
-$("more").onclick = () => { limit += STEP; again(0) }
+for (const id in actions) $(id).onclick = actions[id]
+for (const words of ["", "2xx", "3xx", "4xx", "5xx", "101"]) {
+  const properties = {words, ariaPressed: !words, onclick: () => setFilter(words)}
+  $("chips").append(h("button", properties, {"": "All", 101: "WebSocket"}[words] ?? words))
+}
 $("filter").oninput = () => setFilter($("filter").value)
-$("rows").onclick = event => { location.hash = event.target.closest("tr").dataset.id }
-$("rows").onfocusin = null
-for (const [name, words] of Object.entries({All: "", "2xx": "2xx", "3xx": "3xx", "4xx": "4xx", "5xx": "5xx", WebSocket: "101"})) {
-  $("chips").append(h("button", {className: "small", words, ariaPressed: !words, onclick: () => setFilter(words)}, name))
+$("edit").onsubmit = event => { event.preventDefault(); sendEdit() }
+function escape(field) {
+  if (!$("edit").hidden) showEdit(false)
+  else if (field === $("filter") && field.value) setFilter("")
+  else if (selected) actions.back()
 }
-document.onkeydown = event => {
-  const typing = event.target.matches("input, textarea")
+onkeydown = event => {
+  const {key, target} = event
   if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return
-  if (event.key === "Escape") {
-    if (event.target === $("filter") && $("filter").value) setFilter("")
-    else if (!$("edit").hidden) closeEdit()
-    else if (selected) leave()
-    else event.target.blur()
-  }
-  const inList = $("list").contains(event.target) || event.target === document.body
-  const keys = {j: () => move(1), k: () => move(-1), "/": () => $("filter").focus(), p: pause, "?": $("ask").onclick}
-  if (inList) Object.assign(keys, {ArrowDown: keys.j, ArrowUp: keys.k})
-  if (exchange) Object.assign(keys, {r: () => replay(), e: openEdit})
-  if (typing || !keys[event.key]) return
+  if (key === "Escape") escape(target)
+  if (target.matches("input, textarea")) return
+  const step = {j: 1, k: -1, ...$("detail").contains(target) ? {} : {ArrowDown: 1, ArrowUp: -1}}[key]
+  const control = [...document.querySelectorAll("[aria-keyshortcuts]")].find(node => node.ariaKeyShortcuts === key)
+  if (step) move(step)
+  else if (!control?.checkVisibility()) return
+  else if (control === $("filter")) control.focus()
+  else control.click()
   event.preventDefault()
-  keys[event.key]()
 }
-document.onvisibilitychange = () => again()
+onunhandledrejection = event => { event.preventDefault(); toast(event.reason.message) }
+document.onvisibilitychange = () => pollNow()
 onhashchange = choose
 setInterval(countDown, 1000)
 choose()
@@ -4816,6 +4722,7 @@ class Inspector:
         url = self._urls().get(e.tunnel, "")
         return {
             **self._row(e),
+            "version": e.version,
             "target": e.target if reveal else mask_target(e.target),
             "reason": e.reason,
             "timings": timings(e),
