@@ -62,6 +62,7 @@ HTTP/1.1 messages
 Handshake
 Exchanges
 Views
+Screen
 State
 Link
 Registry
@@ -97,6 +98,7 @@ import difflib
 import email.utils
 import enum
 import fnmatch
+import functools
 import hashlib
 import hmac
 import html
@@ -105,6 +107,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import queue
@@ -118,12 +121,13 @@ import ssl
 import struct
 import threading
 import time
+import unicodedata
 import urllib.parse
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
     import aiohttp
@@ -194,6 +198,8 @@ MAX_LOG = 32 * MiB  # bytes of heads and bodies in the log; the oldest exchanges
 MAX_NOTE = 512  # bytes kept of a WebSocket message or an event
 MAX_NOTES = 64  # of these in one exchange, the last ones
 MAX_VIEW = 1 * MiB  # bytes of a body that are unpacked for a person to see, whatever a bomb holds
+MAX_MARKS = 3  # combining marks shown on one character; Vietnamese needs 2, a flood brings a thousand
+MAX_SHOWN = 5000  # lines of a body in the terminal view
 REPLAY_TIMEOUT = 30.0  # seconds a replayed request may take: an event stream would take for ever
 
 LOCAL_CONNECT_TIMEOUT = 5.0  # seconds to connect to the local service
@@ -2071,6 +2077,493 @@ def diff(before: Exchange, after: Exchange) -> list[str]:
 
     names = f"#{before.id}", f"#{after.id}"
     return list(difflib.unified_diff(lines(before), lines(after), *names, lineterm=""))
+
+
+# ---- Screen ---------------------------------------------------------------------------------------------------------
+# What the terminal view shows: a snapshot in, lines out; keys in, actions out. Text from the network goes through
+# `printable`, and what may run from right to left, the path, stands last in its row: nothing takes another's place.
+
+Span = tuple[str, str]  # a style and a text
+Spans = list[Span]
+Action = Literal["quit", "replay", "copy", "export"]
+
+PALETTES: dict[int, dict[str, str]] = {  # by number of colours: SGR codes that both dark and light backgrounds bear
+    0: {"bold": "1", "key": "1", "selected": "7", "cursor": "7"},
+    16: {"muted": "2", "link": "1;36", "1xx": "35", "2xx": "32", "3xx": "36", "4xx": "33", "5xx": "31"},
+    256: {"muted": "38;5;244", "1xx": "38;5;97", "2xx": "38;5;28", "3xx": "38;5;31", "4xx": "38;5;166"},
+}
+PALETTES[16] = PALETTES[0] | PALETTES[16]
+PALETTES[256] = PALETTES[16] | PALETTES[256]
+
+_VARIANTS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # on these, terminals differ about the width
+_WIDENED = re.compile("[\u2630-\u2637\u268a-\u268f\u4dc0-\u4dff\U0001d300-\U0001d37f]")  # in Unicode 16: allow for both
+
+_KEYS = {"\r": "enter", "\n": "enter", "\t": "right", "\x1b": "escape", "\x7f": "backspace", "\b": "backspace"}
+_SEQUENCES = {
+    **{"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "Z": "left"},
+    **{"1~": "home", "4~": "end", "5~": "page up", "6~": "page down", "7~": "home", "8~": "end"},
+    **{"<64M": "wheel up", "<65M": "wheel down"},
+}
+_SEQUENCE = re.compile(r"\x1b(?:\[([0-9:;<=>?]{0,32})([@-~])|O([A-Z]))")
+_BEGINNING = re.compile(r"\x1b(?:\[[0-9:;<=>?]{0,32}|O)?")
+
+
+class KeyReader:
+    """Bytes from a terminal in, names of keys out, sliced anyhow."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._text = ""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether more is to come, unless it was the key Escape: then `flush` tells."""
+        return bool(self._text)
+
+    def feed(self, data: bytes) -> Iterator[str]:
+        """Yield the keys; a character is its own name."""
+        self._text += self._decoder.decode(data)
+        while self._text and not _BEGINNING.fullmatch(self._text):
+            match = _SEQUENCE.match(self._text)
+            if match:
+                parameters, final = match[1] or "", match[2] or match[3]
+                first = "" if final.isalpha() and final not in "Mm" else parameters.partition(";")[0]
+                key = _SEQUENCES.get(first + final, "")
+            else:
+                key = _KEYS.get(self._text[0], self._text[0])
+            self._text = self._text[match.end() if match else 1 :]
+            if key:
+                yield key
+
+    def flush(self) -> Iterator[str]:
+        """No more has come: an escape that stands alone is the key; the beginning of a sequence is nothing."""
+        alone, self._text = self._text == "\x1b", ""
+        yield from ["escape"] if alone else []
+
+
+def _cells(char: str) -> int:
+    """Return how many cells of a terminal a printable character takes, at the most."""
+    if unicodedata.category(char) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" or _WIDENED.match(char) else 1
+
+
+def width_of(text: str) -> int:
+    """Return how many cells a printable text takes."""
+    return len(text) if text.isascii() else sum(map(_cells, text))
+
+
+def printable(text: str | bytes, limit: int = MAX_FIELD) -> str:
+    """Return text from the network for a screen: escaped, and with few marks on a character, none on one of ours."""
+    text = escape(text, limit)
+    if text.isascii():
+        return text
+    kept, marks = [], MAX_MARKS
+    for char in _VARIANTS.sub("", text):
+        marks = 0 if _cells(char) else marks + 1
+        if marks <= MAX_MARKS:
+            kept.append(char)
+    return "".join(kept)
+
+
+def wrap(text: str, width: int) -> Iterator[str]:
+    """Cut a printable text into lines of at most `width` cells."""
+    if text.isascii():
+        yield from (text[at : at + width] for at in range(0, len(text) or 1, width))
+        return
+    start = used = 0
+    for at, char in enumerate(text):
+        cells = _cells(char)
+        if used + cells > width and at > start:
+            yield text[start:at]
+            start, used = at, 0
+        used += cells
+    yield text[start:]
+
+
+def fit(text: str, width: int) -> str:
+    """Cut a printable text to `width` cells, with a mark."""
+    if width_of(text) <= width:
+        return text
+    head = next(wrap(text, width - 1)) if width > 1 else ""
+    return (head if width_of(head) < width else "") + "…"[: max(0, width)]
+
+
+def paint(spans: Spans, width: int, palette: Mapping[str, str], *, selected: bool = False) -> str:
+    """Return a line of at most `width` cells; a selected one is filled and has one style."""
+    line = ""
+    for style, text in [*spans, ("", " " * width)] if selected else spans:
+        text = text[:width] if text.isspace() else fit(text, width)
+        code = "" if selected else palette.get(style, "")
+        line += f"\x1b[{code}m{text}\x1b[m" if code and text else text
+        width -= width_of(text)
+    return f"\x1b[{palette['selected']}m{line}\x1b[m" if selected else line
+
+
+def _flow(groups: Iterable[Spans], width: int, gap: str = "   ") -> list[Spans]:
+    """Lay groups of spans out on as few lines as `width` allows."""
+    lines: list[Spans] = []
+    left = 0
+    for group in groups:
+        size = sum(width_of(text) for _, text in group)
+        if not lines or left < size + len(gap):
+            lines.append([("", " "), *group])
+            left = width - 1 - size
+        else:
+            lines[-1] += [("", gap), *group]
+            left -= size + len(gap)
+    return lines
+
+
+def human_time(seconds: float) -> str:
+    """Return a duration in a few characters, like `12 ms` or `1:03 h`."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.995:
+        return f"{seconds:.2f} s"
+    minutes, unit = (seconds / 60, "min") if seconds < 3600 else (seconds / 3600, "h")
+    return f"{int(minutes)}:{int(minutes % 1 * 60):02} {unit}"
+
+
+class Snapshot(NamedTuple):
+    """All that the view shows at one moment."""
+
+    screen: Screen
+    now: float  # in the time of the exchanges and of `retry_at`
+    tunnels: list[tuple[str, str, str]]  # name, public URL ("" before it is known) and local target
+    inspector_url: str
+    problem: str  # why there is no link; "" while there is one
+    retry_at: float | None
+    round_trip: float | None
+    log: ExchangeLog
+    exchanges: list[Exchange]  # the oldest first
+    colours: int = 16  # 0, 16, or 256
+    utc_offset: float = 0.0  # seconds of the local time
+
+
+class Screen:
+    """What the user has chosen to see. Keys change it, and `arrange` fits it to what there is."""
+
+    TABS = ("Info", "Headers", "Body", "Response")
+    MOVES: ClassVar = {  # rows, pages
+        **{"up": (-1, 0), "k": (-1, 0), "wheel up": (-3, 0), "page up": (0, -1), "home": (0, -9999), "g": (0, -9999)},
+        **{"down": (1, 0), "j": (1, 0), "wheel down": (3, 0), "page down": (0, 1), "end": (0, 9999), "G": (0, 9999)},
+    }
+    ACTIONS: ClassVar[dict[str, Action]] = {"q": "quit", "r": "replay", "c": "copy", "e": "export"}
+
+    def __init__(self) -> None:
+        self.filter, self.typing = "", False
+        self.opened: Exchange | None = None  # whose details show
+        self.tab = self.scroll = 0  # of the details
+        self.reveal = False  # secrets
+        self.notice = ""
+        self.shown: list[Exchange] = []  # that the filter lets through, the newest first
+        self.selected = self.first = self.seen = 0  # ids: under the cursor, in the first row, the newest that was seen
+        self.following = True  # the cursor stays on the newest
+        self.rows = 1  # that fit
+        self.lines: list[Spans] = []  # of the details
+
+    @property
+    def cursor(self) -> int:
+        """The index of the selected exchange, or of the one before it when that is gone."""
+        return self._index(self.selected)
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """What actions are about."""
+        return self.opened or (self.shown[self.cursor] if self.shown else None)
+
+    @property
+    def unseen(self) -> int:
+        """How many exchanges have come above the first row."""
+        return sum(exchange.id > self.seen for exchange in self.shown)
+
+    def select(self, exchange: Exchange) -> None:
+        """Go to an exchange."""
+        self.selected, self.following = exchange.id, False
+        if self.opened:
+            self.opened, self.scroll = exchange, 0
+
+    def key(self, name: str) -> Action | None:
+        """Take a key; return what it asks for beyond the screen."""
+        self.notice = ""
+        if self.typing:
+            self._type(name)
+        elif name in self.MOVES:
+            rows, pages = self.MOVES[name]
+            self._move(rows + pages * max(1, self.rows - 1))
+        elif name == "q" and self.opened:
+            self.opened = None  # as in a pager: who leaves the details does not mean to end the tunnel
+        elif name in self.ACTIONS:
+            return self.ACTIONS[name]
+        elif name == "s":
+            self.reveal = not self.reveal
+        elif self.opened:
+            self._key_in_details(name)
+        elif name == "enter" and self.exchange:
+            self.select(self.exchange)
+            self.opened, self.scroll = self.exchange, 0
+        elif name == "/":
+            self.typing = True
+        elif name == "escape":
+            self.filter = ""
+        return None
+
+    def arrange(self, snapshot: Snapshot, width: int, height: int) -> None:
+        """Fit it to what there is to show, and to the size; `render` comes next."""
+        self.shown = [e for e in reversed(snapshot.exchanges) if e.matches(self.filter)]
+        self.rows = max(1, height - len(_head(snapshot, width, height)) - 1)
+        if self.opened:
+            self.lines = _details(snapshot, self.opened, width)
+            self.scroll = max(0, min(self.scroll, len(self.lines) - self.rows))
+        elif self.shown:
+            if self.following:
+                self.selected = self.shown[0].id
+            top = min(self._index(self.first), self.cursor, max(0, len(self.shown) - self.rows))
+            self.first = self.shown[max(top, self.cursor - self.rows + 1)].id
+            self.seen = max(self.seen, self.first)
+
+    @property
+    def above(self) -> int:
+        """How many of those shown stand above the first row."""
+        return self._index(self.first)
+
+    def _index(self, id_: int) -> int:
+        return min(sum(exchange.id > id_ for exchange in self.shown), max(0, len(self.shown) - 1))
+
+    def _move(self, rows: int) -> None:
+        if self.opened:
+            self.scroll = max(0, self.scroll + rows)
+        elif self.shown:
+            index = max(0, min(self.cursor + rows, len(self.shown) - 1))
+            self.selected, self.following = self.shown[index].id, index == 0
+
+    def _key_in_details(self, name: str) -> None:
+        if name in ("escape", "enter"):
+            self.opened = None
+        elif name in ("left", "right"):
+            self.tab, self.scroll = (self.tab + (1 if name == "right" else -1)) % len(self.TABS), 0
+        elif name in ("1", "2", "3", "4"):
+            self.tab, self.scroll = int(name) - 1, 0
+
+    def _type(self, name: str) -> None:
+        if name in ("enter", "escape"):
+            self.typing = False
+        if name == "escape":
+            self.filter = ""
+        elif name == "backspace":
+            self.filter = self.filter[:-1]
+        elif len(name) == 1 and name.isprintable() and len(self.filter) < 100:
+            self.filter += name
+
+
+def render(snapshot: Snapshot, width: int, height: int) -> list[str]:
+    """Return `height` lines of at most `width` cells, with no control characters but our own colours."""
+    screen, palette = snapshot.screen, PALETTES[snapshot.colours]
+    lines = [paint(spans, width, palette) for spans in _head(snapshot, width, height)]
+    if screen.opened:
+        lines += [paint(spans, width, palette) for spans in screen.lines[screen.scroll :][: screen.rows]]
+    else:
+        top, cursor = screen.above, screen.cursor
+        for index, exchange in enumerate(screen.shown[top : top + screen.rows], top):
+            lines.append(paint(_row(snapshot, exchange, width), width, palette, selected=index == cursor))
+        if not screen.shown:
+            lines += ["", paint(_nothing(snapshot), width, palette)]
+    lines = lines[: height - 1]
+    return [*lines, *[""] * (height - 1 - len(lines)), paint(_foot(screen, width), width, palette)][-height:]
+
+
+def _style(exchange: Exchange) -> str:
+    return f"{exchange.status // 100}xx" if exchange.status else "5xx" if exchange.ended else "1xx"
+
+
+def _target(snapshot: Snapshot, exchange: Exchange) -> str:
+    target = exchange.target if snapshot.screen.reveal else mask_target(exchange.target)
+    return printable(target)
+
+
+def _status(snapshot: Snapshot) -> Spans:
+    """Return the state of the link."""
+    if not snapshot.problem:
+        measured = f"  {human_time(snapshot.round_trip)}" if snapshot.round_trip is not None else ""
+        return [("2xx", "● "), ("bold", "connected"), ("muted", measured)]
+    if snapshot.retry_at is None:
+        return [("4xx", "● "), ("bold", printable(snapshot.problem))]
+    left = math.ceil(snapshot.retry_at - snapshot.now)
+    when = f"reconnecting in {left} s" if left > 0 else "reconnecting"
+    return [("5xx", "● "), ("bold", when), ("", f": {printable(snapshot.problem)}")]
+
+
+def _counts(snapshot: Snapshot) -> Iterator[Spans]:
+    """Yield groups of numbers, the most important ones first."""
+    log = snapshot.log
+    running = [("1xx", f"  {log.in_flight} in flight")] if log.in_flight else []
+    yield [("bold", str(log.total)), ("muted", " request" if log.total == 1 else " requests"), *running]
+    classes = [(number, count) for number, count in log.classes.items() if count or number > 1]
+    yield [(f"{n}xx" if count else "muted", f"{'  ' * (n > classes[0][0])}{n}xx {count}") for n, count in classes]
+    if percentiles := log.percentiles():
+        p50, p90 = map(human_time, percentiles)
+        yield [("muted", "p50 "), ("", p50), ("muted", "  p90 "), ("", p90)]
+    sizes = human_size(log.bytes_in), human_size(log.bytes_out)
+    yield [("muted", "in "), ("", sizes[0]), ("muted", "  out "), ("", sizes[1])]
+
+
+def _head(snapshot: Snapshot, width: int, height: int) -> list[Spans]:
+    """Return what stands above the table, or above the details."""
+    screen = snapshot.screen
+    if e := screen.opened:
+        outcome = f"{e.status or '---'} {printable(e.reason)}".strip() if e.status or e.ended else "in flight"
+        request = [("bold", f"  {printable(e.method)}"), ("", f" {_target(snapshot, e)}")]
+        tabs = [("selected" if n == screen.tab else "muted", f" {tab} ") for n, tab in enumerate(screen.TABS)]
+        tabs.append(("muted", "  secrets shown" if screen.reveal else ""))
+        return [[("", " "), (_style(e), outcome), *request], tabs, []]
+    tunnels = [
+        [("", " "), ("link", printable(url or name)), ("muted", " → "), ("", printable(target))]
+        for name, url, target in snapshot.tunnels[: max(1, height // 8)]
+    ]
+    inspector = [("muted", "inspector "), ("", snapshot.inspector_url)] if snapshot.inspector_url else []
+    status = [("", " "), *_status(snapshot)]
+    if height < 16:
+        return [status, *tunnels, *_flow(_counts(snapshot), width)[:1]]
+    gap = width - sum(width_of(text) for _, text in [*status, *inspector]) - 1
+    top = [[*status, ("", " " * gap), *inspector]] if gap > 2 else [status, [("", " "), *inspector]]
+    titles = [("muted", title) for title, _, _ in COLUMNS]
+    return [*top, *tunnels, [], *_flow(_counts(snapshot), width)[:3], [], _columns(snapshot, titles, width)]
+
+
+COLUMNS = (  # title, cells (to the right when negative), the least width of the screen
+    *(("Time", 8, 60), ("Status", 6, 0), ("Method", 7, 0), ("Duration", -8, 0), ("Size", -8, 70)),
+    *(("Tunnel", 12, 100), ("Path", 0, 0)),
+)
+
+
+def _columns(snapshot: Snapshot, values: Spans, width: int) -> Spans:
+    spans: Spans = []
+    for (title, cells, least), (style, text) in zip(COLUMNS, values, strict=True):
+        if width >= least and (title != "Tunnel" or len(snapshot.tunnels) > 1):
+            text = fit(text, abs(cells)) if cells else text
+            padding = " " * (abs(cells) - width_of(text))
+            spans.append((style, padding + text if cells < 0 else text + padding))
+            spans.append(("", "  " if width >= 60 else " "))
+    return [("", " "), *spans[:-1]]
+
+
+def _row(snapshot: Snapshot, exchange: Exchange, width: int) -> Spans:
+    e, style, running = exchange, _style(exchange), exchange.ended is None
+    second = int(e.time + snapshot.utc_offset)
+    values = [
+        ("muted", f"{second // 3600 % 24:02}:{second // 60 % 60:02}:{second % 60:02}"),
+        (style, str(e.status) if e.status else "…" if running else "---"),
+        ("", printable(e.method)),
+        ("1xx" if running else "", human_time(snapshot.now - e.started if running else e.duration)),
+        ("muted", human_size(e.bytes_out)),
+        ("muted", e.tunnel),
+    ]
+    spans = _columns(snapshot, [*values, ("", "")], width)
+    room = width - sum(width_of(text) for _, text in spans)
+    error = printable(e.error)
+    path = ("↻ " if e.replay_of else "") + _target(snapshot, e)
+    path = fit(path, max(room // 2, room - len(error) - 2)) if error else path
+    return [*spans, ("", path), ("5xx", f"  {error}" if error else "")]
+
+
+def _nothing(snapshot: Snapshot) -> Spans:
+    if snapshot.exchanges:
+        return [("muted", " nothing fits the filter")]
+    url = next((url for _, url, _ in snapshot.tunnels if url), "")
+    return [("muted", " no requests yet"), ("muted", "; open " if url else ""), ("", printable(url))]
+
+
+def _foot(screen: Screen, width: int) -> Spans:
+    """Return the last line: a notice, the filter, or as much of the help as fits."""
+    if screen.typing:
+        room = max(1, width - 4)
+        tail = next(wrap(screen.filter[::-1], room))[::-1]
+        return [("key", " /"), ("", tail), ("cursor", " "), ("muted", "  5xx  post  body:text" if not tail else "")]
+    if screen.notice:
+        return [("bold", f" {printable(screen.notice)}")]
+    groups: list[Spans] = []
+    if screen.opened:
+        words = ["q back", "tab next", "↑↓ scroll", "r replay", "c copy as curl", "e export", "s secrets"]
+    else:
+        words = ["q quit", "↵ open", "/ filter", "r replay", "c copy URL", "e export", "↑↓ select", "s secrets"]
+        if screen.unseen:
+            groups.append([("1xx", f"{screen.unseen} new ↑")])
+        if screen.filter:
+            groups.append([("key", f"/{fit(screen.filter, 20)} "), ("muted", f"{len(screen.shown)} found, esc clears")])
+    keys = [word.partition(" ") for word in words]
+    return next(iter(_flow([*groups, *([("key", key), ("muted", f" {what}")] for key, _, what in keys)], width)))
+
+
+# The details of an exchange
+
+
+def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> list[Spans]:
+    """Return all lines of the tab that is open."""
+    e, screen = exchange, snapshot.screen
+    tab = screen.TABS[screen.tab]
+    if tab == "Info":
+        return list(_info(snapshot, e, width))
+    if tab == "Headers":
+        return list(_headers(e, width, reveal=screen.reveal))
+    if tab == "Response" and e.notes:
+        return [line for note in list(e.notes) for line in _note(note, width)]
+    of_request = tab == "Body"
+    size = e.bytes_in if of_request else e.bytes_out
+    return _body(e, of_request, size, width)
+
+
+def _info(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spans]:
+    e = exchange
+    url, local = next(((url, local) for name, url, local in snapshot.tunnels if name == e.tunnel), ("", ""))
+    moment = datetime.datetime.fromtimestamp(e.time + snapshot.utc_offset, datetime.UTC)
+    duration = e.duration if e.ended else snapshot.now - e.started
+    fields = {
+        "URL": printable(url) + _target(snapshot, e),
+        "Target": f"{e.tunnel} → {printable(local)}",
+        "Time": f"{moment:%Y-%m-%d %H:%M:%S}",
+        "Duration": human_time(duration) + ("" if e.ended else " so far"),
+        "Content": f"request {human_size(e.bytes_in)}, response {human_size(e.bytes_out)}",
+        "Replay of": f"number {e.replay_of}" if e.replay_of else "",
+        "Error": printable(e.error),
+    }
+    for label, text in fields.items():
+        for number, line in enumerate(wrap(text, max(1, width - 14)) if text else ()):
+            yield [("muted", f" {'' if number else label:<12} "), ("5xx" if label == "Error" else "", line)]
+    labels = {"server": "held", "link": "link", "local": "local service", "content": "content"}
+    yield []
+    for name, seconds in timings(e).items():
+        bar = "█" * round((seconds or 0.0) / max(duration, 1e-6) * max(0, width - 28))
+        yield [("muted", f" {labels[name]:<13}"), ("", f"{human_time(seconds) if seconds else '–':>9}  "), ("3xx", bar)]
+
+
+def _headers(exchange: Exchange, width: int, *, reveal: bool) -> Iterator[Spans]:
+    for title, headers in ("Request", exchange.request_headers), ("Response", exchange.response_headers):
+        yield [("bold", f" {title}")]
+        for name, value in text_fields(headers, reveal=reveal):
+            for number, line in enumerate(wrap(printable(f"{name}: {value}"), max(1, width - 2))):
+                at = 0 if number else len(name) + 1
+                yield [("muted", f"  {line[:at]}"), ("", line[at:])]
+        yield []
+
+
+def _note(note: Note, width: int) -> Iterator[Spans]:
+    head = f" {human_time(note.at):>9} {'→' if note.from_visitor else '←'} {note.kind} {human_size(note.size)}  "
+    data = printable(note.data)
+    for number, line in enumerate(wrap(data, max(1, width - len(head)))):
+        yield [("muted", " " * len(head) if number else head), ("", line)]
+
+
+@functools.lru_cache(maxsize=4)  # what has not changed is not read again; sizes only grow
+def _body(exchange: Exchange, of_request: bool, size: int, width: int) -> list[Spans]:
+    e = exchange
+    headers, body = (e.request_headers, e.request_body) if of_request else (e.response_headers, e.response_body)
+    view = body_view(headers, bytes(body), size)
+    lines = (printable(line.rstrip("\r").expandtabs(4), len(view.text) * 10) for line in view.text.split("\n"))
+    wrapped = (line for text in lines for line in wrap(text, max(1, width - 2)))
+    found: list[Spans] = [[("", f" {line}")] for line in itertools.islice(wrapped, MAX_SHOWN)] if view.text else []
+    note = ", ".join(filter(None, [view.kind if not view.text else "", view.note]))
+    return [[("muted", f" {note}")], [], *found] if note else found
 
 
 # ==== Everything below does I/O ======================================================================================
