@@ -71,6 +71,7 @@ Server
 Local service
 Forwarding
 Client
+Terminal
 Demo
 Settings
 Command line
@@ -89,6 +90,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 import argparse
 import asyncio
+import atexit
 import base64
 import codecs
 import collections
@@ -124,7 +126,7 @@ import time
 import unicodedata
 import urllib.parse
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeVar, cast
@@ -200,6 +202,10 @@ MAX_NOTES = 64  # of these in one exchange, the last ones
 MAX_VIEW = 1 * MiB  # bytes of a body that are unpacked for a person to see, whatever a bomb holds
 MAX_MARKS = 3  # combining marks shown on one character; Vietnamese needs 2, a flood brings a thousand
 MAX_SHOWN = 5000  # lines of a body in the terminal view
+FRAME = 0.1  # seconds between two frames of the terminal view, at least
+ESCAPE = 0.05  # seconds until an ESC that nothing follows is the key
+NOTICE = 5.0  # seconds a notice shows
+MAX_CLIPBOARD = 100_000  # characters of base64 that go to the terminal: many take no more at a time
 REPLAY_TIMEOUT = 30.0  # seconds a replayed request may take: an event stream would take for ever
 
 LOCAL_CONNECT_TIMEOUT = 5.0  # seconds to connect to the local service
@@ -4488,6 +4494,372 @@ class TunnelClient:
             if exchange.status in (400, 403) and not self._hinted and REFUSED_HOST.search(exchange.response_body):
                 self._hinted = True
                 self._emit("hint", message="the local service refuses this host name; add --host-header rewrite")
+
+
+# ---- Terminal -------------------------------------------------------------------------------------------------------
+# The screen on a real terminal, through a descriptor of its own that never blocks: one that stopped reading holds up
+# neither the traffic nor the end. The terminal gets back what it was, whatever happens; Ctrl-Z included.
+
+_ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[?1000h\x1b[?1006h\x1b[?2004l"  # other screen, no cursor, no wrapping, mouse
+_LEAVE = "\x18\x1b[?2026l\x1b[m\x1b[?1006l\x1b[?1000l\x1b[?7h\x1b[?25h\x1b[?1049l"  # CAN ends a frame that was cut
+
+
+def colours(environment: Mapping[str, str]) -> int:
+    """Return how many colours to use."""
+    if environment.get("NO_COLOR") or environment.get("TERM") == "dumb":
+        return 0
+    many = "256" in environment.get("TERM", "") or environment.get("COLORTERM") in ("truecolor", "24bit")
+    return 256 if many or "WT_SESSION" in environment else 16
+
+
+if sys.platform == "win32":
+
+    class TerminalDevice:
+        """A Windows console in its ANSI mode; by Microsoft's documentation, no test of ours runs it."""
+
+        poll: ClassVar[float | None] = 1.0  # seconds; nobody tells when the size changes
+
+        def __init__(self, on_input: Callable[[bytes], None], on_ready: Callable[[], None]) -> None:
+            import ctypes
+
+            self._on_input, self._on_ready, self._loop = on_input, on_ready, asyncio.get_running_loop()
+            self._kernel, self._number = ctypes.windll.kernel32, ctypes.c_ulong
+            self._buffer, self._pointer = ctypes.create_unicode_buffer(256), ctypes.byref
+            self._in, self._out = (self._kernel.GetStdHandle(number) for number in (-10, -11))
+            self._saved = self._number(), self._number()
+            self._frames: queue.Queue[str] = queue.Queue()
+            self.active = False
+            for handle, mode in zip((self._in, self._out), self._saved, strict=True):
+                self._kernel.GetConsoleMode(handle, ctypes.byref(mode))
+            for work in (self._read, self._write):
+                threading.Thread(target=work, daemon=True).start()
+
+        foreground, ready = True, property(lambda self: self.active and self._frames.empty())
+
+        def enter(self) -> None:
+            """Take the console."""
+            self._kernel.SetConsoleMode(self._in, 0x0281)  # processed, extended flags, virtual terminal input
+            self._kernel.SetConsoleMode(self._out, 0x000D)  # processed, virtual terminal, no newline at the edge
+            self.active = True
+            self.write(_ENTER)
+
+        def leave(self) -> None:
+            """Give it back."""
+            if self.active:
+                self.active = False
+                self._kernel.WriteConsoleW(self._out, _LEAVE, len(_LEAVE), self._pointer(self._number()), None)
+                for handle, mode in zip((self._in, self._out), self._saved, strict=True):
+                    self._kernel.SetConsoleMode(handle, mode)
+
+        close = leave
+
+        def write(self, text: str) -> None:
+            """Write, some time."""
+            self._frames.put(text)
+
+        def _read(self) -> None:
+            count = self._number()
+            while self._kernel.ReadConsoleW(self._in, self._buffer, 200, self._pointer(count), None):
+                data = self._buffer[: count.value].encode(errors="replace")
+                self._loop.call_soon_threadsafe(self._on_input, data)
+
+        def _write(self) -> None:
+            while text := self._frames.get():
+                self._kernel.WriteConsoleW(self._out, text, len(text), self._pointer(self._number()), None)
+                self._loop.call_soon_threadsafe(self._on_ready)
+
+else:
+
+    class TerminalDevice:
+        """The terminal of standard input, opened once more, so that not blocking is a matter of this descriptor."""
+
+        poll: ClassVar[float | None] = None
+
+        def __init__(self, on_input: Callable[[bytes], None], on_ready: Callable[[], None]) -> None:
+            import termios
+
+            try:
+                path = os.ttyname(0)
+            except OSError:  # in a container, whose terminal is from outside
+                path = "/dev/tty"
+            self._on_input, self._on_ready, self._loop = on_input, on_ready, asyncio.get_running_loop()
+            self._termios = termios
+            self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY)
+            self._saved = termios.tcgetattr(self._fd)
+            self._unsent = b""
+            self.active = False
+
+        @property
+        def foreground(self) -> bool:
+            """Whether the shell lets this process use the terminal."""
+            try:
+                return os.tcgetpgrp(self._fd) == os.getpgrp()
+            except OSError:  # it is not the one that sends us signals
+                return True
+
+        @property
+        def ready(self) -> bool:
+            """Whether the last frame has gone out."""
+            return self.active and not self._unsent
+
+        def enter(self) -> None:
+            """Take the terminal: keys come one by one, Ctrl-C and Ctrl-Z stay signals, Ctrl-S stops nothing."""
+            mode = self._termios.tcgetattr(self._fd)
+            mode[0] &= ~self._termios.IXON
+            mode[3] &= ~(self._termios.ICANON | self._termios.ECHO)
+            mode[6][self._termios.VMIN], mode[6][self._termios.VTIME] = 1, 0
+            self._termios.tcsetattr(self._fd, self._termios.TCSANOW, mode)
+            self.active = True
+            self._loop.add_reader(self._fd, self._read)
+            self.write(_ENTER)
+
+        def leave(self) -> None:
+            """Give it back as it was. What it has not read yet is thrown away: it may never read again."""
+            if not self.active:
+                return
+            self.active, self._unsent = False, b""
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._fd)
+                self._loop.remove_writer(self._fd)
+            with contextlib.suppress(OSError, self._termios.error):  # it is gone
+                try:
+                    whole = os.write(self._fd, _LEAVE.encode()) == len(_LEAVE)
+                except BlockingIOError:
+                    whole = False
+                if not whole:
+                    self._termios.tcflush(self._fd, self._termios.TCOFLUSH)
+                    os.write(self._fd, _LEAVE.encode())
+            with contextlib.suppress(OSError, self._termios.error):
+                self._termios.tcsetattr(self._fd, self._termios.TCSANOW, self._saved)
+
+        def close(self) -> None:
+            """Leave for good."""
+            self.leave()
+            os.close(self._fd)
+
+        def write(self, text: str) -> None:
+            """Write, now and as soon as it can be."""
+            self._unsent += text.encode()
+            self._flush()
+
+        def _flush(self) -> None:
+            try:
+                self._unsent = self._unsent[os.write(self._fd, self._unsent) :]
+            except BlockingIOError:
+                pass
+            except OSError:  # it is gone, and SIGHUP on its way
+                self._unsent = b""
+            if self._unsent:
+                self._loop.add_writer(self._fd, self._flush)
+            else:
+                self._loop.remove_writer(self._fd)
+                self._on_ready()
+
+        def _read(self) -> None:
+            try:
+                data = os.read(self._fd, 4096)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if data:
+                self._on_input(data)
+            else:
+                self._loop.remove_reader(self._fd)
+
+
+class Terminal:
+    """Shows a client on this process's terminal while its context lasts; `stop` is what the key q calls."""
+
+    def __init__(self, client: TunnelClient, stop: Callable[[], None], *, inspector_url: str = "") -> None:
+        self._client, self._stop, self._inspector_url = client, stop, inspector_url
+        self._screen, self._reader = Screen(), KeyReader()
+        self._keys: list[str] = []
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._device = TerminalDevice(self._receive, self._wake.set)
+        self._drawn: list[str] = []
+        self._size = os.terminal_size((0, 0))
+        self._notice_until = 0.0
+        self._escape: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._signals: dict[str, Callable[[], object]] = {
+            "SIGWINCH": self._wake.set,
+            "SIGTSTP": self._suspend,
+            "SIGCONT": self._resume,
+        }
+
+    async def __aenter__(self) -> Terminal:
+        atexit.register(self._device.leave)
+        self._client.log.listeners.add(self._wake.set)
+        for name, handler in self._signals.items():
+            if hasattr(signal, name):
+                self._loop.add_signal_handler(getattr(signal, name), handler)
+        self._resume()
+        self._own(self._show())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._device.close()
+        atexit.unregister(self._device.leave)
+        self._client.log.listeners.discard(self._wake.set)
+        for name in self._signals:
+            if hasattr(signal, name):
+                self._loop.remove_signal_handler(getattr(signal, name))
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def notice(self, text: str) -> None:
+        """Show a line at the bottom for NOTICE seconds."""
+        self._screen.notice, self._notice_until = text, self._loop.time() + NOTICE
+        self._wake.set()
+
+    # Frames
+
+    async def _show(self) -> None:
+        try:
+            while True:
+                self._wake.clear()
+                keys, self._keys = self._keys, []
+                for key in keys:
+                    self._act(self._screen.key(key))
+                if self._device.ready:
+                    await self._draw()
+                await asyncio.sleep(FRAME)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._until_next()):
+                        await self._wake.wait()
+        except Exception:
+            self._device.leave()  # the tunnel goes on without a view
+            log.exception("the terminal view failed")
+
+    def _until_next(self) -> float | None:
+        """Return seconds until something changes by itself."""
+        if not self._device.active:
+            return None
+        waits = [self._notice_until - self._loop.time()] if self._screen.notice else []
+        if self._client.log.in_flight or self._client.retry_at is not None:
+            waits.append(1.0)
+        return min(waits, default=self._device.poll)
+
+    async def _draw(self) -> None:
+        """Bring the terminal up to date. A body may be large, so that it is laid out in a thread."""
+        size, client, screen = os.get_terminal_size(1), self._client, self._screen
+        if size != self._size:
+            self._size, self._drawn = size, []
+        if self._loop.time() >= self._notice_until:
+            screen.notice = ""
+        urls = itertools.chain(client.urls, itertools.repeat(""))
+        snapshot = Snapshot(
+            screen,
+            now=self._loop.time(),
+            tunnels=[(t.name, url, t.target.text) for t, url in zip(client.tunnels, urls, strict=False)],
+            inspector_url=self._inspector_url,
+            problem=client.problem,
+            retry_at=client.retry_at,
+            round_trip=client.round_trip,
+            log=client.log,
+            exchanges=list(client.log.exchanges.values()),
+            colours=colours(os.environ),
+            utc_offset=time.localtime().tm_gmtoff,
+        )
+        width, height = size.columns or 80, size.lines or 24
+
+        def lay_out() -> list[str]:
+            screen.arrange(snapshot, width, height)
+            return render(snapshot, width, height)
+
+        lines = await asyncio.to_thread(lay_out)
+        pairs = zip(lines, self._drawn or [""] * height, strict=True)
+        changed = [] if self._drawn else ["\x1b[2J"]
+        changed += [f"\x1b[{row};1H\x1b[2K{line}" for row, (line, old) in enumerate(pairs, 1) if line != old]
+        if changed and self._device.ready:
+            self._device.write(f"\x1b[?2026h{''.join(changed)}\x1b[?2026l")
+            self._drawn = lines
+
+    # Keys and signals
+
+    def _receive(self, data: bytes) -> None:
+        if self._escape:
+            self._escape.cancel()
+        self._press(self._reader.feed(data))
+        if self._reader.waiting:
+            self._escape = self._loop.call_later(ESCAPE, lambda: self._press(self._reader.flush()))
+
+    def _press(self, keys: Iterator[str]) -> None:
+        self._keys += keys
+        self._wake.set()
+
+    def _suspend(self) -> None:
+        self._device.leave()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _resume(self) -> None:
+        if self._device.foreground:
+            self._device.enter()
+            self._drawn = []
+            self._wake.set()
+
+    # Actions
+
+    def _own(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _act(self, action: Action | None) -> None:
+        exchange = self._screen.exchange
+        if action == "quit":
+            self._stop()
+        elif action == "copy":
+            self._copy()
+        elif action == "replay" and exchange:
+            self._own(self._replay(exchange))
+        elif action == "export" and self._screen.shown:
+            self._own(self._export([self._screen.opened] if self._screen.opened else self._screen.shown[::-1]))
+
+    async def _replay(self, exchange: Exchange) -> None:
+        try:
+            self._screen.select(await self._client.replay(exchange))
+        except MessageError as error:
+            self.notice(f"not replayed: {error}")
+        self._wake.set()
+
+    def _copy(self) -> None:
+        """Put a text into the clipboard, through the terminal (OSC 52), and through tmux when it is there."""
+        text, exchange, reveal = self._client.url, self._screen.opened, self._screen.reveal
+        if exchange:
+            text = as_curl(exchange, self._urls.get(exchange.tunnel, ""), reveal=reveal)
+        encoded = base64.b64encode(text.encode()).decode()
+        if not text or len(encoded) > MAX_CLIPBOARD:
+            return self.notice(f"{human_size(len(text))} are too long for the clipboard" if text else "no URL yet")
+        command = f"\x1b]52;c;{encoded}\x07"
+        self._device.write(command + (f"\x1bPtmux;\x1b{command}\x1b\\" if "TMUX" in os.environ else ""))
+        self.notice(f"copied {text}" if not exchange else f"copied as curl, {'with' if reveal else 'without'} secrets")
+
+    async def _export(self, exchanges: list[Exchange]) -> None:
+        reveal = self._screen.reveal
+
+        def write() -> str:
+            for number in itertools.count():
+                path = f"pytunnel-{time.strftime('%Y%m%d-%H%M%S')}{f'-{number}' if number else ''}.har"
+                with contextlib.suppress(FileExistsError):
+                    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                    with open(descriptor, "w", encoding="utf-8") as file:
+                        json.dump(as_har(exchanges, self._urls, reveal=reveal), file)
+                    return path
+            raise AssertionError
+
+        try:
+            path = await asyncio.to_thread(write)
+        except OSError as error:
+            return self.notice(f"not exported: {_describe(error)}")
+        self.notice(f"exported {len(exchanges)} to {path}, {'with' if reveal else 'without'} secrets")
+
+    @property
+    def _urls(self) -> dict[str, str]:
+        return {tunnel.name: url for tunnel, url in zip(self._client.tunnels, self._client.urls, strict=False)}
 
 
 # ---- Demo -----------------------------------------------------------------------------------------------------------
