@@ -62,6 +62,7 @@ HTTP/1.1 messages
 Handshake
 Exchanges
 Views
+Screen
 State
 Link
 Registry
@@ -72,6 +73,7 @@ Forwarding
 Client
 Files
 Inspector
+Terminal
 Demo
 Settings
 Running clients
@@ -94,6 +96,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 import argparse
 import asyncio
+import atexit
 import base64
 import codecs
 import collections
@@ -103,6 +106,7 @@ import difflib
 import email.utils
 import enum
 import fnmatch
+import functools
 import hashlib
 import hmac
 import html
@@ -111,6 +115,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import queue
@@ -127,6 +132,7 @@ import subprocess
 import threading
 import time
 import tomllib
+import unicodedata
 import urllib.parse
 import zlib
 from collections.abc import (
@@ -142,7 +148,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
     import aiohttp
@@ -216,6 +222,12 @@ MAX_NOTE = 512  # bytes kept of a WebSocket message or an event
 MAX_NOTES = 64  # of these in one exchange, the last ones
 MAX_VIEW = 1 * MiB  # bytes of a body that are unpacked for a person to see, whatever a bomb holds
 MAX_INDENT = 40  # levels of JSON that are indented; deeper ones stay at the last
+MAX_MARKS = 3  # combining marks shown on one character; Vietnamese needs 2, a flood brings a thousand
+MAX_SHOWN = 5000  # lines of a body in the terminal view
+FRAME = 0.1  # seconds between two frames of the terminal view, at least
+ESCAPE = 0.05  # seconds until an ESC that nothing follows is the key
+NOTICE = 5.0  # seconds a notice shows
+MAX_CLIPBOARD = 100_000  # characters of base64 that go to the terminal: many take no more at a time
 REPLAY_TIMEOUT = 30.0  # seconds a replayed request may take: an event stream would take for ever
 
 LOCAL_CONNECT_TIMEOUT = 5.0  # seconds to connect to the local service
@@ -2000,6 +2012,493 @@ def diff(before: Exchange, after: Exchange) -> list[str]:
 
     names = f"#{before.id}", f"#{after.id}"
     return list(difflib.unified_diff(lines(before), lines(after), *names, lineterm=""))
+
+
+# ---- Screen ---------------------------------------------------------------------------------------------------------
+# What the terminal view shows: a snapshot in, lines out; keys in, actions out. Text from the network goes through
+# `printable`, and what may run from right to left, the path, stands last in its row: nothing takes another's place.
+
+Span = tuple[str, str]  # a style and a text
+Spans = list[Span]
+Action = Literal["quit", "replay", "copy", "export"]
+
+PALETTES: dict[int, dict[str, str]] = {  # by number of colours: SGR codes that both dark and light backgrounds bear
+    0: {"bold": "1", "key": "1", "selected": "7", "cursor": "7"},
+    16: {"muted": "2", "link": "1;36", "1xx": "35", "2xx": "32", "3xx": "36", "4xx": "33", "5xx": "31"},
+    256: {"muted": "38;5;244", "1xx": "38;5;97", "2xx": "38;5;28", "3xx": "38;5;31", "4xx": "38;5;166"},
+}
+PALETTES[16] = PALETTES[0] | PALETTES[16]
+PALETTES[256] = PALETTES[16] | PALETTES[256]
+
+_VARIANTS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # on these, terminals differ about the width
+_WIDENED = re.compile("[\u2630-\u2637\u268a-\u268f\u4dc0-\u4dff\U0001d300-\U0001d37f]")  # in Unicode 16: allow for both
+
+_KEYS = {"\r": "enter", "\n": "enter", "\t": "right", "\x1b": "escape", "\x7f": "backspace", "\b": "backspace"}
+_SEQUENCES = {
+    **{"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "Z": "left"},
+    **{"1~": "home", "4~": "end", "5~": "page up", "6~": "page down", "7~": "home", "8~": "end"},
+    **{"<64M": "wheel up", "<65M": "wheel down"},
+}
+_SEQUENCE = re.compile(r"\x1b(?:\[([0-9:;<=>?]{0,32})([@-~])|O([A-Z]))")
+_BEGINNING = re.compile(r"\x1b(?:\[[0-9:;<=>?]{0,32}|O)?")
+
+
+class KeyReader:
+    """Bytes from a terminal in, names of keys out, sliced anyhow."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._text = ""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether more is to come, unless it was the key Escape: then `flush` tells."""
+        return bool(self._text)
+
+    def feed(self, data: bytes) -> Iterator[str]:
+        """Yield the keys; a character is its own name."""
+        self._text += self._decoder.decode(data)
+        while self._text and not _BEGINNING.fullmatch(self._text):
+            match = _SEQUENCE.match(self._text)
+            if match:
+                parameters, final = match[1] or "", match[2] or match[3]
+                first = "" if final.isalpha() and final not in "Mm" else parameters.partition(";")[0]
+                key = _SEQUENCES.get(first + final, "")
+            else:
+                key = _KEYS.get(self._text[0], self._text[0])
+            self._text = self._text[match.end() if match else 1 :]
+            if key:
+                yield key
+
+    def flush(self) -> Iterator[str]:
+        """No more has come: an escape that stands alone is the key; the beginning of a sequence is nothing."""
+        alone, self._text = self._text == "\x1b", ""
+        yield from ["escape"] if alone else []
+
+
+def _cells(char: str) -> int:
+    """Return how many cells of a terminal a printable character takes, at the most."""
+    if unicodedata.category(char) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" or _WIDENED.match(char) else 1
+
+
+def width_of(text: str) -> int:
+    """Return how many cells a printable text takes."""
+    return len(text) if text.isascii() else sum(map(_cells, text))
+
+
+def printable(text: str | bytes, limit: int = MAX_FIELD) -> str:
+    """Return text from the network for a screen: escaped, and with few marks on a character, none on one of ours."""
+    text = escape(text, limit)
+    if text.isascii():
+        return text
+    kept, marks = [], MAX_MARKS
+    for char in _VARIANTS.sub("", text):
+        marks = 0 if _cells(char) else marks + 1
+        if marks <= MAX_MARKS:
+            kept.append(char)
+    return "".join(kept)
+
+
+def wrap(text: str, width: int) -> Iterator[str]:
+    """Cut a printable text into lines of at most `width` cells."""
+    if text.isascii():
+        yield from (text[at : at + width] for at in range(0, len(text) or 1, width))
+        return
+    start = used = 0
+    for at, char in enumerate(text):
+        cells = _cells(char)
+        if used + cells > width and at > start:
+            yield text[start:at]
+            start, used = at, 0
+        used += cells
+    yield text[start:]
+
+
+def fit(text: str, width: int) -> str:
+    """Cut a printable text to `width` cells, with a mark."""
+    if width_of(text) <= width:
+        return text
+    head = next(wrap(text, width - 1)) if width > 1 else ""
+    return (head if width_of(head) < width else "") + "…"[: max(0, width)]
+
+
+def paint(spans: Spans, width: int, palette: Mapping[str, str], *, selected: bool = False) -> str:
+    """Return a line of at most `width` cells; a selected one is filled and has one style."""
+    line = ""
+    for style, text in [*spans, ("", " " * width)] if selected else spans:
+        text = text[:width] if text.isspace() else fit(text, width)
+        code = "" if selected else palette.get(style, "")
+        line += f"\x1b[{code}m{text}\x1b[m" if code and text else text
+        width -= width_of(text)
+    return f"\x1b[{palette['selected']}m{line}\x1b[m" if selected else line
+
+
+def _flow(groups: Iterable[Spans], width: int, gap: str = "   ") -> list[Spans]:
+    """Lay groups of spans out on as few lines as `width` allows."""
+    lines: list[Spans] = []
+    left = 0
+    for group in groups:
+        size = sum(width_of(text) for _, text in group)
+        if not lines or left < size + len(gap):
+            lines.append([("", " "), *group])
+            left = width - 1 - size
+        else:
+            lines[-1] += [("", gap), *group]
+            left -= size + len(gap)
+    return lines
+
+
+def human_time(seconds: float) -> str:
+    """Return a duration in a few characters, like `12 ms` or `1:03 h`."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.995:
+        return f"{seconds:.2f} s"
+    minutes, unit = (seconds / 60, "min") if seconds < 3600 else (seconds / 3600, "h")
+    return f"{int(minutes)}:{int(minutes % 1 * 60):02} {unit}"
+
+
+class Snapshot(NamedTuple):
+    """All that the view shows at one moment."""
+
+    screen: Screen
+    now: float  # in the time of the exchanges and of `retry_at`
+    tunnels: list[tuple[str, str, str]]  # name, public URL ("" before it is known) and local target
+    inspector_url: str
+    problem: str  # why there is no link; "" while there is one
+    retry_at: float | None
+    round_trip: float | None
+    log: ExchangeLog
+    exchanges: list[Exchange]  # the oldest first
+    colours: int = 16  # 0, 16, or 256
+    utc_offset: float = 0.0  # seconds of the local time
+
+
+class Screen:
+    """What the user has chosen to see. Keys change it, and `arrange` fits it to what there is."""
+
+    TABS = ("Info", "Headers", "Body", "Response")
+    MOVES: ClassVar = {  # rows, pages
+        **{"up": (-1, 0), "k": (-1, 0), "wheel up": (-3, 0), "page up": (0, -1), "home": (0, -9999), "g": (0, -9999)},
+        **{"down": (1, 0), "j": (1, 0), "wheel down": (3, 0), "page down": (0, 1), "end": (0, 9999), "G": (0, 9999)},
+    }
+    ACTIONS: ClassVar[dict[str, Action]] = {"q": "quit", "r": "replay", "c": "copy", "e": "export"}
+
+    def __init__(self) -> None:
+        self.filter, self.typing = "", False
+        self.opened: Exchange | None = None  # whose details show
+        self.tab = self.scroll = 0  # of the details
+        self.reveal = False  # secrets
+        self.notice = ""
+        self.shown: list[Exchange] = []  # that the filter lets through, the newest first
+        self.selected = self.first = self.seen = 0  # ids: under the cursor, in the first row, the newest that was seen
+        self.following = True  # the cursor stays on the newest
+        self.rows = 1  # that fit
+        self.lines: list[Spans] = []  # of the details
+
+    @property
+    def cursor(self) -> int:
+        """The index of the selected exchange, or of the one before it when that is gone."""
+        return self._index(self.selected)
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """What actions are about."""
+        return self.opened or (self.shown[self.cursor] if self.shown else None)
+
+    @property
+    def unseen(self) -> int:
+        """How many exchanges have come above the first row."""
+        return sum(exchange.id > self.seen for exchange in self.shown)
+
+    def select(self, exchange: Exchange) -> None:
+        """Go to an exchange."""
+        self.selected, self.following = exchange.id, False
+        if self.opened:
+            self.opened, self.scroll = exchange, 0
+
+    def key(self, name: str) -> Action | None:
+        """Take a key; return what it asks for beyond the screen."""
+        self.notice = ""
+        if self.typing:
+            self._type(name)
+        elif name in self.MOVES:
+            rows, pages = self.MOVES[name]
+            self._move(rows + pages * max(1, self.rows - 1))
+        elif name == "q" and self.opened:
+            self.opened = None  # as in a pager: who leaves the details does not mean to end the tunnel
+        elif name in self.ACTIONS:
+            return self.ACTIONS[name]
+        elif name == "s":
+            self.reveal = not self.reveal
+        elif self.opened:
+            self._key_in_details(name)
+        elif name == "enter" and self.exchange:
+            self.select(self.exchange)
+            self.opened, self.scroll = self.exchange, 0
+        elif name == "/":
+            self.typing = True
+        elif name == "escape":
+            self.filter = ""
+        return None
+
+    def arrange(self, snapshot: Snapshot, width: int, height: int) -> None:
+        """Fit it to what there is to show, and to the size; `render` comes next."""
+        self.shown = [e for e in reversed(snapshot.exchanges) if e.matches(self.filter)]
+        self.rows = max(1, height - len(_head(snapshot, width, height)) - 1)
+        if self.opened:
+            self.lines = _details(snapshot, self.opened, width)
+            self.scroll = max(0, min(self.scroll, len(self.lines) - self.rows))
+        elif self.shown:
+            if self.following:
+                self.selected = self.shown[0].id
+            top = min(self._index(self.first), self.cursor, max(0, len(self.shown) - self.rows))
+            self.first = self.shown[max(top, self.cursor - self.rows + 1)].id
+            self.seen = max(self.seen, self.first)
+
+    @property
+    def above(self) -> int:
+        """How many of those shown stand above the first row."""
+        return self._index(self.first)
+
+    def _index(self, id_: int) -> int:
+        return min(sum(exchange.id > id_ for exchange in self.shown), max(0, len(self.shown) - 1))
+
+    def _move(self, rows: int) -> None:
+        if self.opened:
+            self.scroll = max(0, self.scroll + rows)
+        elif self.shown:
+            index = max(0, min(self.cursor + rows, len(self.shown) - 1))
+            self.selected, self.following = self.shown[index].id, index == 0
+
+    def _key_in_details(self, name: str) -> None:
+        if name in ("escape", "enter"):
+            self.opened = None
+        elif name in ("left", "right"):
+            self.tab, self.scroll = (self.tab + (1 if name == "right" else -1)) % len(self.TABS), 0
+        elif name in ("1", "2", "3", "4"):
+            self.tab, self.scroll = int(name) - 1, 0
+
+    def _type(self, name: str) -> None:
+        if name in ("enter", "escape"):
+            self.typing = False
+        if name == "escape":
+            self.filter = ""
+        elif name == "backspace":
+            self.filter = self.filter[:-1]
+        elif len(name) == 1 and name.isprintable() and len(self.filter) < 100:
+            self.filter += name
+
+
+def render(snapshot: Snapshot, width: int, height: int) -> list[str]:
+    """Return `height` lines of at most `width` cells, with no control characters but our own colours."""
+    screen, palette = snapshot.screen, PALETTES[snapshot.colours]
+    lines = [paint(spans, width, palette) for spans in _head(snapshot, width, height)]
+    if screen.opened:
+        lines += [paint(spans, width, palette) for spans in screen.lines[screen.scroll :][: screen.rows]]
+    else:
+        top, cursor = screen.above, screen.cursor
+        for index, exchange in enumerate(screen.shown[top : top + screen.rows], top):
+            lines.append(paint(_row(snapshot, exchange, width), width, palette, selected=index == cursor))
+        if not screen.shown:
+            lines += ["", paint(_nothing(snapshot), width, palette)]
+    lines = lines[: height - 1]
+    return [*lines, *[""] * (height - 1 - len(lines)), paint(_foot(screen, width), width, palette)][-height:]
+
+
+def _style(exchange: Exchange) -> str:
+    return f"{exchange.status // 100}xx" if exchange.status else "5xx" if exchange.ended else "1xx"
+
+
+def _target(snapshot: Snapshot, exchange: Exchange) -> str:
+    target = exchange.target if snapshot.screen.reveal else mask_target(exchange.target)
+    return printable(target)
+
+
+def _link_state(snapshot: Snapshot) -> Spans:
+    """Return the state of the link."""
+    if not snapshot.problem:
+        measured = f"  {human_time(snapshot.round_trip)}" if snapshot.round_trip is not None else ""
+        return [("2xx", "● "), ("bold", "connected"), ("muted", measured)]
+    if snapshot.retry_at is None:
+        return [("4xx", "● "), ("bold", printable(snapshot.problem))]
+    left = math.ceil(snapshot.retry_at - snapshot.now)
+    when = f"reconnecting in {left} s" if left > 0 else "reconnecting"
+    return [("5xx", "● "), ("bold", when), ("", f": {printable(snapshot.problem)}")]
+
+
+def _counts(snapshot: Snapshot) -> Iterator[Spans]:
+    """Yield groups of numbers, the most important ones first."""
+    log = snapshot.log
+    running = [("1xx", f"  {log.in_flight} in flight")] if log.in_flight else []
+    yield [("bold", str(log.total)), ("muted", " request" if log.total == 1 else " requests"), *running]
+    classes = [(number, count) for number, count in log.classes.items() if count or number > 1]
+    yield [(f"{n}xx" if count else "muted", f"{'  ' * (n > classes[0][0])}{n}xx {count}") for n, count in classes]
+    if percentiles := log.percentiles():
+        p50, p90 = map(human_time, percentiles)
+        yield [("muted", "p50 "), ("", p50), ("muted", "  p90 "), ("", p90)]
+    sizes = human_size(log.bytes_in), human_size(log.bytes_out)
+    yield [("muted", "in "), ("", sizes[0]), ("muted", "  out "), ("", sizes[1])]
+
+
+def _head(snapshot: Snapshot, width: int, height: int) -> list[Spans]:
+    """Return what stands above the table, or above the details."""
+    screen = snapshot.screen
+    if e := screen.opened:
+        outcome = f"{e.status or '---'} {printable(e.reason)}".strip() if e.status or e.ended else "in flight"
+        request = [("bold", f"  {printable(e.method)}"), ("", f" {_target(snapshot, e)}")]
+        tabs = [("selected" if n == screen.tab else "muted", f" {tab} ") for n, tab in enumerate(screen.TABS)]
+        tabs.append(("muted", "  secrets shown" if screen.reveal else ""))
+        return [[("", " "), (_style(e), outcome), *request], tabs, []]
+    tunnels = [
+        [("", " "), ("link", printable(url or name)), ("muted", " → "), ("", printable(target))]
+        for name, url, target in snapshot.tunnels[: max(1, height // 8)]
+    ]
+    inspector = [("muted", "inspector "), ("", snapshot.inspector_url)] if snapshot.inspector_url else []
+    status = [("", " "), *_link_state(snapshot)]
+    if height < 16:
+        return [status, *tunnels, *_flow(_counts(snapshot), width)[:1]]
+    gap = width - sum(width_of(text) for _, text in [*status, *inspector]) - 1
+    top = [[*status, ("", " " * gap), *inspector]] if gap > 2 else [status, [("", " "), *inspector]]
+    titles = [("muted", title) for title, _, _ in COLUMNS]
+    return [*top, *tunnels, [], *_flow(_counts(snapshot), width)[:3], [], _columns(snapshot, titles, width)]
+
+
+COLUMNS = (  # title, cells (to the right when negative), the least width of the screen
+    *(("Time", 8, 60), ("Status", 6, 0), ("Method", 7, 0), ("Duration", -8, 0), ("Size", -8, 70)),
+    *(("Tunnel", 12, 100), ("Path", 0, 0)),
+)
+
+
+def _columns(snapshot: Snapshot, values: Spans, width: int) -> Spans:
+    spans: Spans = []
+    for (title, cells, least), (style, text) in zip(COLUMNS, values, strict=True):
+        if width >= least and (title != "Tunnel" or len(snapshot.tunnels) > 1):
+            text = fit(text, abs(cells)) if cells else text
+            padding = " " * (abs(cells) - width_of(text))
+            spans.append((style, padding + text if cells < 0 else text + padding))
+            spans.append(("", "  " if width >= 60 else " "))
+    return [("", " "), *spans[:-1]]
+
+
+def _row(snapshot: Snapshot, exchange: Exchange, width: int) -> Spans:
+    e, style, running = exchange, _style(exchange), exchange.ended is None
+    second = int(e.time + snapshot.utc_offset)
+    values = [
+        ("muted", f"{second // 3600 % 24:02}:{second // 60 % 60:02}:{second % 60:02}"),
+        (style, str(e.status) if e.status else "…" if running else "---"),
+        ("", printable(e.method)),
+        ("1xx" if running else "", human_time(snapshot.now - e.started if running else e.duration)),
+        ("muted", human_size(e.bytes_out)),
+        ("muted", e.tunnel),
+    ]
+    spans = _columns(snapshot, [*values, ("", "")], width)
+    room = width - sum(width_of(text) for _, text in spans)
+    error = printable(e.error)
+    path = ("↻ " if e.replay_of else "") + _target(snapshot, e)
+    path = fit(path, max(room // 2, room - len(error) - 2)) if error else path
+    return [*spans, ("", path), ("5xx", f"  {error}" if error else "")]
+
+
+def _nothing(snapshot: Snapshot) -> Spans:
+    if snapshot.exchanges:
+        return [("muted", " nothing fits the filter")]
+    url = next((url for _, url, _ in snapshot.tunnels if url), "")
+    return [("muted", " no requests yet"), ("muted", "; open " if url else ""), ("", printable(url))]
+
+
+def _foot(screen: Screen, width: int) -> Spans:
+    """Return the last line: a notice, the filter, or as much of the help as fits."""
+    if screen.typing:
+        room = max(1, width - 4)
+        tail = next(wrap(screen.filter[::-1], room))[::-1]
+        return [("key", " /"), ("", tail), ("cursor", " "), ("muted", "  5xx  post  body:text" if not tail else "")]
+    if screen.notice:
+        return [("bold", f" {printable(screen.notice)}")]
+    groups: list[Spans] = []
+    if screen.opened:
+        words = ["q back", "tab next", "↑↓ scroll", "r replay", "c copy as curl", "e export", "s secrets"]
+    else:
+        words = ["q quit", "↵ open", "/ filter", "r replay", "c copy URL", "e export", "↑↓ select", "s secrets"]
+        if screen.unseen:
+            groups.append([("1xx", f"{screen.unseen} new ↑")])
+        if screen.filter:
+            groups.append([("key", f"/{fit(screen.filter, 20)} "), ("muted", f"{len(screen.shown)} found, esc clears")])
+    keys = [word.partition(" ") for word in words]
+    return next(iter(_flow([*groups, *([("key", key), ("muted", f" {what}")] for key, _, what in keys)], width)))
+
+
+# The details of an exchange
+
+
+def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> list[Spans]:
+    """Return all lines of the tab that is open."""
+    e, screen = exchange, snapshot.screen
+    tab = screen.TABS[screen.tab]
+    if tab == "Info":
+        return list(_info(snapshot, e, width))
+    if tab == "Headers":
+        return list(_headers(e, width, reveal=screen.reveal))
+    if tab == "Response" and e.notes:
+        return [line for note in list(e.notes) for line in _note(note, width)]
+    of_request = tab == "Body"
+    size = e.bytes_in if of_request else e.bytes_out
+    return _body(e, of_request, size, width)
+
+
+def _info(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spans]:
+    e = exchange
+    url, local = next(((url, local) for name, url, local in snapshot.tunnels if name == e.tunnel), ("", ""))
+    moment = datetime.datetime.fromtimestamp(e.time + snapshot.utc_offset, datetime.UTC)
+    duration = e.duration if e.ended else snapshot.now - e.started
+    fields = {
+        "URL": printable(url) + _target(snapshot, e),
+        "Target": f"{e.tunnel} → {printable(local)}",
+        "Time": f"{moment:%Y-%m-%d %H:%M:%S}",
+        "Duration": human_time(duration) + ("" if e.ended else " so far"),
+        "Content": f"request {human_size(e.bytes_in)}, response {human_size(e.bytes_out)}",
+        "Replay of": f"number {e.replay_of}" if e.replay_of else "",
+        "Error": printable(e.error),
+    }
+    for label, text in fields.items():
+        for number, line in enumerate(wrap(text, max(1, width - 14)) if text else ()):
+            yield [("muted", f" {'' if number else label:<12} "), ("5xx" if label == "Error" else "", line)]
+    labels = {"server": "held", "link": "link", "local": "local service", "content": "content"}
+    yield []
+    for name, seconds in timings(e).items():
+        bar = "█" * round((seconds or 0.0) / max(duration, 1e-6) * max(0, width - 28))
+        yield [("muted", f" {labels[name]:<13}"), ("", f"{human_time(seconds) if seconds else '–':>9}  "), ("3xx", bar)]
+
+
+def _headers(exchange: Exchange, width: int, *, reveal: bool) -> Iterator[Spans]:
+    for title, headers in ("Request", exchange.request_headers), ("Response", exchange.response_headers):
+        yield [("bold", f" {title}")]
+        for name, value in text_fields(headers, reveal=reveal):
+            for number, line in enumerate(wrap(printable(f"{name}: {value}"), max(1, width - 2))):
+                at = 0 if number else len(name) + 1
+                yield [("muted", f"  {line[:at]}"), ("", line[at:])]
+        yield []
+
+
+def _note(note: Note, width: int) -> Iterator[Spans]:
+    head = f" {human_time(note.at):>9} {'→' if note.from_visitor else '←'} {note.kind} {human_size(note.size)}  "
+    data = printable(note.data)
+    for number, line in enumerate(wrap(data, max(1, width - len(head)))):
+        yield [("muted", " " * len(head) if number else head), ("", line)]
+
+
+@functools.lru_cache(maxsize=4)  # what has not changed is not read again; sizes only grow
+def _body(exchange: Exchange, of_request: bool, size: int, width: int) -> list[Spans]:
+    e = exchange
+    headers, body = (e.request_headers, e.request_body) if of_request else (e.response_headers, e.response_body)
+    view = body_view(headers, bytes(body), size)
+    lines = (printable(line.rstrip("\r").expandtabs(4), len(view.text) * 10) for line in view.text.split("\n"))
+    wrapped = (line for text in lines for line in wrap(text, max(1, width - 2)))
+    found: list[Spans] = [[("", f" {line}")] for line in itertools.islice(wrapped, MAX_SHOWN)] if view.text else []
+    note = ", ".join(filter(None, [view.kind if not view.text else "", view.note]))
+    return [[("muted", f" {note}")], [], *found] if note else found
 
 
 # ==== Everything below does I/O ======================================================================================
@@ -4786,6 +5285,372 @@ def _edits(exchange: Exchange, wanted: dict[str, Any]) -> dict[str, Any]:
     return edits
 
 
+# ---- Terminal -------------------------------------------------------------------------------------------------------
+# The screen on a real terminal, through a descriptor of its own that never blocks: one that stopped reading holds up
+# neither the traffic nor the end. The terminal gets back what it was, whatever happens; Ctrl-Z included.
+
+_ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[?1000h\x1b[?1006h\x1b[?2004l"  # other screen, no cursor, no wrapping, mouse
+_LEAVE = "\x18\x1b[?2026l\x1b[m\x1b[?1006l\x1b[?1000l\x1b[?7h\x1b[?25h\x1b[?1049l"  # CAN ends a frame that was cut
+
+
+def colours(environment: Mapping[str, str]) -> int:
+    """Return how many colours to use."""
+    if environment.get("NO_COLOR") or environment.get("TERM") == "dumb":
+        return 0
+    many = "256" in environment.get("TERM", "") or environment.get("COLORTERM") in ("truecolor", "24bit")
+    return 256 if many or "WT_SESSION" in environment else 16
+
+
+if sys.platform == "win32":
+
+    class TerminalDevice:
+        """A Windows console in its ANSI mode; by Microsoft's documentation, no test of ours runs it."""
+
+        poll: ClassVar[float | None] = 1.0  # seconds; nobody tells when the size changes
+
+        def __init__(self, on_input: Callable[[bytes], None], on_ready: Callable[[], None]) -> None:
+            import ctypes
+
+            self._on_input, self._on_ready, self._loop = on_input, on_ready, asyncio.get_running_loop()
+            self._kernel, self._number = ctypes.windll.kernel32, ctypes.c_ulong
+            self._buffer, self._pointer = ctypes.create_unicode_buffer(256), ctypes.byref
+            self._in, self._out = (self._kernel.GetStdHandle(number) for number in (-10, -11))
+            self._saved = self._number(), self._number()
+            self._frames: queue.Queue[str] = queue.Queue()
+            self.active = False
+            for handle, mode in zip((self._in, self._out), self._saved, strict=True):
+                self._kernel.GetConsoleMode(handle, ctypes.byref(mode))
+            for work in (self._read, self._write):
+                threading.Thread(target=work, daemon=True).start()
+
+        foreground, ready = True, property(lambda self: self.active and self._frames.empty())
+
+        def enter(self) -> None:
+            """Take the console."""
+            self._kernel.SetConsoleMode(self._in, 0x0281)  # processed, extended flags, virtual terminal input
+            self._kernel.SetConsoleMode(self._out, 0x000D)  # processed, virtual terminal, no newline at the edge
+            self.active = True
+            self.write(_ENTER)
+
+        def leave(self) -> None:
+            """Give it back."""
+            if self.active:
+                self.active = False
+                self._kernel.WriteConsoleW(self._out, _LEAVE, len(_LEAVE), self._pointer(self._number()), None)
+                for handle, mode in zip((self._in, self._out), self._saved, strict=True):
+                    self._kernel.SetConsoleMode(handle, mode)
+
+        close = leave
+
+        def write(self, text: str) -> None:
+            """Write, some time."""
+            self._frames.put(text)
+
+        def _read(self) -> None:
+            count = self._number()
+            while self._kernel.ReadConsoleW(self._in, self._buffer, 200, self._pointer(count), None):
+                data = self._buffer[: count.value].encode(errors="replace")
+                self._loop.call_soon_threadsafe(self._on_input, data)
+
+        def _write(self) -> None:
+            while text := self._frames.get():
+                self._kernel.WriteConsoleW(self._out, text, len(text), self._pointer(self._number()), None)
+                self._loop.call_soon_threadsafe(self._on_ready)
+
+else:
+
+    class TerminalDevice:
+        """The terminal of standard input, opened once more, so that not blocking is a matter of this descriptor."""
+
+        poll: ClassVar[float | None] = None
+
+        def __init__(self, on_input: Callable[[bytes], None], on_ready: Callable[[], None]) -> None:
+            import termios
+
+            try:
+                path = os.ttyname(0)
+            except OSError:  # in a container, whose terminal is from outside
+                path = "/dev/tty"
+            self._on_input, self._on_ready, self._loop = on_input, on_ready, asyncio.get_running_loop()
+            self._termios = termios
+            self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY)
+            self._saved = termios.tcgetattr(self._fd)
+            self._unsent = b""
+            self.active = False
+
+        @property
+        def foreground(self) -> bool:
+            """Whether the shell lets this process use the terminal."""
+            try:
+                return os.tcgetpgrp(self._fd) == os.getpgrp()
+            except OSError:  # it is not the one that sends us signals
+                return True
+
+        @property
+        def ready(self) -> bool:
+            """Whether the last frame has gone out."""
+            return self.active and not self._unsent
+
+        def enter(self) -> None:
+            """Take the terminal: keys come one by one, Ctrl-C and Ctrl-Z stay signals, Ctrl-S stops nothing."""
+            mode = self._termios.tcgetattr(self._fd)
+            mode[0] &= ~self._termios.IXON
+            mode[3] &= ~(self._termios.ICANON | self._termios.ECHO)
+            mode[6][self._termios.VMIN], mode[6][self._termios.VTIME] = 1, 0
+            self._termios.tcsetattr(self._fd, self._termios.TCSANOW, mode)
+            self.active = True
+            self._loop.add_reader(self._fd, self._read)
+            self.write(_ENTER)
+
+        def leave(self) -> None:
+            """Give it back as it was. What it has not read yet is thrown away: it may never read again."""
+            if not self.active:
+                return
+            self.active, self._unsent = False, b""
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._fd)
+                self._loop.remove_writer(self._fd)
+            with contextlib.suppress(OSError, self._termios.error):  # it is gone
+                try:
+                    whole = os.write(self._fd, _LEAVE.encode()) == len(_LEAVE)
+                except BlockingIOError:
+                    whole = False
+                if not whole:
+                    self._termios.tcflush(self._fd, self._termios.TCOFLUSH)
+                    os.write(self._fd, _LEAVE.encode())
+            with contextlib.suppress(OSError, self._termios.error):
+                self._termios.tcsetattr(self._fd, self._termios.TCSANOW, self._saved)
+
+        def close(self) -> None:
+            """Leave for good."""
+            self.leave()
+            os.close(self._fd)
+
+        def write(self, text: str) -> None:
+            """Write, now and as soon as it can be."""
+            self._unsent += text.encode()
+            self._flush()
+
+        def _flush(self) -> None:
+            try:
+                self._unsent = self._unsent[os.write(self._fd, self._unsent) :]
+            except BlockingIOError:
+                pass
+            except OSError:  # it is gone, and SIGHUP on its way
+                self._unsent = b""
+            if self._unsent:
+                self._loop.add_writer(self._fd, self._flush)
+            else:
+                self._loop.remove_writer(self._fd)
+                self._on_ready()
+
+        def _read(self) -> None:
+            try:
+                data = os.read(self._fd, 4096)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if data:
+                self._on_input(data)
+            else:
+                self._loop.remove_reader(self._fd)
+
+
+class Terminal:
+    """Shows a client on this process's terminal while its context lasts; `stop` is what the key q calls."""
+
+    def __init__(self, client: TunnelClient, stop: Callable[[], None], *, inspector_url: str = "") -> None:
+        self._client, self._stop, self._inspector_url = client, stop, inspector_url
+        self._screen, self._reader = Screen(), KeyReader()
+        self._keys: list[str] = []
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._device = TerminalDevice(self._receive, self._wake.set)
+        self._drawn: list[str] = []
+        self._size = os.terminal_size((0, 0))
+        self._notice_until = 0.0
+        self._escape: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._signals: dict[str, Callable[[], object]] = {
+            "SIGWINCH": self._wake.set,
+            "SIGTSTP": self._suspend,
+            "SIGCONT": self._resume,
+        }
+
+    async def __aenter__(self) -> Terminal:
+        atexit.register(self._device.leave)
+        self._client.log.listeners.add(self._wake.set)
+        for name, handler in self._signals.items():
+            if hasattr(signal, name):
+                self._loop.add_signal_handler(getattr(signal, name), handler)
+        self._resume()
+        self._own(self._show())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._device.close()
+        atexit.unregister(self._device.leave)
+        self._client.log.listeners.discard(self._wake.set)
+        for name in self._signals:
+            if hasattr(signal, name):
+                self._loop.remove_signal_handler(getattr(signal, name))
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def notice(self, text: str) -> None:
+        """Show a line at the bottom for NOTICE seconds."""
+        self._screen.notice, self._notice_until = text, self._loop.time() + NOTICE
+        self._wake.set()
+
+    # Frames
+
+    async def _show(self) -> None:
+        try:
+            while True:
+                self._wake.clear()
+                keys, self._keys = self._keys, []
+                for key in keys:
+                    self._act(self._screen.key(key))
+                if self._device.ready:
+                    await self._draw()
+                await asyncio.sleep(FRAME)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._until_next()):
+                        await self._wake.wait()
+        except Exception:
+            self._device.leave()  # the tunnel goes on without a view
+            log.exception("the terminal view failed")
+
+    def _until_next(self) -> float | None:
+        """Return seconds until something changes by itself."""
+        if not self._device.active:
+            return None
+        waits = [self._notice_until - self._loop.time()] if self._screen.notice else []
+        if self._client.log.in_flight or self._client.retry_at is not None:
+            waits.append(1.0)
+        return min(waits, default=self._device.poll)
+
+    async def _draw(self) -> None:
+        """Bring the terminal up to date. A body may be large, so that it is laid out in a thread."""
+        size, client, screen = os.get_terminal_size(1), self._client, self._screen
+        if size != self._size:
+            self._size, self._drawn = size, []
+        if self._loop.time() >= self._notice_until:
+            screen.notice = ""
+        urls = itertools.chain(client.urls, itertools.repeat(""))
+        snapshot = Snapshot(
+            screen,
+            now=self._loop.time(),
+            tunnels=[(t.name, url, t.target.text) for t, url in zip(client.tunnels, urls, strict=False)],
+            inspector_url=self._inspector_url,
+            problem=client.problem,
+            retry_at=client.retry_at,
+            round_trip=client.round_trip,
+            log=client.log,
+            exchanges=list(client.log.exchanges.values()),
+            colours=colours(os.environ),
+            utc_offset=time.localtime().tm_gmtoff,
+        )
+        width, height = size.columns or 80, size.lines or 24
+
+        def lay_out() -> list[str]:
+            screen.arrange(snapshot, width, height)
+            return render(snapshot, width, height)
+
+        lines = await asyncio.to_thread(lay_out)
+        pairs = zip(lines, self._drawn or [""] * height, strict=True)
+        changed = [] if self._drawn else ["\x1b[2J"]
+        changed += [f"\x1b[{row};1H\x1b[2K{line}" for row, (line, old) in enumerate(pairs, 1) if line != old]
+        if changed and self._device.ready:
+            self._device.write(f"\x1b[?2026h{''.join(changed)}\x1b[?2026l")
+            self._drawn = lines
+
+    # Keys and signals
+
+    def _receive(self, data: bytes) -> None:
+        if self._escape:
+            self._escape.cancel()
+        self._press(self._reader.feed(data))
+        if self._reader.waiting:
+            self._escape = self._loop.call_later(ESCAPE, lambda: self._press(self._reader.flush()))
+
+    def _press(self, keys: Iterator[str]) -> None:
+        self._keys += keys
+        self._wake.set()
+
+    def _suspend(self) -> None:
+        self._device.leave()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _resume(self) -> None:
+        if self._device.foreground:
+            self._device.enter()
+            self._drawn = []
+            self._wake.set()
+
+    # Actions
+
+    def _own(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _act(self, action: Action | None) -> None:
+        exchange = self._screen.exchange
+        if action == "quit":
+            self._stop()
+        elif action == "copy":
+            self._copy()
+        elif action == "replay" and exchange:
+            self._own(self._replay(exchange))
+        elif action == "export" and self._screen.shown:
+            self._own(self._export([self._screen.opened] if self._screen.opened else self._screen.shown[::-1]))
+
+    async def _replay(self, exchange: Exchange) -> None:
+        try:
+            self._screen.select(await self._client.replay(exchange))
+        except MessageError as error:
+            self.notice(f"not replayed: {error}")
+        self._wake.set()
+
+    def _copy(self) -> None:
+        """Put a text into the clipboard, through the terminal (OSC 52), and through tmux when it is there."""
+        text, exchange, reveal = self._client.url, self._screen.opened, self._screen.reveal
+        if exchange:
+            text = as_curl(exchange, self._urls.get(exchange.tunnel, ""), reveal=reveal)
+        encoded = base64.b64encode(text.encode()).decode()
+        if not text or len(encoded) > MAX_CLIPBOARD:
+            return self.notice(f"{human_size(len(text))} are too long for the clipboard" if text else "no URL yet")
+        command = f"\x1b]52;c;{encoded}\x07"
+        self._device.write(command + (f"\x1bPtmux;\x1b{command}\x1b\\" if "TMUX" in os.environ else ""))
+        self.notice(f"copied {text}" if not exchange else f"copied as curl, {'with' if reveal else 'without'} secrets")
+
+    async def _export(self, exchanges: list[Exchange]) -> None:
+        reveal = self._screen.reveal
+
+        def write() -> str:
+            for number in itertools.count():
+                path = f"pytunnel-{time.strftime('%Y%m%d-%H%M%S')}{f'-{number}' if number else ''}.har"
+                with contextlib.suppress(FileExistsError):
+                    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                    with open(descriptor, "w", encoding="utf-8") as file:
+                        json.dump(as_har(exchanges, self._urls, reveal=reveal), file)
+                    return path
+            raise AssertionError
+
+        try:
+            path = await asyncio.to_thread(write)
+        except OSError as error:
+            return self.notice(f"not exported: {_describe(error)}")
+        self.notice(f"exported {len(exchanges)} to {path}, {'with' if reveal else 'without'} secrets")
+
+    @property
+    def _urls(self) -> dict[str, str]:
+        return {tunnel.name: url for tunnel, url in zip(self._client.tunnels, self._client.urls, strict=False)}
+
+
 # ---- Demo -----------------------------------------------------------------------------------------------------------
 # A small local service to try a tunnel with: a page, an event stream, a WebSocket and an upload.
 
@@ -5618,9 +6483,10 @@ async def _share_here(
             return await _run_client(client, console, run_command(), command.send_signal)
         on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
         if on_terminal and not (options.no_tui or options.json or os.environ.get("CI")):
-            terminal = Terminal(client, inspector_url=inspector.url)
-            console.say = terminal.notice
-            return await _run_client(client, console, terminal.show())
+            stack.callback(setattr, console, "say", console.say)
+            view = Terminal(client, client.stop, inspector_url=inspector.url)
+            console.say, console.format, console.quiet = view.notice, "", True
+            await stack.enter_async_context(view)
         return await _run_client(client, console)
 
 
