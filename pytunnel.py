@@ -3684,19 +3684,20 @@ def client_settings(options: argparse.Namespace, memory: Memory) -> tuple[str, s
 # do about it. No check raises, and none takes longer than CHECK_TIMEOUT.
 
 Verdict = tuple[bool | None, str, str]  # of a check: all but the first field of a Finding, in order
-NGINX_UPGRADE = """In nginx that takes a map before the server block, and in its location three lines:
+UPGRADE_ADVICE = {  # what stands in front, as its Server or Via field says -> how WebSockets get through it
+    "cloudflare": "Turn on WebSockets in Cloudflare's dashboard, under Network.",
+    "caddy": """Caddy passes WebSockets on when nothing else in the site's block is in the way of this:
+    reverse_proxy 127.0.0.1:8080 {
+        flush_interval -1
+    }""",
+    "": """What stands in front has to pass Upgrade on. In nginx that takes a map, and three lines in the location:
 map $http_upgrade $connection_upgrade {
     default upgrade;
     ''      '';
 }
         proxy_http_version 1.1;
         proxy_set_header Upgrade $http_upgrade;
-        proxy_set_header Connection $connection_upgrade;"""
-UPGRADE_ADVICE = {  # what stands in front, as its Server or Via field says -> how WebSockets get through it
-    "cloudflare": "Turn on WebSockets in Cloudflare's dashboard, under Network.",
-    "caddy": "Caddy passes WebSockets on when nothing else in the site's block is in the way of this:\n"
-    "    reverse_proxy 127.0.0.1:8080 {\n        flush_interval -1\n    }",
-    "": f"What stands in front has to pass Upgrade and Connection on. {NGINX_UPGRADE}",
+        proxy_set_header Connection $connection_upgrade;""",
 }
 SERVER_ADVICE = "See that pytunnel serve runs there, and that the firewall and what stands in front lead to its port."
 CERTIFICATE_ADVICE = "Renew it; or when its authority is your own, put that one's certificate into SSL_CERT_FILE."
@@ -3720,10 +3721,10 @@ class Doctor:
     """The checks of a server, in their order; `answer` is what the service at `port` answers to every request."""
 
     def __init__(self, server: str, token: str, http: aiohttp.ClientSession, port: int, answer: str) -> None:
-        self.server, self._token, self._http, self._port, self._answer = server, token, http, port, answer
+        self._server, self._token, self._http, self._port, self._answer = server, token, http, port, answer
         self._at = urllib.parse.urlsplit(server)
         self._url = Origin.from_url(server).url(f"doctor-{secrets.token_hex(4)}")  # until the login gives a real one
-        self.through = self._front = self._date = ""  # the proxy on this side, what stands in front on the other
+        self.through = self._front = self._date = ""  # the proxy on this side; what stands in front on the other
         self._addresses: set[str] = set()
         self.is_ours = self.upgrades = self.connected = False
         self._client: TunnelClient | None = None
@@ -3740,7 +3741,7 @@ class Doctor:
         """Whether a proxy stands between this machine and the server."""
         import urllib.request
 
-        if not urllib.request.proxy_bypass(self._at.hostname or ""):
+        if not urllib.request.proxy_bypass(str(self._at.hostname)):
             self.through = urllib.request.getproxies().get(self._at.scheme, "")
         detail = f"{self.through.rpartition('@')[2]}, as {self._at.scheme.upper()}_PROXY says"
         if self.through and not self.through.startswith("http://"):
@@ -3749,7 +3750,7 @@ class Doctor:
 
     async def address(self) -> Verdict:
         """Whether the server's host has an address."""
-        host = self._at.hostname or ""
+        host = str(self._at.hostname)
         try:
             self._addresses = await self._resolve(host)
         except socket.gaierror:
@@ -3770,7 +3771,7 @@ class Doctor:
 
     async def answers(self) -> Verdict:
         """Whether it is pytunnel that answers."""
-        status, headers, _ = await self._get(self.server)
+        status, headers, _ = await self._get(self._server)
         self._front = f"{headers.get('Server', '')} {headers.get('Via', '')}".strip()
         self._date, problem, location = (headers.get(name, "") for name in ("Date", "X-Pytunnel-Error", "Location"))
         self.is_ours = problem == "not-a-link"
@@ -3794,7 +3795,7 @@ class Doctor:
         """Whether a WebSocket gets through to the server."""
         import aiohttp
 
-        url, patience = self.server + LINK_PATH, aiohttp.ClientWSTimeout(ws_close=1.0)
+        url, patience = self._server + LINK_PATH, aiohttp.ClientWSTimeout(ws_close=1.0)
         try:
             async with self._http.ws_connect(url, protocols=(SUBPROTOCOL,), compress=0, timeout=patience) as ws:
                 self.upgrades = ws.protocol == SUBPROTOCOL
@@ -3809,7 +3810,7 @@ class Doctor:
         """Whether the server knows the token; from here on there is a tunnel for the checks that follow."""
         name = default_name(self._token, platform.node(), "doctor")  # one and the same, for the server keeps names
         tunnel = Tunnel(name, Target.parse(f"127.0.0.1:{self._port}"))
-        self._client = TunnelClient(self.server, self._token, [tunnel], on_event=self._note)
+        self._client = TunnelClient(self._server, self._token, [tunnel], on_event=self._note)
         self._running = asyncio.ensure_future(self._client.run())
         self._running.add_done_callback(lambda _: self._note("ended"))
         event, fields = await self._events.get()
@@ -3821,14 +3822,14 @@ class Doctor:
 
     async def names(self) -> Verdict:
         """Whether any name below the server's leads to the same place."""
-        host = urllib.parse.urlsplit(self._url).hostname or ""
+        host = str(urllib.parse.urlsplit(self._url).hostname)
         wildcard = f"*.{host.partition('.')[2]}"
         records = "".join(f"\n    {wildcard}. {'AAAA' if ':' in ip else 'A'} {ip}" for ip in sorted(self._addresses))
         try:
             found = await self._resolve(self._dialled(host))
         except socket.gaierror:
             advice = f"Add the DNS record that leads all names to the server:{records}"
-            if wildcard == "*.sslip.io" or host.endswith(".sslip.io"):
+            if host.endswith(".sslip.io"):
                 advice = "Your resolver does not answer for sslip.io: use another one, or a domain of your own."
             return None if self.through else False, f"{host} has no address", advice
         if self._addresses and not self._addresses & found:
@@ -3867,7 +3868,7 @@ class Doctor:
             self._events.put_nowait((event, fields))
 
     def _dialled(self, host: str) -> str:
-        return self._at.hostname or "" if host.endswith(".localhost") else host  # browsers know it, resolvers do not
+        return str(self._at.hostname) if host.endswith(".localhost") else host  # browsers know it, resolvers do not
 
     async def _resolve(self, host: str) -> set[str]:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -3876,7 +3877,7 @@ class Doctor:
     async def _get(self, url: str) -> tuple[int, Mapping[str, str], str]:
         """Return status, headers and content of LINK_PATH, which tells the server's own host from a tunnel."""
         at = urllib.parse.urlsplit(url)
-        url = url if self._dialled(at.hostname or "") == at.hostname else self.server
+        url = url if self._dialled(str(at.hostname)) == at.hostname else self._server
         async with self._http.get(url + LINK_PATH, headers={"Host": at.netloc}, allow_redirects=False) as response:
             return response.status, response.headers, (await response.content.read(1024)).decode("latin-1")
 
@@ -3961,16 +3962,13 @@ async def diagnose(server: str, token: str, targets: list[Target], *, idle: floa
 def _doctor_lines(finding: Finding) -> Iterator[str]:
     """Render a finding for a terminal; what is in it may come from the network."""
     mark = {True: "ok", False: "no", None: "??"}[finding.ok]
-    whole = textwrap.TextWrapper(100, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False)
-    yield from whole.wrap(escape(f"{mark}  {finding.what}: {finding.detail}", 1000))
-    for line in finding.advice.splitlines():
-        yield from whole.wrap(f"      {escape(line, 1000)}")
+    wrapper = textwrap.TextWrapper(100, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False)
+    for line in [f"{mark}  {finding.what}: {finding.detail}", *textwrap.indent(finding.advice, "      ").splitlines()]:
+        yield from wrapper.wrap(escape(line, 1000))
 
 
-async def doctor(
-    server: str, token: str, targets: list[Target], idle: float, write: Callable[[str], None]
-) -> ExitStatus:
-    """Write down what is found, line by line as it is found; anything that is wrong makes the status not OK."""
+async def doctor(server: str, token: str, targets: list[Target], idle: float, write: Callable[[str], None]) -> int:
+    """Write down what is found, line by line as it is found; return 0 when nothing is wrong, else 1."""
     status = ExitStatus.OK
     async with contextlib.aclosing(diagnose(server, token, targets, idle=idle)) as findings:
         async for finding in findings:
