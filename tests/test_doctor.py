@@ -201,7 +201,7 @@ async def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> N
         await reader.read()
 
     monkeypatch.setattr(pytunnel, "CHECK_TIMEOUT", 0.1)
-    async with RawOrigin(silent) as origin:
+    async with RawOrigin(silent) as origin, asyncio.timeout(30):
         findings = await found(f"http://127.0.0.1:{origin.port}", f"127.0.0.1:{origin.port}")
     assert findings["server"].detail == "no answer in time"
     assert findings[f"local service 127.0.0.1:{origin.port}"].detail.endswith("connected, but no answer in time")
@@ -295,7 +295,7 @@ async def test_a_front_that_does_not_take_the_names(tmp_path: Path, names: dict[
                 assert "status 200 nginx" in findings["visitor"].detail
 
 
-async def test_idle_links(tmp_path: Path) -> None:
+async def test_idle_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(tmp_path) as upstream, Relay(upstream) as relay:
         server = f"http://127.0.0.1:{relay.port}"
         idle = (await found(server, idle=0.01))["idle link"]
@@ -304,6 +304,7 @@ async def test_idle_links(tmp_path: Path) -> None:
             async for finding in findings:
                 if finding.what == "visitor":
                     await relay.cut("close")
+                    monkeypatch.setattr(pytunnel, "CHECK_TIMEOUT", 0)  # the idle time comes on top
         assert (finding.what, finding.ok) == ("idle link", False)
         assert finding.detail.startswith("lost: ")
         assert "proxy_read_timeout 1d;" in finding.advice
@@ -379,6 +380,7 @@ async def test_certificates(tmp_path: Path, names: dict[str, str], monkeypatch: 
             assert verdicts(findings) == {**SOUND, "certificate": None, "visitor": None}
             assert "renewed" in findings["certificate"].advice
             assert "*.t.test" in findings["visitor"].advice
+            assert await pytunnel.doctor(f"https://t.test:{port}", TOKEN, [], 0, lambda line: None) == 0
             assert (await found(f"http://t.test:{port}"))["server"].ok is False
         assert "does not speak TLS" in (await found(f"https://t.test:{upstream}"))["certificate"].detail
 
@@ -390,6 +392,9 @@ async def test_proxies(tmp_path: Path, names: dict[str, str], monkeypatch: pytes
         findings = await found("http://t.test")
         assert findings["proxy"] == Finding("proxy", True, f"127.0.0.1:{port}, as HTTP_PROXY says", "")
         assert (findings["address"].ok, findings["server"].ok) == (None, True)
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")  # it does not do CONNECT
+        findings = await found("https://127.0.0.1")
+        assert verdicts(findings) == {"proxy": True, "address": True, "server": False, "names": True}
         monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
         findings = await found(f"http://localhost:{port}")
         assert (findings["proxy"].ok, findings["server"].ok) == (False, False)
@@ -437,6 +442,8 @@ def test_lines() -> None:
     assert lines[3].startswith("      words") or lines[3].startswith("      many")
     assert lines[-2:] == ["          location / {", "              proxy_set_header Host $http_host;"]
     assert all(len(line) <= 100 for line in lines[2:])
+    url = "https://" + "a-very-long-name." * 8 + "test"
+    assert f"      {url}" in pytunnel._doctor_lines(Finding("server", False, "x", f"Dial {url} for it"))
     marks = [next(pytunnel._doctor_lines(Finding("x", ok, "y", ""))) for ok in (True, None, False)]
     assert marks == ["ok  x: y", "??  x: y", "no  x: y"]
 
