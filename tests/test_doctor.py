@@ -213,8 +213,8 @@ async def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> N
         (response(b"It works!"), "something else answers: status 200"),
         (b"HTTP/1.1 502 Bad Gateway\r\nServer: nginx/1.18.0\r\nContent-Length: 0\r\n\r\n", "status 502, nginx"),
         (
-            b"HTTP/1.1 301 Moved\r\nLocation: https://t.test/\x1b[2J\r\nContent-Length: 0\r\n\r\n",
-            r"a redirect to https://t.test/\x1b[2J",
+            b"HTTP/1.1 301 Moved\r\nLocation: https://t.test/\xe2\x80\xae\r\nContent-Length: 0\r\n\r\n",
+            r"a redirect to https://t.test/\u202e",
         ),
         (
             b"HTTP/1.1 404 Not Found\r\nX-Pytunnel-Error: unknown-tunnel\r\nContent-Length: 0\r\n\r\n",
