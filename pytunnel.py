@@ -3718,10 +3718,10 @@ class Finding(NamedTuple):
 
 
 class Doctor:
-    """The checks of a server, in their order; `answer` is what the service at `port` answers to every request."""
+    """The checks of a server, in their order; later ones go by what earlier ones have found."""
 
-    def __init__(self, server: str, token: str, http: aiohttp.ClientSession, port: int, answer: str) -> None:
-        self._server, self._token, self._http, self._port, self._answer = server, token, http, port, answer
+    def __init__(self, server: str, token: str, http: aiohttp.ClientSession) -> None:
+        self._server, self._token, self._http = server, token, http
         self._at = urllib.parse.urlsplit(server)
         self._url = Origin.from_url(server).url(f"doctor-{secrets.token_hex(4)}")  # until the login gives a real one
         self.through = self._front = self._date = ""  # the proxy on this side; what stands in front on the other
@@ -3771,7 +3771,7 @@ class Doctor:
 
     async def answers(self) -> Verdict:
         """Whether it is pytunnel that answers."""
-        status, headers, _ = await self._get(self._server)
+        status, headers = await self._get(self._server)
         self._front = f"{headers.get('Server', '')} {headers.get('Via', '')}".strip()
         self._date, problem, location = (headers.get(name, "") for name in ("Date", "X-Pytunnel-Error", "Location"))
         self.is_ours = problem == "not-a-link"
@@ -3809,7 +3809,7 @@ class Doctor:
     async def login(self) -> Verdict:
         """Whether the server knows the token; from here on there is a tunnel for the checks that follow."""
         name = default_name(self._token, platform.node(), "doctor")  # one and the same, for the server keeps names
-        tunnel = Tunnel(name, Target.parse(f"127.0.0.1:{self._port}"))
+        tunnel = Tunnel(name, Target.parse("127.0.0.1:1"))  # where nothing listens, so that visitors get to hear that
         self._client = TunnelClient(self._server, self._token, [tunnel], on_event=self._note)
         self._running = asyncio.ensure_future(self._client.run())
         self._running.add_done_callback(lambda _: self._note("ended"))
@@ -3844,13 +3844,15 @@ class Doctor:
         name = urllib.parse.urlsplit(self._url).netloc
         wildcard = f"*.{name.partition('.')[2]}"
         try:
-            status, headers, body = await self._get(self._url)
+            status, headers = await self._get(self._url)
         except aiohttp.ClientSSLError as error:
             advice = f"It takes a certificate for {wildcard}, or a tunnel with a --name that has one."
             return None, f"{name}: {_describe(error)}", advice
-        problem = headers.get("X-Pytunnel-Error")
-        if body == self._answer or (problem == "unknown-tunnel" and not self.connected):
-            return True, f"a request to {name} arrives{' here' * self.connected}", ""
+        problem = headers.get("X-Pytunnel-Error", "")
+        if problem.startswith("local-"):
+            return True, f"a request to {name} arrives here", ""
+        if problem == "unknown-tunnel" and not self.connected:
+            return True, f"a request to {name} arrives at the server", ""
         if problem == "not-a-link":  # so it is the server's own host that the server has seen
             return False if self.connected else None, f"Host is not {name} any more when it arrives", HOST_ADVICE
         advice = f"What stands in front has to take {wildcard} as well; in nginx server_name says so."
@@ -3874,12 +3876,12 @@ class Doctor:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
         return {str(address[0]) for *_, address in found}
 
-    async def _get(self, url: str) -> tuple[int, Mapping[str, str], str]:
-        """Return status, headers and content of LINK_PATH, which tells the server's own host from a tunnel."""
+    async def _get(self, url: str) -> tuple[int, Mapping[str, str]]:
+        """Return status and headers of LINK_PATH, which tells the server's own host from a tunnel."""
         at = urllib.parse.urlsplit(url)
         url = url if self._dialled(str(at.hostname)) == at.hostname else self._server
         async with self._http.get(url + LINK_PATH, headers={"Host": at.netloc}, allow_redirects=False) as response:
-            return response.status, response.headers, (await response.content.read(1024)).decode("latin-1")
+            return response.status, response.headers
 
 
 async def _local_answer(target: Target) -> str:
@@ -3925,15 +3927,9 @@ async def _checked(what: str, verdict: Awaitable[Verdict], advice: str = "", *, 
 async def diagnose(server: str, token: str, targets: list[Target], *, idle: float = 0) -> AsyncGenerator[Finding, None]:
     """Check everything between visitors and local services, one thing after another; `idle` is in seconds."""
     import aiohttp
-    from aiohttp import web
 
-    async def answer(_: web.Request) -> web.Response:
-        return web.Response(text=nonce)
-
-    nonce, app, agent = secrets.token_hex(8), web.Application(), f"pytunnel/{__version__}"
-    app.router.add_get("/{path:.*}", answer)
-    async with aiohttp.ClientSession(trust_env=True, headers={"User-Agent": agent}) as http, _running(app) as port:
-        checks = Doctor(server, token, http, port, nonce)
+    async with aiohttp.ClientSession(trust_env=True, headers={"User-Agent": f"pytunnel/{__version__}"}) as http:
+        checks = Doctor(server, token, http)
         try:
             yield await _checked("proxy", checks.proxy())
             address = await _checked("address", checks.address())

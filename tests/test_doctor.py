@@ -326,7 +326,7 @@ async def test_names_that_are_missing(tmp_path: Path, names: dict[str, str]) -> 
 
 async def test_sslip_that_is_not_resolved(names: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     async with aiohttp.ClientSession() as http:
-        checks = pytunnel.Doctor("http://192.0.2.1:8080", TOKEN, http, 1, "")
+        checks = pytunnel.Doctor("http://192.0.2.1:8080", TOKEN, http)
 
         async def refuse(*_: Any, **__: Any) -> None:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
