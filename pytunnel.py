@@ -78,6 +78,7 @@ Demo
 Settings
 Running clients
 Python API
+Doctor
 Console
 Commands
 Command line
@@ -129,6 +130,7 @@ import ssl
 import stat
 import struct
 import subprocess
+import textwrap
 import threading
 import time
 import tomllib
@@ -136,6 +138,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -213,6 +216,10 @@ BACKOFF_MIN = 0.2  # seconds; doubled to the maximum, with jitter
 BACKOFF_MAX = 30.0
 STABLE = 2.0  # seconds a link must hold before its loss is answered by a dial at once
 CLOCK_JUMP = 5.0  # seconds between the wall and the monotonic clock that mean this machine has slept
+
+CHECK_TIMEOUT = 5.0  # seconds for each of doctor's checks
+MAX_SKEW = 60.0  # seconds between this machine's clock and the server's before doctor minds
+EXPIRES_SOON = 7 * 86400.0  # seconds that a certificate is still good for when doctor begins to mind
 
 MAX_LINES = 1000  # lines of output that wait for a slow reader
 MAX_EXCHANGES = 500  # exchanges the client's log keeps
@@ -6120,6 +6127,302 @@ async def serve(listen: str = "127.0.0.1:0", *, token: str = "", state: Path | N
             await server.close()
 
 
+# ---- Doctor ---------------------------------------------------------------------------------------------------------
+# The way from here to the server and a visitor's way back, checked one step after another: what was found, and what to
+# do about it. No check raises, and none takes longer than CHECK_TIMEOUT.
+
+Verdict = tuple[bool | None, str, str]  # of a check: all but the first field of a Finding, in order
+UPGRADE_ADVICE = {  # what stands in front, as its Server or Via field says -> how WebSockets get through it
+    "cloudflare": "Turn on WebSockets in Cloudflare's dashboard, under Network.",
+    "caddy": """Caddy passes WebSockets on when nothing else in the site's block is in the way of this:
+    reverse_proxy 127.0.0.1:8080 {
+        flush_interval -1
+    }""",
+    "": """What stands in front has to pass Upgrade on. In nginx that takes a map, and three lines in the location:
+map $http_upgrade $connection_upgrade {
+    default upgrade;
+    ''      '';
+}
+        proxy_http_version 1.1;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection $connection_upgrade;""",
+}
+SERVER_ADVICE = "See that pytunnel serve runs there, and that the firewall and what stands in front lead to its port."
+CERTIFICATE_ADVICE = "Renew it; or when its authority is your own, put that one's certificate into SSL_CERT_FILE."
+HOST_ADVICE = """What stands in front has to pass Host on as it is. Caddy does; in nginx's location that takes:
+        proxy_set_header Host $http_host;"""
+IDLE_ADVICE = f"""What stands in front has to bear {PING_INTERVAL:g} s of silence. In nginx's location that takes:
+        proxy_read_timeout 1d;
+        proxy_send_timeout 1d;"""
+
+
+class Finding(NamedTuple):
+    """What a check has found: `ok` is None when it cannot tell, or when what it found may be on purpose."""
+
+    what: str
+    ok: bool | None
+    detail: str
+    advice: str  # a sentence, and below it what to write into a configuration; or nothing
+
+
+class Doctor:
+    """The checks of a server, in their order; later ones go by what earlier ones have found."""
+
+    def __init__(self, server: str, token: str, http: aiohttp.ClientSession) -> None:
+        self._server, self._token, self._http = server, token, http
+        self._at = urllib.parse.urlsplit(server)
+        self._url = Origin.from_url(server).url(f"doctor-{secrets.token_hex(4)}")  # until the login gives a real one
+        self.through = self._front = self._date = ""  # the proxy on this side; what stands in front on the other
+        self._addresses: set[str] = set()
+        self.is_ours = self.upgrades = self.connected = False
+        self._client: TunnelClient | None = None
+        self._running: asyncio.Future[None]
+        self._events: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+
+    async def close(self) -> None:
+        """Take down the tunnel that the login made."""
+        if self._client:
+            self._client.stop()
+            await asyncio.gather(self._running, return_exceptions=True)
+
+    async def proxy(self) -> Verdict:
+        """Whether a proxy stands between this machine and the server."""
+        import urllib.request
+
+        if not urllib.request.proxy_bypass(str(self._at.hostname)):
+            self.through = urllib.request.getproxies().get(self._at.scheme, "")
+        detail = f"{self.through.rpartition('@')[2]}, as {self._at.scheme.upper()}_PROXY says"
+        if self.through and not self.through.startswith("http://"):
+            return False, detail, "Only a proxy at http:// can be used; or name the server's host in NO_PROXY."
+        return True, detail if self.through else "none on the way to this server", ""
+
+    async def address(self) -> Verdict:
+        """Whether the server's host has an address."""
+        host = str(self._at.hostname)
+        try:
+            self._addresses = await self._resolve(host)
+        except socket.gaierror:
+            advice = f"Check the spelling, or add a DNS record for {host} with the server's address."
+            return None if self.through else False, f"{host} has no address", advice
+        return True, f"{host} is at {', '.join(sorted(self._addresses))}", ""
+
+    async def certificate(self) -> Verdict:
+        """Whether the server's certificate is trusted, and for how long."""
+        host, context = self._at.hostname, ssl.create_default_context()
+        _, writer = await asyncio.open_connection(host, self._at.port or 443, ssl=context, server_hostname=host)
+        certificate = writer.get_extra_info("peercert")
+        writer.transport.abort()
+        left = ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()
+        names = ", ".join(name for _, name in certificate.get("subjectAltName", ()))
+        advice = "See why nothing has renewed it: `certbot renew`, or Caddy's log." if left < EXPIRES_SOON else ""
+        return None if advice else True, f"trusted until {certificate['notAfter']}, for {names}", advice
+
+    async def answers(self) -> Verdict:
+        """Whether it is pytunnel that answers."""
+        status, headers = await self._get(self._server)
+        self._front = f"{headers.get('Server', '')} {headers.get('Via', '')}".strip()
+        self._date, problem, location = (headers.get(name, "") for name in ("Date", "X-Pytunnel-Error", "Location"))
+        self.is_ours = problem == "not-a-link"
+        if self.is_ours:
+            return True, f"pytunnel answers{' through ' * bool(self._front)}{self._front}", ""
+        if problem:
+            return False, f"pytunnel answers {status} {problem}", "Dial the server's own host, not a tunnel's."
+        if location:
+            return False, f"a redirect to {location}", "Give --server the address that it leads to."
+        return False, f"something else answers: status {status}, {self._front or 'with no Server field'}", SERVER_ADVICE
+
+    async def clock(self) -> Verdict:
+        """Whether this machine and the server agree on the time."""
+        ahead = time.time() - email.utils.parsedate_to_datetime(self._date).timestamp()
+        if abs(ahead) <= MAX_SKEW:
+            return True, "this machine and the server agree", ""
+        detail = f"this machine is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server"
+        return False, detail, "Set the one that is wrong, as by `timedatectl set-ntp true`: certificates depend on it."
+
+    async def upgrade(self) -> Verdict:
+        """Whether a WebSocket gets through to the server."""
+        import aiohttp
+
+        url, patience = self._server + LINK_PATH, aiohttp.ClientWSTimeout(ws_close=1.0)
+        try:
+            async with self._http.ws_connect(url, protocols=(SUBPROTOCOL,), compress=0, timeout=patience) as ws:
+                self.upgrades = ws.protocol == SUBPROTOCOL
+        except aiohttp.WSServerHandshakeError as error:
+            advice = next(text for front, text in UPGRADE_ADVICE.items() if front in self._front.lower())
+            return False, f"refused with status {error.status}", advice
+        if not self.upgrades:
+            return False, f"opened, but without {SUBPROTOCOL}", "Sec-WebSocket-Protocol has to be passed on, too."
+        return True, "gets through", ""
+
+    async def login(self) -> Verdict:
+        """Whether the server knows the token; from here on there is a tunnel for the checks that follow."""
+        name = default_name(self._token, platform.node(), "doctor")  # one and the same, for the server keeps names
+        tunnel = Tunnel(name, Target.parse("127.0.0.1:1"))  # where nothing listens, so that visitors get to hear that
+        self._client = TunnelClient(self._server, self._token, [tunnel], on_event=self._note)
+        self._running = asyncio.ensure_future(self._client.run())
+        self._running.add_done_callback(lambda _: self._note("ended"))
+        event, fields = await self._events.get()
+        self.connected = event == "ready"
+        if self.connected:
+            self._url = fields["url"]
+            return True, "the server knows the token, and gives tunnels", ""
+        return False, str(fields.get("reason") or self._running.exception()), ""
+
+    async def names(self) -> Verdict:
+        """Whether any name below the server's leads to the same place."""
+        host = str(urllib.parse.urlsplit(self._url).hostname)
+        wildcard = f"*.{host.partition('.')[2]}"
+        records = "".join(f"\n    {wildcard}. {'AAAA' if ':' in ip else 'A'} {ip}" for ip in sorted(self._addresses))
+        try:
+            found = await self._resolve(self._dialled(host))
+        except socket.gaierror:
+            advice = f"Add the DNS record that leads all names to the server:{records}"
+            if host.endswith(".sslip.io"):
+                advice = "Your resolver does not answer for sslip.io: use another one, or a domain of your own."
+            return None if self.through else False, f"{host} has no address", advice
+        if self._addresses and not self._addresses & found:
+            advice = f"If that is not on purpose, change the DNS record:{records}"
+            return None, f"{wildcard} is elsewhere, at {', '.join(sorted(found))}", advice
+        return True, f"{wildcard} is in the same place", ""
+
+    async def visitor(self) -> Verdict:
+        """Whether a visitor gets to a tunnel."""
+        import aiohttp
+
+        name = urllib.parse.urlsplit(self._url).netloc
+        wildcard = f"*.{name.partition('.')[2]}"
+        try:
+            status, headers = await self._get(self._url)
+        except aiohttp.ClientSSLError as error:
+            advice = f"It takes a certificate for {wildcard}, or a tunnel with a --name that has one."
+            return None, f"{name}: {_describe(error)}", advice
+        problem = headers.get("X-Pytunnel-Error", "")
+        if problem.startswith("local-"):
+            return True, f"a request to {name} arrives here", ""
+        if problem == "unknown-tunnel" and not self.connected:
+            return True, f"a request to {name} arrives at the server", ""
+        if problem == "not-a-link":  # so it is the server's own host that the server has seen
+            return False if self.connected else None, f"Host is not {name} any more when it arrives", HOST_ADVICE
+        advice = f"What stands in front has to take {wildcard} as well; in nginx server_name says so."
+        return False, f"something else answers {name}: status {status} {problem or headers.get('Server', '')}", advice
+
+    async def idle(self, seconds: float) -> Verdict:
+        """Whether a link that carries nothing is left alone."""
+        with contextlib.suppress(TimeoutError):
+            event, fields = await asyncio.wait_for(self._events.get(), seconds)
+            return False, f"lost: {fields.get('reason', event)}", IDLE_ADVICE
+        return True, f"left alone for {seconds:g} s", ""
+
+    def _note(self, event: str, **fields: Any) -> None:
+        if event != "request":
+            self._events.put_nowait((event, fields))
+
+    def _dialled(self, host: str) -> str:
+        return str(self._at.hostname) if host.endswith(".localhost") else host  # browsers know it, resolvers do not
+
+    async def _resolve(self, host: str) -> set[str]:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return {str(address[0]) for *_, address in found}
+
+    async def _get(self, url: str) -> tuple[int, Mapping[str, str]]:
+        """Return status and headers of LINK_PATH, which tells the server's own host from a tunnel."""
+        at = urllib.parse.urlsplit(url)
+        url = url if self._dialled(str(at.hostname)) == at.hostname else self._server
+        async with self._http.get(url + LINK_PATH, headers={"Host": at.netloc}, allow_redirects=False) as response:
+            return response.status, response.headers
+
+
+async def _local_answer(target: Target) -> str:
+    """Return what a local service answers, at one address. Raises what keeps it from that."""
+    connection = await LocalService(target, insecure=True).connect()
+    parser, fields = ResponseParser(b"GET"), [(b"Host", b"localhost"), (b"Connection", b"close")]
+    try:
+        await connection.write(RequestHead(b"GET", b"/", fields).to_wire(chunked=False, upgrade=False))
+        while data := await connection.read():
+            for event in parser.receive_data(data):
+                if isinstance(event, ResponseHead) and not event.interim:
+                    return f"HTTP status {event.status}"
+        raise StreamReset(ErrorCode.LOCAL_RESET, "it closed the connection without an answer")
+    except MessageError as error:
+        raise StreamReset(ErrorCode.LOCAL_INVALID, f"its answer is not HTTP: {error}") from None
+    finally:
+        connection.abort()
+
+
+async def check_target(target: Target) -> Verdict:
+    """Whether a local service listens, at which of localhost's addresses, and speaks HTTP."""
+    ok, details = False, []
+    for address in target.addresses:
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT / len(target.addresses)):
+                detail, ok = await _local_answer(target._replace(host=address)), True
+        except (StreamReset, OSError, TimeoutError) as error:
+            detail = error.reason if isinstance(error, StreamReset) else f"connected, but {_describe(error)}"
+        details.append(f"{address}: {detail}")
+    return ok, "; ".join(details), "" if ok else "Start the service, or see which port it says it listens on."
+
+
+async def _checked(what: str, verdict: Awaitable[Verdict], advice: str = "", *, extra: float = 0) -> Finding:
+    """Return what a check found, or what kept it from finding anything, with this advice."""
+    import aiohttp
+
+    try:
+        return Finding(what, *await asyncio.wait_for(verdict, CHECK_TIMEOUT + extra))
+    except (OSError, aiohttp.ClientError, TimeoutError, ValueError) as error:
+        return Finding(what, False, _describe(error), advice)
+
+
+async def diagnose(server: str, token: str, targets: list[Target], *, idle: float = 0) -> AsyncGenerator[Finding, None]:
+    """Check everything between visitors and local services, one thing after another; `idle` is in seconds."""
+    import aiohttp
+
+    async with aiohttp.ClientSession(trust_env=True, headers={"User-Agent": f"pytunnel/{__version__}"}) as http:
+        checks = Doctor(server, token, http)
+        try:
+            yield await _checked("proxy", checks.proxy())
+            address = await _checked("address", checks.address())
+            yield address
+            if address.ok and server.startswith("https:") and not checks.through:
+                yield await _checked("certificate", checks.certificate(), CERTIFICATE_ADVICE)
+            if address.ok is not False:
+                yield await _checked("server", checks.answers(), SERVER_ADVICE)
+            if checks.is_ours:
+                yield await _checked("clock", checks.clock())
+                yield await _checked("WebSocket", checks.upgrade())
+            if checks.upgrades:
+                yield await _checked("login", checks.login())
+            if address.ok is not False:
+                yield await _checked("names", checks.names())
+            if checks.is_ours:
+                yield await _checked("visitor", checks.visitor())
+            if checks.connected and idle:
+                yield await _checked("idle link", checks.idle(idle), extra=idle)
+        finally:
+            await checks.close()
+    for target in targets:
+        yield await _checked(f"local service {target.text}", check_target(target), extra=1)
+
+
+def _doctor_lines(finding: Finding) -> Iterator[str]:
+    """Render a finding for a terminal; what is in it may come from the network."""
+    mark = {True: "ok", False: "no", None: "??"}[finding.ok]
+    wrapper = textwrap.TextWrapper(100, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False)
+    for line in [f"{mark}  {finding.what}: {finding.detail}", *textwrap.indent(finding.advice, "      ").splitlines()]:
+        yield from wrapper.wrap(escape(line, 1000))
+
+
+async def doctor(server: str, token: str, targets: list[Target], idle: float, write: Callable[[str], None]) -> int:
+    """Write down what is found, line by line as it is found; return 0 when nothing is wrong, else 1."""
+    status = ExitStatus.OK
+    async with contextlib.aclosing(diagnose(server, token, targets, idle=idle)) as findings:
+        async for finding in findings:
+            for line in _doctor_lines(finding):
+                write(line)
+            if finding.ok is False:
+                status = ExitStatus.UNEXPECTED
+    return status
+
+
 # ---- Console --------------------------------------------------------------------------------------------------------
 # stdout is for programs: the public URL on a line of its own, or with --json one object a line. stderr is for people.
 
@@ -6637,6 +6940,13 @@ def _login(options: argparse.Namespace, console: Console) -> int:
     return ExitStatus.OK
 
 
+def _doctor(options: argparse.Namespace, console: Console) -> int:
+    settings = Settings(vars(options))
+    targets = [Target.parse(text) for text in options.targets]
+    server, token = settings.server.value, settings.token.value
+    return _run(doctor(server, token, targets, options.idle, console.stdout.write))
+
+
 # ---- Command line ---------------------------------------------------------------------------------------------------
 # Flags, help and exit statuses.
 
@@ -6799,10 +7109,6 @@ def _parser() -> CommandParser:
     demo.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
     demo.set_defaults(wait_local=None, max_retries=None, url_file=None)
     return parser
-
-
-def _doctor(options: argparse.Namespace, console: Console) -> int:
-    raise NotImplementedError
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
