@@ -36,6 +36,7 @@ A link is a WebSocket at `GET /_pytunnel/link`, subprotocol `pytunnel.1`. The ha
     0 DATA      a chunk, at most 256 KiB               END                 yes
     1 HEAD      status, reason, name, value, ...       END, INTERIM        yes
     2 OPEN      tunnel index (16 bits), kind (8 bits), END                 yes
+                ms waited on the server (32 bits),
                 method, target, name, value, ...
     3 RESET     code (16 bits), reason                                     yes
     6 PING      8 opaque bytes, link-level                                 no
@@ -434,7 +435,7 @@ class _Rule(NamedTuple):
 FRAME_RULES: dict[int, _Rule] = {
     FrameType.DATA: _Rule(0, MAX_DATA, END, True),
     FrameType.HEAD: _Rule(1, MAX_HEAD, END | INTERIM, True),
-    FrameType.OPEN: _Rule(3, MAX_HEAD, END, True),
+    FrameType.OPEN: _Rule(7, MAX_HEAD, END, True),
     FrameType.RESET: _Rule(2, MAX_CONTROL, 0, True),
     FrameType.PING: _Rule(8, 8, 0, False),
     FrameType.GOAWAY: _Rule(2, MAX_CONTROL, 0, False),
@@ -617,7 +618,7 @@ class Kind(enum.IntEnum):
     UPGRADE = 1  # HTTP; a raw byte pipe after a 101
 
 
-OPEN_HEADER = struct.Struct(">HB")  # tunnel index, Kind; the request head follows
+OPEN_HEADER = struct.Struct(">HBI")  # tunnel index, Kind, ms waited on the server; the request head follows
 
 
 class _SessionStream:
@@ -705,8 +706,11 @@ class Session:
         """Number of streams that are not closed."""
         return len(self._streams)
 
-    def open_stream(self, tunnel: int, kind: Kind, head: bytes, *, end: bool = False) -> int:
-        """Open a stream with a request head and return its id. Raises StreamReset when there is no room for it."""
+    def open_stream(self, tunnel: int, kind: Kind, head: bytes, *, end: bool = False, waited: float = 0.0) -> int:
+        """Open a stream with a request head and return its id. Raises StreamReset when there is no room for it.
+
+        `waited` tells the client how many seconds the request has been on the server.
+        """
         assert self.is_server
         if self._last_id >= MAX_STREAM_ID and not self.leaving:
             self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
@@ -717,7 +721,7 @@ class Session:
         if self._unacked_bytes + self._control_bytes > MAX_UNACKED:
             raise StreamReset(ErrorCode.REFUSED, "the link is congested")
         stream = self._add_stream(self._last_id + 1)
-        payload = OPEN_HEADER.pack(tunnel, kind) + head
+        payload = OPEN_HEADER.pack(tunnel, kind, round(waited * 1000)) + head
         self._send_control(FrameType.OPEN, END if end else 0, stream.id, payload)
         if end:
             self._transition(stream, Input.SEND_END)
@@ -1660,7 +1664,7 @@ class Exchange:
     bytes_in: int = 0
     bytes_out: int = 0
     error: str = ""
-    waited: float = 0.0  # seconds on the server, for a client that was away
+    waited: float = 0.0  # seconds on the server before it was sent on, as while the client was away
     round_trip: float | None = None  # seconds, of the link
     answered: float | None = None  # when the local service's response began
     ended: float | None = None
@@ -2565,6 +2569,7 @@ class Stream:
         self.id, self.tunnel, self.kind, self.head = stream_id, tunnel, kind, head
         self.on_reset: Callable[[ErrorCode], object] = lambda code: None  # called when the peer resets the stream
         self._link = link
+        self.waited = 0.0  # seconds on the server, before it was opened
         self.has_content = not ended  # from the peer, even if none of it came
         self.finished = finished  # our direction has been ended
         self._ended = ended  # and the peer's
@@ -2730,10 +2735,10 @@ class Link:
         for stream in list(self._streams.values()):
             stream.fail(error, by_peer=True)
 
-    def open(self, tunnel: int, kind: Kind, head: RequestHead, *, end: bool) -> Stream:
-        """Open a stream. Raises StreamReset when the session takes no more."""
+    def open(self, tunnel: int, kind: Kind, head: RequestHead, *, end: bool, waited: float) -> Stream:
+        """Open a stream for a request that came `waited` seconds ago. Raises StreamReset when the session is full."""
         payload = head.encode()
-        id_ = self.session.open_stream(tunnel, kind, payload, end=end)
+        id_ = self.session.open_stream(tunnel, kind, payload, end=end, waited=waited)
         self.wake()
         self._streams[id_] = Stream(self, id_, tunnel, kind, payload, ended=False, finished=end)
         return self._streams[id_]
@@ -2803,10 +2808,12 @@ class Link:
     def _dispatch(self, frame: Frame) -> None:
         log.debug("< %s", frame)
         if frame.type == FrameType.OPEN:
-            tunnel, kind = OPEN_HEADER.unpack_from(frame.payload)
+            tunnel, kind, waited = OPEN_HEADER.unpack_from(frame.payload)
             head, ended = frame.payload[OPEN_HEADER.size :], bool(frame.flags & END)
-            self._streams[frame.stream_id] = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=ended)
-            self.on_stream(self._streams[frame.stream_id])
+            stream = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=ended)
+            stream.waited = waited / 1000
+            self._streams[stream.id] = stream
+            self.on_stream(stream)
         elif frame.type == FrameType.GOAWAY:
             self.on_goaway(*decode_reason(frame.payload))
         elif frame.stream_id in self._streams:
@@ -3330,13 +3337,14 @@ class TunnelServer:
             raise Unserved("bad-request")
         if b"h2c" in visitor.upgrade:
             visitor.upgrade = b""
-        head = self._request_head(visitor, host)
+        arrived, head = time.monotonic(), self._request_head(visitor, host)
         kind = Kind.UPGRADE if visitor.upgrade else Kind.HTTP
         end = not (visitor.upgrade or visitor.has_body)
         self._exchanges += 1
         try:
             session = await self._registry.find(name)
-            with contextlib.closing(session.link.open(session.names.index(name), kind, head, end=end)) as stream:
+            tunnel, waited = session.names.index(name), time.monotonic() - arrived
+            with contextlib.closing(session.link.open(tunnel, kind, head, end=end, waited=waited)) as stream:
                 await visitor.relay(stream)
         finally:
             self._exchanges -= 1
@@ -4332,12 +4340,12 @@ class TunnelClient:
     async def _forward(self, stream: Stream) -> None:
         try:
             head = RequestHead.decode(stream.head)
-            exchange = self._begin(stream.tunnel, head)
+            exchange = self._begin(stream.tunnel, head, waited=stream.waited)
         except (ProtocolError, IndexError):
             return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
         await self._exchange(stream, stream.tunnel, head, exchange)
 
-    def _begin(self, tunnel: int, head: RequestHead, replay_of: int | None = None) -> Exchange:
+    def _begin(self, tunnel: int, head: RequestHead, **fields: Any) -> Exchange:
         exchange = Exchange(
             self.tunnels[tunnel].name,
             head.method.decode(),
@@ -4346,7 +4354,7 @@ class TunnelClient:
             time=time.time(),
             request_headers=head.headers,
             round_trip=self.round_trip,
-            replay_of=replay_of,
+            **fields,
         )
         self.log.begin(exchange)
         return exchange
