@@ -3982,6 +3982,7 @@ class TunnelClient:
         self._changed = asyncio.Event()
         self.log.listeners.add(self._changed.set)
         self._hinted = False
+        self._round_trip: float | None = None
         self._session_id = ""
         self._link: Link | None = None
         self._forwarding: set[asyncio.Task[None]] = set()
@@ -4022,8 +4023,8 @@ class TunnelClient:
 
     @property
     def round_trip(self) -> float | None:
-        """Seconds to the server and back, when last measured."""
-        return self._link.session.round_trip if self._link else None
+        """Seconds to the server and back, when last measured: by a PING, else in the handshake."""
+        return (self._link and self._link.session.round_trip) or self._round_trip
 
     async def wait_changed(self, version: int) -> None:
         """Return when the log is no longer of this version; a change of the link counts, too."""
@@ -4233,8 +4234,10 @@ class TunnelClient:
             streams=MAX_STREAMS,
             agent=f"pytunnel/{__version__}",
         )
+        sent = time.monotonic()
         await ws.send_str(hello)
         challenge = await self._answer(ws)
+        self._round_trip = time.monotonic() - sent
         if not challenge.get("nonce", str).startswith(nonce):
             raise ProtocolError("the server's nonce is not ours")
         auth_message = f"{hello}\n{challenge.text}".encode()
