@@ -215,7 +215,6 @@ MAX_LOG = 32 * MiB  # bytes of heads and bodies in the log; the oldest exchanges
 MAX_NOTE = 512  # bytes kept of a WebSocket message or an event
 MAX_NOTES = 64  # of these in one exchange, the last ones
 MAX_VIEW = 1 * MiB  # bytes of a body that are unpacked for a person to see, whatever a bomb holds
-MAX_INDENT = 40  # levels of JSON that are indented; deeper ones stay at the last
 REPLAY_TIMEOUT = 30.0  # seconds a replayed request may take: an event stream would take for ever
 
 LOCAL_CONNECT_TIMEOUT = 5.0  # seconds to connect to the local service
@@ -1842,14 +1841,19 @@ def human_size(size: float) -> str:
 def indent_json(text: str) -> str:
     """Return JSON with a line for each member; tokens stay as they were written, and half a text is no error."""
     out: list[str] = []
-    depth, before = 0, ""
-    indents = ["\n" + "  " * n for n in range(MAX_INDENT + 1)]  # a text that only opens brackets must not fill memory
+    depth, before, room = 0, "", 4 * MAX_VIEW
+
+    def indent() -> str:  # while there is room: a text that only opens brackets must not fill memory
+        nonlocal room
+        room -= 2 * depth
+        return "\n" + "  " * depth if room > 0 else ""
+
     for token in _JSON_TOKEN.findall(text):
         depth -= token in ("}", "]") and depth > 0
         if token in ("}", "]"):
-            out.append("" if before in ("{", "[") else indents[min(depth, MAX_INDENT)])
+            out.append("" if before in ("{", "[") else indent())
         elif before in ("{", "[", ",") or (before and not depth):  # at depth 0 another document begins
-            out.append(indents[min(depth, MAX_INDENT)])
+            out.append(indent())
         elif before == ":":
             out.append(" ")
         out.append(token)
