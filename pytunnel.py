@@ -229,7 +229,6 @@ MAX_LOG = 32 * MiB  # bytes of heads and bodies in the log; the oldest exchanges
 MAX_NOTE = 512  # bytes kept of a WebSocket message or an event
 MAX_NOTES = 64  # of these in one exchange, the last ones
 MAX_VIEW = 1 * MiB  # bytes of a body that are unpacked for a person to see, whatever a bomb holds
-MAX_INDENT = 40  # levels of JSON that are indented; deeper ones stay at the last
 MAX_MARKS = 3  # combining marks shown on one character; Vietnamese needs 2, a flood brings a thousand
 MAX_SHOWN = 5000  # lines of a body in the terminal view
 FRAME = 0.1  # seconds between two frames of the terminal view, at least
@@ -1844,14 +1843,19 @@ def human_size(size: float) -> str:
 def indent_json(text: str) -> str:
     """Return JSON with a line for each member; tokens stay as they were written, and half a text is no error."""
     out: list[str] = []
-    depth, before = 0, ""
-    indents = ["\n" + "  " * n for n in range(MAX_INDENT + 1)]  # a text that only opens brackets must not fill memory
+    depth, before, room = 0, "", 4 * MAX_VIEW
+
+    def indent() -> str:  # while there is room: a text that only opens brackets must not fill memory
+        nonlocal room
+        room -= 2 * depth
+        return "\n" + "  " * depth if room > 0 else ""
+
     for token in _JSON_TOKEN.findall(text):
         depth -= token in ("}", "]") and depth > 0
         if token in ("}", "]"):
-            out.append("" if before in ("{", "[") else indents[min(depth, MAX_INDENT)])
+            out.append("" if before in ("{", "[") else indent())
         elif before in ("{", "[", ",") or (before and not depth):  # at depth 0 another document begins
-            out.append(indents[min(depth, MAX_INDENT)])
+            out.append(indent())
         elif before == ":":
             out.append(" ")
         out.append(token)

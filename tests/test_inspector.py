@@ -462,7 +462,9 @@ async def test_o6_a_bomb_is_unpacked_only_so_far() -> None:
     async with inspector() as (page, client):
         bomb = zlib.compress(b"[" * 64 * 1024 * 1024, 9)
         e = Samples(client).add("GET", "/", 200, b"text/plain", bomb, fields=[(b"Content-Encoding", b"deflate")])
-        assert len((await ask(page, path=f"/api/exchanges/{e.id}")).body) < 2 * pytunnel.MAX_VIEW
+        assert len((await ask(page, path=f"/api/exchanges/{e.id}")).body) < 8 * pytunnel.MAX_VIEW
+        flat = Samples(client).add("GET", "/", 200, b"text/plain", b"[" * 1000 + b"1," * 130_000)
+        assert len((await ask(page, path=f"/api/exchanges/{flat.id}")).body) < 8 * pytunnel.MAX_VIEW
 
 
 async def test_a_request_that_is_too_large_is_refused() -> None:
@@ -600,3 +602,711 @@ async def test_through_a_real_tunnel(tmp_path: Path) -> None:
             await page.close()
     finally:
         await server.close()
+
+
+# ---------------------------------------------------------------------------------------- The page
+
+
+@module_fixture
+async def browser() -> AsyncIterator[Browser]:
+    """Debian's Chromium, to which each name below .test is this machine."""
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("there is no chromium; apt-get install chromium")
+    arguments = ["--no-sandbox", "--host-resolver-rules=MAP *.test 127.0.0.1"]
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        await browser.close()
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    browser: Browser, page: Inspector, fragment: str = "", *, width: int = 1600, expected: str = "", **options: Any
+) -> AsyncIterator[Page]:
+    """Open the page in a context of its own. What the console says is a failure, unless it matches `expected`."""
+    size = {"width": width, "height": 900}
+    async with await browser.new_context(viewport=size, **options) as context:
+        await context.grant_permissions(["clipboard-read", "clipboard-write"])
+        tab = await context.new_page()
+        tab.set_default_timeout(10_000)
+        said: list[str] = []
+        went: list[Request] = []
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("dialog", lambda dialog: said.append(dialog.message))
+        tab.on("request", went.append)
+        await tab.goto(page.url + "/" + fragment)
+        await expect(tab.locator("#state")).to_have_text(re.compile("Connected|Reconnecting"))
+        yield tab
+        assert [text for text in said if not (expected and re.search(expected, text))] == []
+        elsewhere = [r.url for r in went if not r.url.startswith((page.url, "blob:" + page.url, "data:image/svg+xml,"))]
+        assert elsewhere == []
+
+
+async def paths(tab: Page) -> list[str]:
+    """The paths in the list, from top to bottom."""
+    return await tab.locator("#rows th").all_inner_texts()
+
+
+async def test_rows_appear_and_change_as_it_happens(browser: Browser) -> None:
+    async with inspector() as (page, client), opened(browser, page) as tab:
+        await expect(tab.locator("#none")).to_contain_text("Waiting for the first request")
+        await expect(tab.locator("#none a")).to_have_attribute("href", "https://web.t.example.com")
+        samples = Samples(client)
+        first = samples.begin("GET", "/first")
+        row = tab.get_by_role("row", name="/first")
+        await expect(row).to_contain_text("…")
+        await expect(tab.locator("#none")).to_be_hidden()
+        samples.respond(first, 503)
+        client.log.finish(first, first.started + 0.25)
+        await expect(row.get_by_role("cell").first).to_have_text("503")
+        await expect(row).to_contain_text("250 ms")
+        samples.add("POST", "/second", 200)
+        await expect(tab.locator("#rows tr")).to_have_count(2)
+        assert await paths(tab) == ["/second", "/first"]
+        await expect(tab.locator("#stats")).to_contain_text("Requests2")
+
+
+async def test_the_public_address_can_be_copied(browser: Browser) -> None:
+    async with inspector() as (page, _), opened(browser, page) as tab:
+        await tab.locator("#none").get_by_role("button", name="Copy https://web.t.example.com").click()
+        await expect(tab.locator("#toast")).to_have_text("Copied")
+        assert await tab.evaluate("navigator.clipboard.readText()") == "https://web.t.example.com"
+
+
+async def test_a_filter_chooses_what_is_listed(browser: Browser) -> None:
+    async with inspector() as (page, client):
+        samples = Samples(client)
+        samples.fill()
+        async with opened(browser, page) as tab:
+            await tab.get_by_role("button", name="5xx").click()
+            await expect(tab.locator("#rows tr")).to_have_count(2)
+            assert await paths(tab) == ["/api/checkout", "/api/report?year=2025"]
+            samples.add("GET", "/fine", 200)
+            samples.add("GET", "/broken", 500)
+            await expect(tab.locator("#rows tr")).to_have_count(3)
+            await tab.get_by_label("Filter", exact=True).fill("body:KeyError")
+            await expect(tab.locator("#rows tr")).to_have_count(1)
+            await expect(tab.get_by_role("button", name="5xx")).to_have_attribute("aria-pressed", "false")
+            await tab.get_by_label("Filter", exact=True).fill("nothing <b>like</b> it")
+            await expect(tab.locator("#none")).to_contain_text("Nothing matches “nothing <b>like</b> it”")
+            await tab.get_by_role("button", name="Show all").click()
+            await expect(tab.locator("#rows tr")).to_have_count(len(client.log.exchanges))
+            await tab.get_by_role("button", name="WebSocket").click()
+            await expect(tab.locator("#rows tr")).to_have_count(1)
+
+
+async def test_everything_is_reached_by_keys(browser: Browser) -> None:
+    async with inspector() as (page, client):
+        Samples(client).fill()
+        async with opened(browser, page) as tab:
+            await expect(tab.locator("#rows tr")).to_have_count(len(client.log.exchanges))
+            await tab.keyboard.press("j")
+            await expect(tab.get_by_role("link", name="/hooks/payments")).to_be_focused()
+            await tab.keyboard.press("ArrowDown")
+            await tab.keyboard.press("j")
+            await tab.keyboard.press("k")
+            await expect(tab.get_by_role("link", name="/api/checkout")).to_be_focused()
+            await tab.keyboard.press("Enter")
+            await expect(tab.get_by_role("heading", name="POST /api/checkout")).to_be_visible()
+            await expect(tab.get_by_role("link", name="/api/checkout")).to_have_attribute("aria-current", "true")
+            await tab.keyboard.press("j")
+            await expect(tab.get_by_role("heading", name="DELETE /api/cart/7")).to_be_visible()
+            await tab.keyboard.press("Escape")
+            await expect(tab.locator("#exchange")).to_be_hidden()
+            await expect(tab.locator("#rows a[href='#14']")).to_be_focused()
+            await tab.keyboard.press("/")
+            await expect(tab.get_by_label("Filter", exact=True)).to_be_focused()
+            await tab.keyboard.type("jpr?")
+            await expect(tab.locator("#rows tr")).to_have_count(0)
+            await tab.keyboard.press("Escape")
+            await expect(tab.locator("#rows tr")).to_have_count(len(client.log.exchanges))
+            await tab.get_by_role("button", name="Help").focus()
+            await tab.keyboard.press("?")
+            await expect(tab.get_by_role("dialog", name="Keyboard")).to_be_visible()
+            await tab.keyboard.press("p")
+            await tab.keyboard.press("Escape")
+            await expect(tab.get_by_role("dialog")).to_be_hidden()
+            await expect(tab.locator("#pause")).to_have_attribute("aria-pressed", "false")
+            await tab.keyboard.press("p")
+            await expect(tab.locator("#pause")).to_have_attribute("aria-pressed", "true")
+
+
+async def test_only_one_row_is_a_tab_stop(browser: Browser) -> None:
+    async with inspector() as (page, client):
+        Samples(client).fill()
+        async with opened(browser, page) as tab:
+            await expect(tab.locator("#rows tr")).to_have_count(len(client.log.exchanges))
+            order = []
+            for _ in range(30):
+                await tab.keyboard.press("Tab")
+                order.append(await tab.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
+                if order[-1] == "detail" or order[-1] in order[:-1]:
+                    break
+            wanted = ["https://web.t.example.com", "Copy", "filter", "All", "2xx", "3xx", "4xx", "5xx", "WebSocket", "pause",
+                      "clear", "export", "ask", "/hooks/payments?token=•••"]  # fmt: skip
+            assert order[: len(wanted)] == wanted
+            assert not set(order[len(wanted) :]) & {"/", "/account"}
+
+
+async def test_focus_survives_new_rows_and_changes(browser: Browser) -> None:
+    async with inspector() as (page, client):
+        samples = Samples(client)
+        running = samples.begin("GET", "/running")
+        async with opened(browser, page) as tab:
+            link = tab.get_by_role("link", name="/running")
+            await link.focus()
+            samples.add("GET", "/newer", 200)
+            samples.respond(running, 200)
+            client.log.finish(running, samples.now)
+            await expect(tab.locator("#rows tr")).to_have_count(2)
+            await expect(tab.get_by_role("row", name="/running").get_by_role("cell").first).to_have_text("200")
+            await expect(link).to_be_focused()
+
+
+async def test_bodies_are_shown_by_their_type(browser: Browser) -> None:
+    async with inspector() as (page, client):
+        samples = Samples(client).fill()
+        async with opened(browser, page, f"#{samples['json'].id}") as tab:
+            request_side, response_side = tab.locator("#request"), tab.locator("#response")
+            await expect(request_side.locator("pre")).to_contain_text('{\n  "id": "evt_1Q7fXr",\n  "type"')
+            await expect(response_side.locator("pre")).to_have_text('{\n  "received": true\n}')
+            await expect(request_side.locator("dl")).to_contain_text("Idempotency-Key5c0f6f0e")
+            await expect(tab.locator("#legend")).to_contain_text("local service64 ms")
+            await tab.evaluate(f"location.hash = '#{samples['form'].id}'")
+            await expect(request_side.locator("pre.form")).to_contain_text("email = jo@example.com\n")
+            await expect(tab.locator("#facts")).to_contain_text("303 See Other")
+            await tab.evaluate(f"location.hash = '#{samples['binary'].id}'")
+            await expect(response_side.locator("pre.hex")).to_contain_text("00000010  10 11 12 13")
+            await tab.evaluate(f"location.hash = '#{samples['image'].id}'")
+            image = response_side.get_by_role("img", name="Body of the response")
+            await expect(image).to_have_js_property("naturalWidth", 480)
+            await tab.evaluate(f"location.hash = '#{samples['failed'].id}'")
+            await expect(tab.locator("#facts")).to_contain_text("localhost:3000: the connection was refused")
+            async with tab.expect_download() as download:
+                await tab.evaluate(f"location.hash = '#{samples['binary'].id}'")
+                await response_side.get_by_role("button", name="Download").click()
+            path = await (await download.value).path()
+            assert path.read_bytes() == bytes(range(256)) * 3
+
+
+async def test_messages_and_events_appear_as_they_come(browser: Browser) -> None:
+    async with inspector() as (page, client):
+        samples = Samples(client).fill()
+        socket, events = samples["socket"], samples["events"]
+        async with opened(browser, page, f"#{socket.id}") as tab:
+            notes = tab.locator("#notes li")
+            await expect(notes).to_have_count(5)
+            await expect(notes.first).to_contain_text("0.20 stextsubscribe orders")
+            await expect(notes.first.get_by_role("img", name="from the visitor")).to_be_visible()
+            client.log.send(socket, frame(2, b"\x00\xfe late"), socket.started + 9)
+            await expect(notes).to_have_count(6)
+            await expect(notes.last).to_contain_text("9.00 sbinary\\u{0}\\xfe late")
+            client.log.receive(socket, frame(8, b"\x03\xe8bye", b"abcd"), socket.started + 10)
+            await expect(notes.last).to_contain_text("close")
+            await tab.evaluate(f"location.hash = '#{events.id}'")
+            await expect(notes).to_have_count(2)
+            client.log.send(events, b"event: tick\ndata: 3\n\n", events.started + 2)
+            await expect(notes).to_have_count(3)
+            await expect(notes.last).to_contain_text("event: tick\ndata: 3")
+
+
+async def test_replay_as_it_was_shows_the_difference(browser: Browser) -> None:
+    async with replayable() as (page, client, origin):
+        Samples(client).add("POST", "/pay", 500, b"application/json", b'{"error":1}', sent=b"abc")
+        async with opened(browser, page, "#1") as tab:
+            await expect(tab.get_by_role("heading", name="POST /pay")).to_be_visible()
+            await tab.keyboard.press("r")
+            await expect(tab.locator("#diff .del").first).to_have_text("-500 Internal Server Error")
+            await expect(tab.locator("#diff .add").first).to_have_text("+200 OK")
+            await expect(tab.locator("#toast")).to_have_text("Replayed as #2: the response differs")
+            assert [r.body for r in origin.requests] == [b"abc"]
+            await tab.locator("#result").get_by_role("link", name="#2").click()
+            await expect(tab.get_by_role("link", name="replay of #1")).to_be_visible()
+            await expect(tab.locator("#response pre")).to_contain_text('"call": 1')
+
+
+async def test_replay_edited_sends_what_was_edited_and_nothing_else(browser: Browser) -> None:
+    async with replayable() as (page, client, origin):
+        headers = [(b"Cookie", b"secret=1"), (b"X-Drop", b"1")]
+        Samples(client).add("POST", "/pay?a=1", 500, headers=headers, sent=b"line 1\r\nline 2")
+        async with opened(browser, page, "#1") as tab:
+            await expect(tab.get_by_role("heading", name="POST /pay")).to_be_visible()
+            await tab.keyboard.press("e")
+            await expect(tab.get_by_label("Method")).to_be_focused()
+            await expect(tab.get_by_label("Body", exact=True)).to_have_value("line 1\nline 2")
+            fields = tab.get_by_label("Header fields")
+            await expect(fields).to_have_value(re.compile("Cookie: •••"))
+            await fields.fill((await fields.input_value()).replace("X-Drop: 1", "X-New: a: b"))
+            await tab.get_by_label("Target").fill("/pay?a=2")
+            await tab.get_by_label("Target").press("Enter")
+            await expect(tab.locator("#diff")).to_contain_text("/pay?a=2")
+            await expect(tab.locator("#edit")).to_be_hidden()
+            await expect(tab.locator("#change")).to_be_focused()
+            sent = origin.requests[0]
+            assert (sent.method, sent.target, sent.body) == (b"POST", b"/pay?a=2", b"line 1\r\nline 2")
+            assert {(b"Cookie", b"secret=1"), (b"X-New", b"a: b")} <= set(sent.headers)
+            assert sent.value(b"x-drop") is None
+            await tab.get_by_role("button", name="Edit and replay").click()
+            await tab.get_by_label("Body", exact=True).fill("other")
+            await tab.get_by_label("Method").fill("P UT")
+            await tab.get_by_role("button", name="Send").click()
+            await expect(tab.locator("#toast")).to_contain_text("method")
+            await tab.get_by_label("Method").fill("PUT")
+            await tab.get_by_role("button", name="Send").click()
+            await expect(tab.locator("#diff")).to_contain_text('"body": "other"')
+            assert (origin.requests[1].method, origin.requests[1].body) == (b"PUT", b"other")
+
+
+async def test_curl_and_har_are_exported(browser: Browser) -> None:
+    async with inspector() as (page, client):
+        samples = Samples(client).fill()
+        async with opened(browser, page, f"#{samples['json'].id}") as tab:
+            await tab.get_by_role("button", name="Copy as curl").click()
+            await expect(tab.locator("#toast")).to_have_text("Copied")
+            curl = await tab.evaluate("navigator.clipboard.readText()")
+            assert curl.startswith("curl -X POST") and "https://web.t.example.com/hooks" in curl and "sk_test" not in curl
+            for name, file, count in (("HAR", "pytunnel-16.har", 1), ("Export HAR", "pytunnel.har", len(client.log.exchanges))):
+                async with tab.expect_download() as download:
+                    await tab.get_by_role("button", name=name, exact=True).click()
+                saved = await download.value
+                assert saved.suggested_filename == file
+                assert len(json.loads((await saved.path()).read_bytes())["log"]["entries"]) == count
+
+
+async def test_secrets_are_shown_when_asked_for(browser: Browser) -> None:
+    async with inspector() as (page, client):
+        samples = Samples(client).fill()
+        async with opened(browser, page, f"#{samples['form'].id}") as tab:
+            await expect(tab.locator("#request pre")).to_contain_text("password = •••")
+            content = await tab.content()
+            assert not [secret for secret in ("hunter2", "3b1f", "9c0e", "whsec", "sk_test") if secret in content]
+            await tab.get_by_role("button", name="Show secrets").click()
+            await expect(tab.locator("#request pre")).to_contain_text("password = hunter2")
+            await expect(tab.locator("#request dl")).to_contain_text("session=3b1f")
+            await expect(tab.locator("#response dl")).to_contain_text("session=9c0e")
+            await expect(tab.locator("#reveal")).to_have_attribute("aria-pressed", "true")
+            await tab.get_by_role("button", name="Show secrets").click()
+            await expect(tab.locator("#request pre")).to_contain_text("password = •••")
+
+
+async def test_pause_holds_and_clear_empties_the_list(browser: Browser) -> None:
+    async with inspector() as (page, client):
+        samples = Samples(client)
+        samples.add("GET", "/before", 200)
+        async with opened(browser, page) as tab:
+            await expect(tab.locator("#rows tr")).to_have_count(1)
+            await tab.get_by_role("button", name="Pause").click()
+            await expect(tab.get_by_role("button", name="Pause")).to_have_attribute("aria-pressed", "true")
+            samples.add("GET", "/meanwhile", 200)
+            async with tab.expect_response("**/api/exchanges/1?*"):
+                await tab.get_by_role("link", name="/before").click()
+            assert await paths(tab) == ["/before"]
+            await tab.get_by_role("button", name="Pause").click()
+            await expect(tab.locator("#rows tr")).to_have_count(2)
+            await tab.get_by_role("button", name="Clear").click()
+            await expect(tab.locator("#none")).to_contain_text("Waiting for the first request")
+            assert not client.log.exchanges
+            await expect(tab.get_by_role("heading", name="GET /before")).to_be_visible()  # what is open stays open
+
+
+async def test_the_page_is_cheap_under_load(browser: Browser) -> None:
+    """One poll in half a second whatever happens, a hundred rows, and nothing at all while nobody looks."""
+    async with inspector() as (page, client):
+        samples = Samples(client)
+        for n in range(600):
+            samples.add("GET", f"/{n}", 200)
+        async with opened(browser, page) as tab:
+            await expect(tab.locator("#rows tr")).to_have_count(100)
+            assert (await paths(tab))[0] == "/599"
+            polls: list[float] = []
+            tab.on("request", lambda request: polls.append(asyncio.get_running_loop().time()))
+            for n in range(3):
+                async with tab.expect_response("**/api/exchanges?*"):
+                    samples.add("GET", f"/more/{n}", 200)
+                samples.add("GET", "/right after", 200)
+            await eventually(lambda: len(polls) >= 4)
+            assert min(b - a for a, b in zip(polls[1:], polls[2:], strict=False)) > 0.35
+            assert await tab.locator("#rows tr").count() == 100
+            await tab.get_by_role("button", name="Show older ones").click()
+            await expect(tab.locator("#rows tr")).to_have_count(200)
+            await tab.evaluate(
+                "Object.defineProperty(document, 'hidden', {value: true, configurable: true});"
+                "document.dispatchEvent(new Event('visibilitychange'))"
+            )
+            polls.clear()
+            samples.add("GET", "/unseen", 200)
+            assert (await ask(page)).status == 200
+            await tab.evaluate("new Promise(resolve => setTimeout(resolve, 700))")  # the time of a poll
+            assert not polls
+            await tab.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
+            await expect(tab.get_by_role("link", name="/unseen")).to_be_visible()
+
+
+async def test_the_page_says_how_the_link_is(browser: Browser) -> None:
+    async with inspector() as (page, client), opened(browser, page) as tab:
+        await expect(tab.get_by_role("status").first).to_have_text("Connected")
+        client.problem, client.retry_at = "the server hung up", asyncio.get_running_loop().time() + 25
+        client.log.touch()
+        await expect(tab.locator("#state")).to_have_text("Reconnecting: the server hung up")
+        await expect(tab.locator("#retry")).to_have_text(re.compile("again in 2[0-9] s"))
+        client.problem = ""
+        client.log.touch()
+        await expect(tab.locator("#state")).to_have_text("Connected")
+        await expect(tab.locator("#retry")).to_have_text("")
+
+
+async def test_the_page_outlives_its_client_and_finds_the_next_one(browser: Browser) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        first = contextlib.AsyncExitStack()
+        page, client = await first.enter_async_context(inspector())
+        Samples(client).add("GET", "/kept", 200)
+        refused = "Failed to load resource: .*(ERR_CONNECTION|403|ERR_EMPTY_RESPONSE)"
+        tab = await stack.enter_async_context(opened(browser, page, expected=refused))
+        await expect(tab.locator("#rows tr")).to_have_count(1)
+        await first.aclose()
+        await expect(tab.locator("#state")).to_have_text("The client has ended; this page waits for the next one")
+        assert await paths(tab) == ["/kept"]
+        again, other = await stack.enter_async_context(inspector(page.port))
+        assert again.token != page.token
+        Samples(other).add("GET", "/of the next one", 200)
+        await expect(tab.locator("#rows th")).to_have_text(["/of the next one"])
+        await expect(tab.locator("#state")).to_have_text("Connected")
+
+
+async def test_o5_hostile_content_is_inert(browser: Browser) -> None:
+    async with inspector() as (page, client):
+        samples = Samples(client)
+        hostile = HOSTILE.encode()
+        client.urls = ["javascript:alert(1)"]
+        client.problem = f"<img src=x onerror=alert(1)>{HOSTILE}"
+        fields = [(b"X-<script>", hostile), (b"X-Latin", b"\xff"), (b"Location", b"javascript:alert(1)")]
+        kinds = [b"text/html", b"application/json", b"image/svg+xml", b"image/png", b"application/x-www-form-urlencoded"]
+        svg = b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"><script>alert(1)</script><image href="http://evil.test/"/></svg>\xff'
+        for kind in kinds:
+            body = b'{"' + hostile + b'": "' + hostile + b'"}'
+            e = samples.add("GET", "/" + HOSTILE, 200, kind, svg if b"image" in kind else body, headers=fields, sent=b"a=" + hostile, fields=fields)
+            e.error, e.reason = HOSTILE, HOSTILE
+        socket = samples.begin("GET", "/live", [(b"Upgrade", b"websocket")])
+        samples.respond(socket, 101, b"", 0.1, (b"Upgrade", b"websocket"))
+        client.log.send(socket, frame(1, hostile[:100]), samples.now)
+        async with opened(browser, page, "#1") as tab:
+            shape = {await tab.evaluate("[document.scripts.length, document.images.length, document.links.length]+''")}
+            for number in range(1, 7):
+                await tab.evaluate(f"location.hash = '#{number}'")
+                await expect(tab.locator("#facts")).to_contain_text(f"#{number} at")
+                shown = await tab.locator("body").inner_text()
+                assert "\u202e" not in shown and "\x1b" not in shown
+                assert "\\u{202e}gnp.exe\\u{1b}[31m" in shown
+                assert await tab.locator("script").count() == 1
+                assert await tab.locator("img:not([src^='blob:'])").count() == 0
+                assert await tab.locator("[onload], [onerror], [href^='javascript:'], iframe, object, embed").count() == 0
+            assert shape
+            await expect(tab.locator("#notes")).to_contain_text("<script>alert(1)</script>")
+            tags = await tab.evaluate("[...new Set([...document.body.querySelectorAll('*')].map(node => node.localName))].sort()")
+            assert not set(tags) & {"svg", "iframe", "object", "embed", "b"}
+
+
+async def test_the_policy_stops_what_would_get_in(browser: Browser) -> None:
+    """The page sets text only; were there a hole in that, no script, style or picture would come through it."""
+    async with inspector() as (page, _), opened(browser, page, expected="Content Security Policy|TrustedHTML") as tab:
+        for hole in (
+            "document.body.innerHTML = '<img src=x onerror=alert(1)>'",
+            "document.body.insertAdjacentHTML('beforeend', '<b>x</b>')",
+            "document.write('<script>alert(1)</script>')",
+        ):
+            with pytest.raises(Exception, match="TrustedHTML"):
+                await tab.evaluate(hole)
+        loaded = await tab.evaluate(
+            """async () => {
+                const image = Object.assign(new Image(), {src: "http://evil.test/x"})
+                const failed = new Promise(resolve => { image.onerror = () => resolve("no"), image.onload = () => resolve("yes") })
+                document.body.append(image)
+                const sent = await fetch("http://evil.test/x", {mode: "no-cors"}).then(() => "yes", () => "no")
+                return [await failed, sent]
+            }"""
+        )
+        assert loaded == ["no", "no"]
+
+
+# ---------------------------------------------------------------------------------------- For all eyes, hands and screens
+
+CONTRAST = """() => {  // the least contrast of text with what is behind it (WCAG 2.2, 1.4.3), and where it is
+  const parse = color => {
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true})
+    canvas.fillStyle = color
+    canvas.fillRect(0, 0, 1, 1)
+    return [...canvas.getImageData(0, 0, 1, 1).data]
+  }
+  const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, n) => sum + v * [.2126, .7152, .0722][n], 0)
+  const behind = node => {
+    for (; node; node = node.parentElement) {
+      const color = parse(getComputedStyle(node).backgroundColor)
+      if (color[3] === 255) return color
+    }
+    return parse(matchMedia("(prefers-color-scheme: dark)").matches ? "#0f0f12" : "#fff")
+  }
+  const found = []
+  for (const node of document.querySelectorAll("body *")) {
+    const own = [...node.childNodes].some(child => child.nodeType === 3 && child.data.trim()) || /INPUT|TEXTAREA/.test(node.tagName)
+    if (!own || !node.checkVisibility({visibilityProperty: true}) || node.closest(".unseen, script, style")) continue
+    const [a, b] = [luminance(parse(getComputedStyle(node).color)), luminance(behind(node))]
+    found.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), `${node.localName}.${node.className} ${node.textContent.slice(0, 30)}`])
+  }
+  return found.sort((a, b) => a[0] - b[0])[0]
+}"""
+UNNAMED = """() => [...document.querySelectorAll("button, input, textarea, a, [tabindex='0'], img, dialog")].filter(node =>
+  !(node.ariaLabel || node.textContent.trim() || node.alt || node.labels?.length || node.hasAttribute("aria-labelledby"))
+).map(node => node.outerHTML)"""
+SMALL = """() => [...document.querySelectorAll("button, input, textarea, tbody a")].filter(node => node.checkVisibility() &&
+  Math.min(node.getBoundingClientRect().width, (node.closest("tr") ?? node).getBoundingClientRect().height) < 24
+).map(node => node.outerHTML)"""
+OVERFLOWING = """() => [...document.querySelectorAll("body *")].filter(node => node.checkVisibility() && !node.closest(".unseen, pre, #notes")
+  && (node.getBoundingClientRect().right > innerWidth + 0.5 || node.getBoundingClientRect().left < -0.5)).map(node => node.outerHTML.slice(0, 200))"""
+
+
+def pixels(image: bytes) -> tuple[int, int, list[bytes]]:
+    """Width, height and rows of a PNG of Chromium's: eight bits a sample, three or four samples a pixel."""
+    width, height, _, kind = struct.unpack_from(">IIBB", image, 16)
+    at, data = 8, b""
+    while at < len(image):
+        size = int.from_bytes(image[at : at + 4])
+        data += image[at + 8 : at + 8 + size] if image[at + 4 : at + 8] == b"IDAT" else b""
+        at += size + 12
+    step = {2: 3, 6: 4}[kind]
+    raw, rows, before = zlib.decompress(data), [], bytearray(width * step)
+    for y in range(height):
+        start = y * (width * step + 1)
+        filter_, line = raw[start], bytearray(raw[start + 1 : start + 1 + width * step])
+        for n in range(len(line)):
+            left, up, corner = line[n - step] if n >= step else 0, before[n], before[n - step] if n >= step else 0
+            if filter_ == 4:
+                guess = left + up - corner
+                distances = abs(guess - left), abs(guess - up), abs(guess - corner)
+                line[n] = (line[n] + (left, up, corner)[distances.index(min(distances))]) & 255
+            elif filter_:
+                line[n] = (line[n] + (0, left, up, (left + up) // 2)[filter_]) & 255
+        before = line
+        rows.append(b"".join(bytes(line[n : n + 3]) for n in range(0, len(line), step)))
+    return width, height, rows
+
+
+VIEWS = ["empty", "list", "json", "image", "socket", "failed", "edit", "help", "diff"]
+
+
+@pytest.mark.parametrize("width", [360, 1600])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_it_looks_right(browser: Browser, tmp_path: Path, scheme: str, width: int) -> None:
+    """Each view in each scheme and width: readable, named, inside the window, large enough to touch."""
+    async with replayable() as (page, client, _), opened(browser, page, width=width, color_scheme=scheme) as tab:
+        samples: dict[str, Any] = {}
+        for view in VIEWS:
+            if view == "list":
+                samples = Samples(client).fill()
+                Samples(client).add("GET", "/long/" + "segment" * 60, 200, b"text/plain", b"x" * 900, headers=[(b"X-Long", b"y" * 500)])
+                await expect(tab.locator("#rows tr")).to_have_count(len(client.log.exchanges))
+            elif view == "edit":
+                await tab.evaluate(f"location.hash = '#{samples['error'].id}'")
+                await expect(tab.locator("#title")).to_have_text("POST /api/checkout")
+                await tab.get_by_role("button", name="Edit and replay").click()
+                await expect(tab.get_by_label("Method")).to_be_focused()
+            elif view == "diff":
+                await tab.get_by_role("button", name="Replay", exact=True).click()
+                await expect(tab.locator("#diff")).to_be_visible()
+            elif view == "help":
+                await tab.keyboard.press("Escape")
+                await tab.keyboard.press("Escape")
+                await tab.get_by_role("button", name="Help").click()
+            elif view != "empty":
+                await tab.evaluate(f"location.hash = '#{samples[view].id}'")
+                await expect(tab.locator("#facts")).to_contain_text(f"#{samples[view].id} at")
+            await tab.screenshot(path=tmp_path / f"{view}-{scheme}-{width}.png")
+            if view == "help":
+                await tab.keyboard.press("Escape")
+                await tab.evaluate(f"location.hash = '#{samples['error'].id}'")
+                await expect(tab.locator("#title")).to_be_visible()
+                continue
+            ratio, where = await tab.evaluate(CONTRAST)
+            assert ratio >= 4.5, (view, where, ratio)
+            assert await tab.evaluate(UNNAMED) == [], view
+            assert await tab.evaluate(SMALL) == [], view
+            assert await tab.evaluate(OVERFLOWING) == [], view
+            assert await tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+        both = await tab.locator("#list").is_visible() and await tab.locator("#detail").is_visible()
+        assert both == (width == 1600)
+        wide, high, rows = pixels((tmp_path / f"list-{scheme}-{width}.png").read_bytes())
+        assert (wide, high) == (width, 900)
+        light = sum(map(sum, rows)) / (wide * high * 3 * 255)
+        assert light < 0.2 if scheme == "dark" else light > 0.85
+
+
+async def test_at_360_list_and_detail_follow_each_other(browser: Browser) -> None:
+    async with inspector() as (page, client):
+        Samples(client).fill()
+        async with opened(browser, page, width=360) as tab:
+            await tab.get_by_role("link", name="/api/checkout").click()
+            await expect(tab.get_by_role("heading", name="POST /api/checkout")).to_be_visible()
+            await expect(tab.locator("#list")).to_be_hidden()
+            await tab.get_by_role("button", name="← All").click()
+            await expect(tab.get_by_role("link", name="/api/checkout")).to_be_focused()
+            await expect(tab.locator("#detail")).to_be_hidden()
+            await tab.go_back()
+            await expect(tab.get_by_role("heading", name="POST /api/checkout")).to_be_visible()
+
+
+async def test_who_hears_the_page_is_told_now_and_then(browser: Browser) -> None:
+    """Not one announcement for each request, and none that a countdown repeats."""
+    async with inspector() as (page, client), opened(browser, page) as tab:
+        live = await tab.evaluate("[...document.querySelectorAll('[role=status], output, [aria-live]')].map(node => node.id)")
+        assert live == ["state", "news", "toast"]
+        await tab.evaluate("heard = []; new MutationObserver(() => heard.push(1)).observe(document.getElementById('news'), {childList: true})")
+        samples = Samples(client)
+        for n in range(3):
+            samples.add("GET", f"/{n}", 200)
+            await expect(tab.locator("#rows tr")).to_have_count(n + 1)
+        assert await tab.evaluate("heard.length") <= 1
+
+
+async def test_the_table_is_one_for_who_hears_it(browser: Browser) -> None:
+    async with inspector() as (page, client):
+        Samples(client).add("GET", "/a", 200)
+        async with opened(browser, page) as tab:
+            table = tab.get_by_role("table", name="Requests and their responses, the newest first")
+            for name in ("Status", "Method", "Path", "Time", "Size", "At"):
+                await expect(table.get_by_role("columnheader", name=name)).to_be_visible()
+            await expect(table.get_by_role("rowheader", name="/a")).to_be_visible()
+            assert await tab.evaluate("document.documentElement.lang") == "en"
+            await expect(tab.get_by_role("main")).to_have_count(1)
+            await expect(tab.get_by_role("banner")).to_have_count(1)
+
+
+# ---------------------------------------------------------------------------------------- A hostile page in the same browser
+
+ATTACK = """async ({base, token}) => {
+  const done = {}
+  const tries = {
+    read: () => fetch(base + "/api/exchanges").then(r => r.text()),
+    readPage: () => fetch(base + "/").then(r => r.text()),
+    readWithToken: () => fetch(base + "/api/exchanges", {headers: {"X-Pytunnel-Token": token}}).then(r => r.text()),
+    readBlindly: () => fetch(base + "/", {mode: "no-cors"}).then(r => r.type + r.status + r.headers.get("content-type")),
+    clear: () => fetch(base + "/api/clear", {method: "POST", mode: "no-cors"}).then(r => r.type),
+    stop: () => fetch(base + "/api/stop", {method: "POST", mode: "no-cors"}).then(r => r.type),
+    replayAsText: () => fetch(base + "/api/exchanges/1/replay", {method: "POST", mode: "no-cors", body: "{}"}).then(r => r.type),
+    replayAsJson: () => fetch(base + "/api/exchanges/1/replay", {method: "POST", body: "{}",
+      headers: {"Content-Type": "application/json"}}).then(r => r.text()),
+    beacon: async () => navigator.sendBeacon(base + "/api/clear", "{}"),
+    image: () => new Promise(resolve => {
+      const image = new Image()
+      image.onload = () => resolve("loaded")
+      image.onerror = () => resolve("failed")
+      image.src = base + "/api/exchanges/1/body?which=response"
+    }),
+    script: () => new Promise(resolve => {
+      const script = document.createElement("script")
+      script.onload = () => resolve("loaded")
+      script.onerror = () => resolve("failed")
+      script.src = base + "/api/exchanges"
+      document.head.append(script)
+    }),
+    socket: () => new Promise(resolve => {
+      const socket = new WebSocket(base.replace("http", "ws") + "/api/exchanges")
+      socket.onopen = () => resolve("opened")
+      socket.onerror = () => resolve("failed")
+    }),
+    events: () => new Promise(resolve => {
+      const events = new EventSource(base + "/api/exchanges")
+      events.onopen = () => resolve("opened")
+      events.onerror = () => { events.close(); resolve("failed") }
+    }),
+    frame: () => new Promise(resolve => {
+      const frame = document.createElement("iframe")
+      frame.onload = () => {
+        try { resolve("loaded " + frame.contentDocument.body.textContent) } catch (error) { resolve("failed") }
+      }
+      frame.src = base + "/"
+      document.body.append(frame)
+    }),
+    form: () => new Promise(resolve => {
+      const target = Object.assign(document.createElement("iframe"), {name: "target"})
+      const form = Object.assign(document.createElement("form"),
+        {method: "POST", action: base + "/api/exchanges/1/replay", enctype: "text/plain", target: "target"})
+      form.append(Object.assign(document.createElement("input"), {name: '{"method":"DELETE","x":"', value: '"}'}))
+      target.onload = () => resolve("sent")
+      document.body.append(target, form)
+      form.submit()
+    }),
+  }
+  for (const name in tries) done[name] = await tries[name]().catch(error => "failed")
+  return done
+}"""
+
+
+class Watched(Inspector):
+    """An inspector that remembers what it was asked and what it answered."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.answers: list[tuple[str, str, int]] = []
+
+    async def _handle(self, request: Any) -> Any:
+        answer = await super()._handle(request)
+        self.answers.append((request.method, request.path, answer.status))
+        return answer
+
+
+@contextlib.asynccontextmanager
+async def attacked() -> AsyncIterator[tuple[Watched, TunnelClient, RawOrigin]]:
+    """A watched inspector with one exchange; afterwards it is still there, and nothing was replayed or stopped."""
+    async with RawOrigin(response()) as origin:
+        client = TunnelClient("http://localhost", "token", [Tunnel("web", Target.parse(f"localhost:{origin.port}"))])
+        Samples(client).add("GET", "/a?token=t", 200, b"image/png", png(4, 4))
+        page = Watched(client, port=0, on_stop=client.stop)
+        await page.start()
+        try:
+            yield page, client, origin
+            assert list(client.log.exchanges) == [1]
+            assert not client._stopping.is_set()
+            assert not origin.requests
+            assert page.answers and {status for _, _, status in page.answers} == {403}
+        finally:
+            await page.close()
+
+
+@pytest.mark.parametrize("host", ["evil.test", "localhost", "127.0.0.1"])
+async def test_a_hostile_page_can_neither_read_nor_replay_nor_clear(browser: Browser, host: str) -> None:
+    """Served from another site, and from another port of this machine."""
+    html = response(b"<!doctype html><title>evil</title>", 200, [(b"Content-Type", b"text/html")])
+    async with RawOrigin(html) as evil, attacked() as (page, _, _), await browser.new_context() as context:
+        tab = await context.new_page()
+        await tab.goto(f"http://{host}:{evil.port}/")
+        for base in (page.url, f"http://localhost:{page.port}"):
+            before = len(page.answers)
+            done = await tab.evaluate(ATTACK, {"base": base, "token": page.token})
+            sent = done.pop("form"), done.pop("beacon"), done.pop("clear"), done.pop("stop"), done.pop("replayAsText")
+            assert sent == ("sent", True, "opaque", "opaque", "opaque")  # and refused, as the log shows
+            assert set(done.values()) <= {"failed", "opaque0null"}
+            reached = {(method, path) for method, path, _ in page.answers[before:]}
+            assert {("POST", "/api/clear"), ("POST", "/api/stop"), ("POST", "/api/exchanges/1/replay")} <= reached
+            assert {("GET", "/"), ("GET", "/api/exchanges"), ("OPTIONS", "/api/exchanges")} <= reached
+
+
+async def test_a_name_that_was_pointed_here_gets_nothing(browser: Browser) -> None:
+    """DNS rebinding: to the browser the hostile page and the inspector are one origin; only Host tells."""
+    async with attacked() as (page, _, _), await browser.new_context() as context:
+        tab = await context.new_page()
+        base = f"http://evil.test:{page.port}"
+        answer = await tab.goto(base + "/")
+        assert answer is not None and answer.status == 403
+        read = await tab.evaluate(
+            """async ({base, token}) => {
+                const headers = {"X-Pytunnel-Token": token}
+                const ask = async (path, options) => (await fetch(base + path, options)).text()
+                return [await ask("/"), await ask("/api/exchanges", {headers}), await ask("/api/exchanges/1?reveal=1", {headers}),
+                  await ask("/api/exchanges/1/replay", {method: "POST", body: "{}", headers}),
+                  await ask("/api/clear", {method: "POST", headers}), await ask("/api/stop", {method: "POST", headers})]
+            }""",
+            {"base": base, "token": page.token},
+        )
+        assert read == ['{"error": "not this host"}'] * 6
