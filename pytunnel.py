@@ -3595,9 +3595,7 @@ async def _connect(options: argparse.Namespace, console: Console) -> int:
         console.emit(event, **fields)
 
     if server.startswith("http:") and Origin.from_url(server).zone != "localhost":
-        console.stderr.write(
-            "warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://"
-        )
+        console.stderr.write("warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://")
     return await _run_client(TunnelClient(server, token, tunnels, insecure=options.insecure, on_event=emit), console)
 
 
