@@ -36,6 +36,7 @@ A link is a WebSocket at `GET /_pytunnel/link`, subprotocol `pytunnel.1`. The ha
     0 DATA      a chunk, at most 256 KiB               END                 yes
     1 HEAD      status, reason, name, value, ...       END, INTERIM        yes
     2 OPEN      tunnel index (16 bits), kind (8 bits), END                 yes
+                ms waited on the server (32 bits),
                 method, target, name, value, ...
     3 RESET     code (16 bits), reason                                     yes
     6 PING      8 opaque bytes, link-level                                 no
@@ -62,6 +63,7 @@ HTTP/1.1 messages
 Handshake
 Exchanges
 Views
+Screen
 State
 Link
 Registry
@@ -72,10 +74,12 @@ Forwarding
 Client
 Files
 Inspector
+Terminal
 Demo
 Settings
 Running clients
 Python API
+Doctor
 Console
 Commands
 Command line
@@ -94,6 +98,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
 
 import argparse
 import asyncio
+import atexit
 import base64
 import codecs
 import collections
@@ -103,6 +108,7 @@ import difflib
 import email.utils
 import enum
 import fnmatch
+import functools
 import hashlib
 import hmac
 import html
@@ -111,6 +117,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import queue
@@ -124,12 +131,15 @@ import ssl
 import stat
 import struct
 import subprocess
+import textwrap
 import threading
 import time
 import tomllib
+import unicodedata
 import urllib.parse
 import zlib
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -142,7 +152,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
     import aiohttp
@@ -208,6 +218,10 @@ BACKOFF_MAX = 30.0
 STABLE = 2.0  # seconds a link must hold before its loss is answered by a dial at once
 CLOCK_JUMP = 5.0  # seconds between the wall and the monotonic clock that mean this machine has slept
 
+CHECK_TIMEOUT = 5.0  # seconds for each of doctor's checks
+MAX_SKEW = 60.0  # seconds between this machine's clock and the server's before doctor minds
+EXPIRES_SOON = 7 * 86400.0  # seconds that a certificate is still good for when doctor begins to mind
+
 MAX_LINES = 1000  # lines of output that wait for a slow reader
 MAX_EXCHANGES = 500  # exchanges the client's log keeps
 MAX_PREFIX = 256 * KiB  # bytes of each body that are kept with them
@@ -215,6 +229,12 @@ MAX_LOG = 32 * MiB  # bytes of heads and bodies in the log; the oldest exchanges
 MAX_NOTE = 512  # bytes kept of a WebSocket message or an event
 MAX_NOTES = 64  # of these in one exchange, the last ones
 MAX_VIEW = 1 * MiB  # bytes of a body that are unpacked for a person to see, whatever a bomb holds
+MAX_MARKS = 3  # combining marks shown on one character; Vietnamese needs 2, a flood brings a thousand
+MAX_SHOWN = 5000  # lines of a body in the terminal view
+FRAME = 0.1  # seconds between two frames of the terminal view, at least
+ESCAPE = 0.05  # seconds until an ESC that nothing follows is the key
+NOTICE = 5.0  # seconds a notice shows
+MAX_CLIPBOARD = 100_000  # characters of base64 that go to the terminal: many take no more at a time
 REPLAY_TIMEOUT = 30.0  # seconds a replayed request may take: an event stream would take for ever
 
 LOCAL_CONNECT_TIMEOUT = 5.0  # seconds to connect to the local service
@@ -243,8 +263,7 @@ def escape(text: str | bytes, limit: int = 200) -> str:
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
     if not (text.isascii() and text.isprintable()):
-        kept = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
-        text = "".join(kept)
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -415,7 +434,7 @@ class _Rule(NamedTuple):
 FRAME_RULES: dict[int, _Rule] = {
     FrameType.DATA: _Rule(0, MAX_DATA, END, True),
     FrameType.HEAD: _Rule(1, MAX_HEAD, END | INTERIM, True),
-    FrameType.OPEN: _Rule(3, MAX_HEAD, END, True),
+    FrameType.OPEN: _Rule(7, MAX_HEAD, END, True),
     FrameType.RESET: _Rule(2, MAX_CONTROL, 0, True),
     FrameType.PING: _Rule(8, 8, 0, False),
     FrameType.GOAWAY: _Rule(2, MAX_CONTROL, 0, False),
@@ -508,8 +527,6 @@ class FrameDecoder:
 class SendWindow:
     """What may still be sent."""
 
-    __slots__ = ("credit",)
-
     def __init__(self, size: int) -> None:
         self.credit = size
 
@@ -527,8 +544,6 @@ class SendWindow:
 
 class ReceiveWindow:
     """What the peer may still send."""
-
-    __slots__ = ("_consumed", "credit", "size")
 
     def __init__(self, size: int) -> None:
         self.size = self.credit = size
@@ -602,7 +617,7 @@ class Kind(enum.IntEnum):
     UPGRADE = 1  # HTTP; a raw byte pipe after a 101
 
 
-OPEN_HEADER = struct.Struct(">HB")  # tunnel index, Kind; the request head follows
+OPEN_HEADER = struct.Struct(">HBI")  # tunnel index, Kind, ms waited on the server; the request head follows
 
 
 class _SessionStream:
@@ -618,9 +633,6 @@ class _SessionStream:
         self.ready = False  # is in the queue of those that may send
         self.headed = headed  # DATA may arrive
         self.interims = 0
-
-    def can_send(self) -> bool:
-        return self.send.credit > 0 if self.pending else self.ending or self.reset is not None
 
     def take(self, limit: int) -> bytes | memoryview:
         """Remove and return up to `limit` bytes of what is pending."""
@@ -677,9 +689,8 @@ class Session:
         self._acked = 0  # counted frames that the peer acknowledged
         self._replay: collections.deque[bytes] = collections.deque()  # of those, what this link has still to carry
         self._pings: list[bytes] = []  # PONGs and a PING to send
-        self._ack_due = False
+        self._bytes_to_ack = 0  # from ACK_BYTES on, an ACK is due
         self._ack_deadline: float | None = None
-        self._bytes_to_ack = 0
         self._heard_at = self._pinged_at = 0.0  # the PING is not answered while its time is the later one
 
     # Streams
@@ -694,20 +705,22 @@ class Session:
         """Number of streams that are not closed."""
         return len(self._streams)
 
-    def open_stream(self, tunnel: int, kind: Kind, head: bytes, *, end: bool = False) -> int:
-        """Open a stream with a request head and return its id. Raises StreamReset when there is no room for it."""
+    def open_stream(self, tunnel: int, kind: Kind, head: bytes, *, end: bool = False, waited: float = 0.0) -> int:
+        """Open a stream with a request head and return its id. Raises StreamReset when there is no room for it.
+
+        `waited` tells the client how many seconds the request has been on the server.
+        """
         assert self.is_server
+        if self._last_id >= MAX_STREAM_ID and not self.leaving:
+            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
         if self.goaway or self.leaving:
             raise StreamReset(ErrorCode.SHUTDOWN, "the session is ending")
         if len(self._streams) >= self.max_streams:
             raise StreamReset(ErrorCode.REFUSED, f"{self.max_streams} streams are open")
         if self._unacked_bytes + self._control_bytes > MAX_UNACKED:
             raise StreamReset(ErrorCode.REFUSED, "the link is congested")
-        if self._last_id >= MAX_STREAM_ID:
-            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
-            raise StreamReset(ErrorCode.SHUTDOWN, "stream ids are used up")
         stream = self._add_stream(self._last_id + 1)
-        payload = OPEN_HEADER.pack(tunnel, kind) + head
+        payload = OPEN_HEADER.pack(tunnel, kind, round(waited * 1000)) + head
         self._send_control(FrameType.OPEN, END if end else 0, stream.id, payload)
         if end:
             self._transition(stream, Input.SEND_END)
@@ -768,7 +781,7 @@ class Session:
         self._replay = self._unacked.copy()
         self._decoder = FrameDecoder()
         self._pings.clear()
-        self._ack_due, self._ack_deadline = False, None
+        self._bytes_to_ack, self._ack_deadline = 0, None  # the handshake has told it
         self._heard_at = now
         self.connected = True
 
@@ -789,7 +802,7 @@ class Session:
         if not self.connected:
             return False
         if self._ack_deadline is not None and now >= self._ack_deadline:
-            self._ack_due, self._ack_deadline = True, None
+            self._bytes_to_ack, self._ack_deadline = ACK_BYTES, None
         if self._pinged_at > self._heard_at:
             return now >= self._pinged_at + PING_TIMEOUT
         if now >= self._heard_at + PING_INTERVAL:
@@ -812,9 +825,9 @@ class Session:
         if not self._replay:
             room = self._take_control(out, room)
             self._take_data(out, room)
-        if self._ack_due or (out and self._ack_deadline is not None):
+        if self._bytes_to_ack >= ACK_BYTES or (out and self._ack_deadline is not None):
             out.append(encode_frame(FrameType.ACK, 0, 0, self.received.to_bytes(8, "big")))
-            self._ack_due, self._ack_deadline, self._bytes_to_ack = False, None, 0
+            self._bytes_to_ack, self._ack_deadline = 0, None
         return b"".join(out)
 
     def receive_data(self, data: bytes, now: float) -> list[Frame]:
@@ -828,16 +841,15 @@ class Session:
             self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
             if self._receive(frame):
                 events.append(frame)
-        if self._bytes_to_ack >= ACK_BYTES:
-            self._ack_due = True
-        elif self._bytes_to_ack and not self._ack_due and self._ack_deadline is None:
+        if 0 < self._bytes_to_ack < ACK_BYTES and self._ack_deadline is None:
             self._ack_deadline = now + ACK_DELAY
         return events
 
     @property
     def has_data_to_send(self) -> bool:
         """Whether `data_to_send` is worth a call."""
-        return bool(self._ack_due or self._control or self._ready or self._credits or self._replay or self._pings)
+        waiting = self._control or self._ready or self._credits or self._replay or self._pings
+        return bool(waiting) or self._bytes_to_ack >= ACK_BYTES
 
     @property
     def between_frames(self) -> bool:
@@ -893,7 +905,8 @@ class Session:
         return len(frame)
 
     def _make_ready(self, stream: _SessionStream) -> None:
-        if not stream.ready and stream.id in self._streams and stream.can_send():
+        can_send = stream.send.credit > 0 if stream.pending else stream.ending or stream.reset is not None
+        if can_send and not stream.ready and stream.id in self._streams:
             stream.ready = True
             self._ready.append(stream)
 
@@ -1235,19 +1248,16 @@ class ResponseParser:
             else:
                 self.keep_alive, self._until_close = False, True
                 while True:
-                    yield from self._read_content(len(self.excess))
+                    yield from self._read_content(len(self.excess) - self._start)
                     yield
         self.done = True
 
     def _read_head(self) -> Generator[None, None, tuple[ResponseHead, bool]]:
-        while (end := self.excess.find(b"\r\n\r\n", self._start)) < 0:
-            self._check_length(len(self.excess) - 3, MAX_HEAD, "response head")
-            if not b"HTTP/1.".startswith(self.excess[self._start : self._start + 7]):
-                raise MessageError("not an HTTP/1 response", 502)
+        while b"HTTP/1.".startswith(self.excess[self._start :]):  # anything else is refused without waiting for its end
             yield
-        self._check_length(end, MAX_HEAD, "response head")
-        status_line, *lines = self.excess[self._start : end].split(b"\r\n")
-        self._start = end + 4
+        if not self.excess.startswith(b"HTTP/1.", self._start):
+            raise MessageError("not an HTTP/1 response", 502)
+        status_line, *lines = (yield from self._read_until(b"\r\n\r\n", MAX_HEAD, "response head")).split(b"\r\n")
         match = _STATUS_LINE.fullmatch(status_line)
         if not match or any(b"\0" in line for line in lines):
             raise MessageError("not an HTTP/1 response", 502)
@@ -1265,16 +1275,16 @@ class ResponseParser:
     def _read_chunks(self) -> Generator[None]:
         size = None
         while size != 0:
-            match = _CHUNK_SIZE.fullmatch((yield from self._read_line("chunk size")))
+            match = _CHUNK_SIZE.fullmatch((yield from self._read_until(b"\r\n", MAX_CONTROL, "chunk size")))
             if not match:
                 raise MessageError("not a chunk size", 502)
             size = int(match[1], 16)
             if size:
                 yield from self._read_content(size)
-                yield from self._read_line("chunk's end", 0)
+                yield from self._read_until(b"\r\n", 0, "chunk's end")
         # Trailers are dropped (RFC 9110 section 6.5.1 allows it); they never become header fields.
         for _ in range(MAX_FIELDS):
-            if not (yield from self._read_line("trailer")):
+            if not (yield from self._read_until(b"\r\n", MAX_CONTROL, "trailer")):
                 return
         raise MessageError(f"more than {MAX_FIELDS} trailers", 502)
 
@@ -1289,18 +1299,17 @@ class ResponseParser:
                 return
             yield
 
-    def _read_line(self, what: str, limit: int = MAX_CONTROL) -> Generator[None, None, bytes]:
-        while (end := self.excess.find(b"\r\n", self._start)) < 0:
-            self._check_length(len(self.excess) - self.excess.endswith(b"\r"), limit, what)
+    def _read_until(self, mark: bytes, limit: int, what: str) -> Generator[None, None, bytes]:
+        while True:
+            end = self.excess.find(mark, self._start)
+            least = end if end >= 0 else len(self.excess) - len(mark) + 1
+            if least - self._start > limit:
+                raise MessageError(f"a {what} over {limit} bytes", 502)
+            if end >= 0:
+                break
             yield
-        self._check_length(end, limit, what)
-        line = self.excess[self._start : end]
-        self._start = end + 2
-        return line
-
-    def _check_length(self, end: int, limit: int, what: str) -> None:
-        if end - self._start > limit:
-            raise MessageError(f"a {what} over {limit} bytes", 502)
+        start, self._start = self._start, end + len(mark)
+        return self.excess[start:end]
 
 
 class ResponseEncoder:
@@ -1309,15 +1318,11 @@ class ResponseEncoder:
     def __init__(self, method: bytes, *, http11: bool, keep_alive: bool) -> None:
         self.keep_alive = keep_alive
         self.started = False  # the final head has been encoded
+        self.until_close = False  # only the connection's end tells the visitor where the content ends
         self._method, self._http11 = method, http11
         self._body = True
         self._chunked = False
         self._remaining: int | None = None
-
-    @property
-    def until_close(self) -> bool:
-        """Whether only the connection's end tells the visitor where the content ends."""
-        return self._body and not self._chunked and self._remaining is None
 
     def head(self, head: ResponseHead, date: bytes, *, end: bool = False) -> bytes:
         """Return the head on the wire; `end` says that no content will come. Raises MessageError."""
@@ -1338,7 +1343,7 @@ class ResponseEncoder:
                 self._chunked = True
                 hop.append((b"Transfer-Encoding", b"chunked"))
             else:
-                self.keep_alive = False
+                self.keep_alive, self.until_close = False, True
         if head.status == 101:
             self.keep_alive = False
         elif not self.keep_alive:
@@ -1530,17 +1535,14 @@ class Origin(NamedTuple):
 
     @classmethod
     def from_url(cls, url: str) -> Origin:
-        """Derive it from what a client dialled. Raises MessageError.
-
-        A bare address has no names below it, so sslip.io lends its own; loopback has `.localhost`.
-        """
+        """Derive it from what a client dialled. Raises MessageError."""
         scheme, _, rest = url.partition("://")
         scheme = scheme.lower()
         if scheme not in ("http", "https"):
             raise MessageError("not an http or https URL")
         host, port = parse_host(rest.partition("/")[0])
         with contextlib.suppress(ValueError):
-            address = ipaddress.ip_address(host.strip("[]"))
+            address = ipaddress.ip_address(host.strip("[]"))  # has no names below it; sslip.io lends its own
             dashed = str(address).replace(".", "-").replace(":", "-")
             dashed = "0" * dashed.startswith("-") + dashed + "0" * dashed.endswith("-")  # `::` at an end
             host = "localhost" if address.is_loopback else f"{dashed}.sslip.io"
@@ -1661,7 +1663,7 @@ class Exchange:
     bytes_in: int = 0
     bytes_out: int = 0
     error: str = ""
-    waited: float = 0.0  # seconds on the server, for a client that was away
+    waited: float = 0.0  # seconds on the server before it was sent on, as while the client was away
     round_trip: float | None = None  # seconds, of the link
     answered: float | None = None  # when the local service's response began
     ended: float | None = None
@@ -1841,13 +1843,19 @@ def human_size(size: float) -> str:
 def indent_json(text: str) -> str:
     """Return JSON with a line for each member; tokens stay as they were written, and half a text is no error."""
     out: list[str] = []
-    depth, before = 0, ""
+    depth, before, room = 0, "", 4 * MAX_VIEW
+
+    def indent() -> str:  # while there is room: a text that only opens brackets must not fill memory
+        nonlocal room
+        room -= 2 * depth
+        return "\n" + "  " * depth if room > 0 else ""
+
     for token in _JSON_TOKEN.findall(text):
         depth -= token in ("}", "]") and depth > 0
         if token in ("}", "]"):
-            out.append("" if before in ("{", "[") else "\n" + "  " * depth)
+            out.append("" if before in ("{", "[") else indent())
         elif before in ("{", "[", ",") or (before and not depth):  # at depth 0 another document begins
-            out.append("\n" + "  " * depth)
+            out.append(indent())
         elif before == ":":
             out.append(" ")
         out.append(token)
@@ -1939,14 +1947,17 @@ def as_curl(exchange: Exchange, url: str, *, reveal: bool = False) -> str:
     skipped = {"host", "content-length", *(name.decode().lower() for name in OUR_FORWARDED)}
     for name, value in text_fields(exchange.request_headers, reveal=reveal):
         if name.lower() not in skipped:
-            words += ["-H", f"{name}: {value}"]
+            words += ["-H", f"{name}: {value}" if value else f"{name};"]
     before = ""
+    if body and not field_values(exchange.request_headers, b"content-type"):
+        words += ["-H", "Content-Type:"]
     try:
-        words += ["--data-raw", body.decode()] if body and b"\0" not in body else []
-        binary = b"\0" in body
+        text = body.decode()
     except UnicodeDecodeError:
-        binary = True
-    if binary:
+        text = "\0"
+    if body and "\0" not in text and len(body) < 100 * KiB:  # an argument that a kernel takes
+        words += ["--data-raw", text]
+    elif body:
         before = f"echo {base64.b64encode(body).decode()} | base64 -d | "
         words += ["--data-binary", "@-"]
     cut = f"  # only the first {len(body)} bytes of its content" if exchange.bytes_in > len(body) else ""
@@ -2021,6 +2032,493 @@ def diff(before: Exchange, after: Exchange) -> list[str]:
     return list(difflib.unified_diff(lines(before), lines(after), *names, lineterm=""))
 
 
+# ---- Screen ---------------------------------------------------------------------------------------------------------
+# What the terminal view shows: a snapshot in, lines out; keys in, actions out. Text from the network goes through
+# `printable`, and what may run from right to left, the path, stands last in its row: nothing takes another's place.
+
+Span = tuple[str, str]  # a style and a text
+Spans = list[Span]
+Action = Literal["quit", "replay", "copy", "export"]
+
+PALETTES: dict[int, dict[str, str]] = {  # by number of colours: SGR codes that both dark and light backgrounds bear
+    0: {"bold": "1", "key": "1", "selected": "7", "cursor": "7"},
+    16: {"muted": "2", "link": "1;36", "1xx": "35", "2xx": "32", "3xx": "36", "4xx": "33", "5xx": "31"},
+    256: {"muted": "38;5;244", "1xx": "38;5;97", "2xx": "38;5;28", "3xx": "38;5;31", "4xx": "38;5;166"},
+}
+PALETTES[16] = PALETTES[0] | PALETTES[16]
+PALETTES[256] = PALETTES[16] | PALETTES[256]
+
+_VARIANTS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # on these, terminals differ about the width
+_WIDENED = re.compile("[\u2630-\u2637\u268a-\u268f\u4dc0-\u4dff\U0001d300-\U0001d37f]")  # in Unicode 16: allow for both
+
+_KEYS = {"\r": "enter", "\n": "enter", "\t": "right", "\x1b": "escape", "\x7f": "backspace", "\b": "backspace"}
+_SEQUENCES = {
+    **{"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "Z": "left"},
+    **{"1~": "home", "4~": "end", "5~": "page up", "6~": "page down", "7~": "home", "8~": "end"},
+    **{"<64M": "wheel up", "<65M": "wheel down"},
+}
+_SEQUENCE = re.compile(r"\x1b(?:\[([0-9:;<=>?]{0,32})([@-~])|O([A-Z]))")
+_BEGINNING = re.compile(r"\x1b(?:\[[0-9:;<=>?]{0,32}|O)?")
+
+
+class KeyReader:
+    """Bytes from a terminal in, names of keys out, sliced anyhow."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._text = ""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether more is to come, unless it was the key Escape: then `flush` tells."""
+        return bool(self._text)
+
+    def feed(self, data: bytes) -> Iterator[str]:
+        """Yield the keys; a character is its own name."""
+        self._text += self._decoder.decode(data)
+        while self._text and not _BEGINNING.fullmatch(self._text):
+            match = _SEQUENCE.match(self._text)
+            if match:
+                parameters, final = match[1] or "", match[2] or match[3]
+                first = "" if final.isalpha() and final not in "Mm" else parameters.partition(";")[0]
+                key = _SEQUENCES.get(first + final, "")
+            else:
+                key = _KEYS.get(self._text[0], self._text[0])
+            self._text = self._text[match.end() if match else 1 :]
+            if key:
+                yield key
+
+    def flush(self) -> Iterator[str]:
+        """No more has come: an escape that stands alone is the key; the beginning of a sequence is nothing."""
+        alone, self._text = self._text == "\x1b", ""
+        yield from ["escape"] if alone else []
+
+
+def _cells(char: str) -> int:
+    """Return how many cells of a terminal a printable character takes, at the most."""
+    if unicodedata.category(char) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" or _WIDENED.match(char) else 1
+
+
+def width_of(text: str) -> int:
+    """Return how many cells a printable text takes."""
+    return len(text) if text.isascii() else sum(map(_cells, text))
+
+
+def printable(text: str | bytes, limit: int = MAX_FIELD) -> str:
+    """Return text from the network for a screen: escaped, and with few marks on a character, none on one of ours."""
+    text = escape(text, limit)
+    if text.isascii():
+        return text
+    kept, marks = [], MAX_MARKS
+    for char in _VARIANTS.sub("", text):
+        marks = 0 if _cells(char) else marks + 1
+        if marks <= MAX_MARKS:
+            kept.append(char)
+    return "".join(kept)
+
+
+def wrap(text: str, width: int) -> Iterator[str]:
+    """Cut a printable text into lines of at most `width` cells."""
+    if text.isascii():
+        yield from (text[at : at + width] for at in range(0, len(text) or 1, width))
+        return
+    start = used = 0
+    for at, char in enumerate(text):
+        cells = _cells(char)
+        if used + cells > width and at > start:
+            yield text[start:at]
+            start, used = at, 0
+        used += cells
+    yield text[start:]
+
+
+def fit(text: str, width: int) -> str:
+    """Cut a printable text to `width` cells, with a mark."""
+    if width_of(text) <= width:
+        return text
+    head = next(wrap(text, width - 1)) if width > 1 else ""
+    return (head if width_of(head) < width else "") + "…"[: max(0, width)]
+
+
+def paint(spans: Spans, width: int, palette: Mapping[str, str], *, selected: bool = False) -> str:
+    """Return a line of at most `width` cells; a selected one is filled and has one style."""
+    line = ""
+    for style, text in [*spans, ("", " " * width)] if selected else spans:
+        text = text[:width] if text.isspace() else fit(text, width)
+        code = "" if selected else palette.get(style, "")
+        line += f"\x1b[{code}m{text}\x1b[m" if code and text else text
+        width -= width_of(text)
+    return f"\x1b[{palette['selected']}m{line}\x1b[m" if selected else line
+
+
+def _flow(groups: Iterable[Spans], width: int, gap: str = "   ") -> list[Spans]:
+    """Lay groups of spans out on as few lines as `width` allows."""
+    lines: list[Spans] = []
+    left = 0
+    for group in groups:
+        size = sum(width_of(text) for _, text in group)
+        if not lines or left < size + len(gap):
+            lines.append([("", " "), *group])
+            left = width - 1 - size
+        else:
+            lines[-1] += [("", gap), *group]
+            left -= size + len(gap)
+    return lines
+
+
+def human_time(seconds: float) -> str:
+    """Return a duration in a few characters, like `12 ms` or `1:03 h`."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.995:
+        return f"{seconds:.2f} s"
+    minutes, unit = (seconds / 60, "min") if seconds < 3600 else (seconds / 3600, "h")
+    return f"{int(minutes)}:{int(minutes % 1 * 60):02} {unit}"
+
+
+class Snapshot(NamedTuple):
+    """All that the view shows at one moment."""
+
+    screen: Screen
+    now: float  # in the time of the exchanges and of `retry_at`
+    tunnels: list[tuple[str, str, str]]  # name, public URL ("" before it is known) and local target
+    inspector_url: str
+    problem: str  # why there is no link; "" while there is one
+    retry_at: float | None
+    round_trip: float | None
+    log: ExchangeLog
+    exchanges: list[Exchange]  # the oldest first
+    colours: int = 16  # 0, 16, or 256
+    utc_offset: float = 0.0  # seconds of the local time
+
+
+class Screen:
+    """What the user has chosen to see. Keys change it, and `arrange` fits it to what there is."""
+
+    TABS = ("Info", "Headers", "Body", "Response")
+    MOVES: ClassVar = {  # rows, pages
+        **{"up": (-1, 0), "k": (-1, 0), "wheel up": (-3, 0), "page up": (0, -1), "home": (0, -9999), "g": (0, -9999)},
+        **{"down": (1, 0), "j": (1, 0), "wheel down": (3, 0), "page down": (0, 1), "end": (0, 9999), "G": (0, 9999)},
+    }
+    ACTIONS: ClassVar[dict[str, Action]] = {"q": "quit", "r": "replay", "c": "copy", "e": "export"}
+
+    def __init__(self) -> None:
+        self.filter, self.typing = "", False
+        self.opened: Exchange | None = None  # whose details show
+        self.tab = self.scroll = 0  # of the details
+        self.reveal = False  # secrets
+        self.notice = ""
+        self.shown: list[Exchange] = []  # that the filter lets through, the newest first
+        self.selected = self.first = self.seen = 0  # ids: under the cursor, in the first row, the newest that was seen
+        self.following = True  # the cursor stays on the newest
+        self.rows = 1  # that fit
+        self.lines: list[Spans] = []  # of the details
+
+    @property
+    def cursor(self) -> int:
+        """The index of the selected exchange, or of the one before it when that is gone."""
+        return self._index(self.selected)
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """What actions are about."""
+        return self.opened or (self.shown[self.cursor] if self.shown else None)
+
+    @property
+    def unseen(self) -> int:
+        """How many exchanges have come above the first row."""
+        return sum(exchange.id > self.seen for exchange in self.shown)
+
+    def select(self, exchange: Exchange) -> None:
+        """Go to an exchange."""
+        self.selected, self.following = exchange.id, False
+        if self.opened:
+            self.opened, self.scroll = exchange, 0
+
+    def key(self, name: str) -> Action | None:
+        """Take a key; return what it asks for beyond the screen."""
+        self.notice = ""
+        if self.typing:
+            self._type(name)
+        elif name in self.MOVES:
+            rows, pages = self.MOVES[name]
+            self._move(rows + pages * max(1, self.rows - 1))
+        elif name == "q" and self.opened:
+            self.opened = None  # as in a pager: who leaves the details does not mean to end the tunnel
+        elif name in self.ACTIONS:
+            return self.ACTIONS[name]
+        elif name == "s":
+            self.reveal = not self.reveal
+        elif self.opened:
+            self._key_in_details(name)
+        elif name == "enter" and self.exchange:
+            self.select(self.exchange)
+            self.opened, self.scroll = self.exchange, 0
+        elif name == "/":
+            self.typing = True
+        elif name == "escape":
+            self.filter = ""
+        return None
+
+    def arrange(self, snapshot: Snapshot, width: int, height: int) -> None:
+        """Fit it to what there is to show, and to the size; `render` comes next."""
+        self.shown = [e for e in reversed(snapshot.exchanges) if e.matches(self.filter)]
+        self.rows = max(1, height - len(_head(snapshot, width, height)) - 1)
+        if self.opened:
+            self.lines = _details(snapshot, self.opened, width)
+            self.scroll = max(0, min(self.scroll, len(self.lines) - self.rows))
+        elif self.shown:
+            if self.following:
+                self.selected = self.shown[0].id
+            top = min(self._index(self.first), self.cursor, max(0, len(self.shown) - self.rows))
+            self.first = self.shown[max(top, self.cursor - self.rows + 1)].id
+            self.seen = max(self.seen, self.first)
+
+    @property
+    def above(self) -> int:
+        """How many of those shown stand above the first row."""
+        return self._index(self.first)
+
+    def _index(self, id_: int) -> int:
+        return min(sum(exchange.id > id_ for exchange in self.shown), max(0, len(self.shown) - 1))
+
+    def _move(self, rows: int) -> None:
+        if self.opened:
+            self.scroll = max(0, self.scroll + rows)
+        elif self.shown:
+            index = max(0, min(self.cursor + rows, len(self.shown) - 1))
+            self.selected, self.following = self.shown[index].id, index == 0
+
+    def _key_in_details(self, name: str) -> None:
+        if name in ("escape", "enter"):
+            self.opened = None
+        elif name in ("left", "right"):
+            self.tab, self.scroll = (self.tab + (1 if name == "right" else -1)) % len(self.TABS), 0
+        elif name in ("1", "2", "3", "4"):
+            self.tab, self.scroll = int(name) - 1, 0
+
+    def _type(self, name: str) -> None:
+        if name in ("enter", "escape"):
+            self.typing = False
+        if name == "escape":
+            self.filter = ""
+        elif name == "backspace":
+            self.filter = self.filter[:-1]
+        elif len(name) == 1 and name.isprintable() and len(self.filter) < 100:
+            self.filter += name
+
+
+def render(snapshot: Snapshot, width: int, height: int) -> list[str]:
+    """Return `height` lines of at most `width` cells, with no control characters but our own colours."""
+    screen, palette = snapshot.screen, PALETTES[snapshot.colours]
+    lines = [paint(spans, width, palette) for spans in _head(snapshot, width, height)]
+    if screen.opened:
+        lines += [paint(spans, width, palette) for spans in screen.lines[screen.scroll :][: screen.rows]]
+    else:
+        top, cursor = screen.above, screen.cursor
+        for index, exchange in enumerate(screen.shown[top : top + screen.rows], top):
+            lines.append(paint(_row(snapshot, exchange, width), width, palette, selected=index == cursor))
+        if not screen.shown:
+            lines += ["", paint(_nothing(snapshot), width, palette)]
+    lines = lines[: height - 1]
+    return [*lines, *[""] * (height - 1 - len(lines)), paint(_foot(screen, width), width, palette)][-height:]
+
+
+def _style(exchange: Exchange) -> str:
+    return f"{exchange.status // 100}xx" if exchange.status else "5xx" if exchange.ended else "1xx"
+
+
+def _target(snapshot: Snapshot, exchange: Exchange) -> str:
+    target = exchange.target if snapshot.screen.reveal else mask_target(exchange.target)
+    return printable(target)
+
+
+def _link_state(snapshot: Snapshot) -> Spans:
+    """Return the state of the link."""
+    if not snapshot.problem:
+        measured = f"  {human_time(snapshot.round_trip)}" if snapshot.round_trip is not None else ""
+        return [("2xx", "● "), ("bold", "connected"), ("muted", measured)]
+    if snapshot.retry_at is None:
+        return [("4xx", "● "), ("bold", printable(snapshot.problem))]
+    left = math.ceil(snapshot.retry_at - snapshot.now)
+    when = f"reconnecting in {left} s" if left > 0 else "reconnecting"
+    return [("5xx", "● "), ("bold", when), ("", f": {printable(snapshot.problem)}")]
+
+
+def _counts(snapshot: Snapshot) -> Iterator[Spans]:
+    """Yield groups of numbers, the most important ones first."""
+    log = snapshot.log
+    running = [("1xx", f"  {log.in_flight} in flight")] if log.in_flight else []
+    yield [("bold", str(log.total)), ("muted", " request" if log.total == 1 else " requests"), *running]
+    classes = [(number, count) for number, count in log.classes.items() if count or number > 1]
+    yield [(f"{n}xx" if count else "muted", f"{'  ' * (n > classes[0][0])}{n}xx {count}") for n, count in classes]
+    if percentiles := log.percentiles():
+        p50, p90 = map(human_time, percentiles)
+        yield [("muted", "p50 "), ("", p50), ("muted", "  p90 "), ("", p90)]
+    sizes = human_size(log.bytes_in), human_size(log.bytes_out)
+    yield [("muted", "in "), ("", sizes[0]), ("muted", "  out "), ("", sizes[1])]
+
+
+def _head(snapshot: Snapshot, width: int, height: int) -> list[Spans]:
+    """Return what stands above the table, or above the details."""
+    screen = snapshot.screen
+    if e := screen.opened:
+        outcome = f"{e.status or '---'} {printable(e.reason)}".strip() if e.status or e.ended else "in flight"
+        request = [("bold", f"  {printable(e.method)}"), ("", f" {_target(snapshot, e)}")]
+        tabs = [("selected" if n == screen.tab else "muted", f" {tab} ") for n, tab in enumerate(screen.TABS)]
+        tabs.append(("muted", "  secrets shown" if screen.reveal else ""))
+        return [[("", " "), (_style(e), outcome), *request], tabs, []]
+    tunnels = [
+        [("", " "), ("link", printable(url or name)), ("muted", " → "), ("", printable(target))]
+        for name, url, target in snapshot.tunnels[: max(1, height // 8)]
+    ]
+    inspector = [("muted", "inspector "), ("", snapshot.inspector_url)] if snapshot.inspector_url else []
+    status = [("", " "), *_link_state(snapshot)]
+    if height < 16:
+        return [status, *tunnels, *_flow(_counts(snapshot), width)[:1]]
+    gap = width - sum(width_of(text) for _, text in [*status, *inspector]) - 1
+    top = [[*status, ("", " " * gap), *inspector]] if gap > 2 else [status, [("", " "), *inspector]]
+    titles = [("muted", title) for title, _, _ in COLUMNS]
+    return [*top, *tunnels, [], *_flow(_counts(snapshot), width)[:3], [], _columns(snapshot, titles, width)]
+
+
+COLUMNS = (  # title, cells (to the right when negative), the least width of the screen
+    *(("Time", 8, 60), ("Status", 6, 0), ("Method", 7, 0), ("Duration", -8, 0), ("Size", -8, 70)),
+    *(("Tunnel", 12, 100), ("Path", 0, 0)),
+)
+
+
+def _columns(snapshot: Snapshot, values: Spans, width: int) -> Spans:
+    spans: Spans = []
+    for (title, cells, least), (style, text) in zip(COLUMNS, values, strict=True):
+        if width >= least and (title != "Tunnel" or len(snapshot.tunnels) > 1):
+            text = fit(text, abs(cells)) if cells else text
+            padding = " " * (abs(cells) - width_of(text))
+            spans.append((style, padding + text if cells < 0 else text + padding))
+            spans.append(("", "  " if width >= 60 else " "))
+    return [("", " "), *spans[:-1]]
+
+
+def _row(snapshot: Snapshot, exchange: Exchange, width: int) -> Spans:
+    e, style, running = exchange, _style(exchange), exchange.ended is None
+    second = int(e.time + snapshot.utc_offset)
+    values = [
+        ("muted", f"{second // 3600 % 24:02}:{second // 60 % 60:02}:{second % 60:02}"),
+        (style, str(e.status) if e.status else "…" if running else "---"),
+        ("", printable(e.method)),
+        ("1xx" if running else "", human_time(snapshot.now - e.started if running else e.duration)),
+        ("muted", human_size(e.bytes_out)),
+        ("muted", e.tunnel),
+    ]
+    spans = _columns(snapshot, [*values, ("", "")], width)
+    room = width - sum(width_of(text) for _, text in spans)
+    error = printable(e.error)
+    path = ("↻ " if e.replay_of else "") + _target(snapshot, e)
+    path = fit(path, max(room // 2, room - len(error) - 2)) if error else path
+    return [*spans, ("", path), ("5xx", f"  {error}" if error else "")]
+
+
+def _nothing(snapshot: Snapshot) -> Spans:
+    if snapshot.exchanges:
+        return [("muted", " nothing fits the filter")]
+    url = next((url for _, url, _ in snapshot.tunnels if url), "")
+    return [("muted", " no requests yet"), ("muted", "; open " if url else ""), ("", printable(url))]
+
+
+def _foot(screen: Screen, width: int) -> Spans:
+    """Return the last line: a notice, the filter, or as much of the help as fits."""
+    if screen.typing:
+        room = max(1, width - 4)
+        tail = next(wrap(screen.filter[::-1], room))[::-1]
+        return [("key", " /"), ("", tail), ("cursor", " "), ("muted", "  5xx  post  body:text" if not tail else "")]
+    if screen.notice:
+        return [("bold", f" {printable(screen.notice)}")]
+    groups: list[Spans] = []
+    if screen.opened:
+        words = ["q back", "tab next", "↑↓ scroll", "r replay", "c copy as curl", "e export", "s secrets"]
+    else:
+        words = ["q quit", "↵ open", "/ filter", "r replay", "c copy URL", "e export", "↑↓ select", "s secrets"]
+        if screen.unseen:
+            groups.append([("1xx", f"{screen.unseen} new ↑")])
+        if screen.filter:
+            groups.append([("key", f"/{fit(screen.filter, 20)} "), ("muted", f"{len(screen.shown)} found, esc clears")])
+    keys = [word.partition(" ") for word in words]
+    return next(iter(_flow([*groups, *([("key", key), ("muted", f" {what}")] for key, _, what in keys)], width)))
+
+
+# The details of an exchange
+
+
+def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> list[Spans]:
+    """Return all lines of the tab that is open."""
+    e, screen = exchange, snapshot.screen
+    tab = screen.TABS[screen.tab]
+    if tab == "Info":
+        return list(_info(snapshot, e, width))
+    if tab == "Headers":
+        return list(_headers(e, width, reveal=screen.reveal))
+    if tab == "Response" and e.notes:
+        return [line for note in list(e.notes) for line in _note(note, width)]
+    of_request = tab == "Body"
+    size = e.bytes_in if of_request else e.bytes_out
+    return _body(e, of_request, size, width)
+
+
+def _info(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spans]:
+    e = exchange
+    url, local = next(((url, local) for name, url, local in snapshot.tunnels if name == e.tunnel), ("", ""))
+    moment = datetime.datetime.fromtimestamp(e.time + snapshot.utc_offset, datetime.UTC)
+    duration = e.duration if e.ended else snapshot.now - e.started
+    fields = {
+        "URL": printable(url) + _target(snapshot, e),
+        "Target": f"{e.tunnel} → {printable(local)}",
+        "Time": f"{moment:%Y-%m-%d %H:%M:%S}",
+        "Duration": human_time(duration) + ("" if e.ended else " so far"),
+        "Content": f"request {human_size(e.bytes_in)}, response {human_size(e.bytes_out)}",
+        "Replay of": f"number {e.replay_of}" if e.replay_of else "",
+        "Error": printable(e.error),
+    }
+    for label, text in fields.items():
+        for number, line in enumerate(wrap(text, max(1, width - 14)) if text else ()):
+            yield [("muted", f" {'' if number else label:<12} "), ("5xx" if label == "Error" else "", line)]
+    labels = {"server": "held", "link": "link", "local": "local service", "content": "content"}
+    yield []
+    for name, seconds in timings(e).items():
+        bar = "█" * round((seconds or 0.0) / max(duration, 1e-6) * max(0, width - 28))
+        yield [("muted", f" {labels[name]:<13}"), ("", f"{human_time(seconds) if seconds else '–':>9}  "), ("3xx", bar)]
+
+
+def _headers(exchange: Exchange, width: int, *, reveal: bool) -> Iterator[Spans]:
+    for title, headers in ("Request", exchange.request_headers), ("Response", exchange.response_headers):
+        yield [("bold", f" {title}")]
+        for name, value in text_fields(headers, reveal=reveal):
+            for number, line in enumerate(wrap(printable(f"{name}: {value}"), max(1, width - 2))):
+                at = 0 if number else len(name) + 1
+                yield [("muted", f"  {line[:at]}"), ("", line[at:])]
+        yield []
+
+
+def _note(note: Note, width: int) -> Iterator[Spans]:
+    head = f" {human_time(note.at):>9} {'→' if note.from_visitor else '←'} {note.kind} {human_size(note.size)}  "
+    data = printable(note.data)
+    for number, line in enumerate(wrap(data, max(1, width - len(head)))):
+        yield [("muted", " " * len(head) if number else head), ("", line)]
+
+
+@functools.lru_cache(maxsize=4)  # what has not changed is not read again; sizes only grow
+def _body(exchange: Exchange, of_request: bool, size: int, width: int) -> list[Spans]:
+    e = exchange
+    headers, body = (e.request_headers, e.request_body) if of_request else (e.response_headers, e.response_body)
+    view = body_view(headers, bytes(body), size)
+    lines = (printable(line.rstrip("\r").expandtabs(4), len(view.text) * 10) for line in view.text.split("\n"))
+    wrapped = (line for text in lines for line in wrap(text, max(1, width - 2)))
+    found: list[Spans] = [[("", f" {line}")] for line in itertools.islice(wrapped, MAX_SHOWN)] if view.text else []
+    note = ", ".join(filter(None, [view.kind if not view.text else "", view.note]))
+    return [[("muted", f" {note}")], [], *found] if note else found
+
+
 # ==== Everything below does I/O ======================================================================================
 
 # ---- State ----------------------------------------------------------------------------------------------------------
@@ -2078,6 +2576,7 @@ class Stream:
         self.id, self.tunnel, self.kind, self.head = stream_id, tunnel, kind, head
         self.on_reset: Callable[[ErrorCode], object] = lambda code: None  # called when the peer resets the stream
         self._link = link
+        self.waited = 0.0  # seconds on the server, before it was opened
         self.has_content = not ended  # from the peer, even if none of it came
         self.finished = finished  # our direction has been ended
         self._ended = ended  # and the peer's
@@ -2202,10 +2701,7 @@ class Link:
         self._timer: asyncio.TimerHandle  # fires early at worst
 
     async def run(self, ws: WebSocket, peer_received: int) -> str:
-        """Use `ws` until it is lost or finished, and return why. The caller closes it.
-
-        `peer_received` is from the handshake. Raises ProtocolError when the peer broke the protocol.
-        """
+        """Use `ws` until it is lost or finished, and return why; the caller closes it. Raises ProtocolError."""
         loop = asyncio.get_running_loop()
         self.session.resume(peer_received, loop.time())
         self._free.clear()
@@ -2246,10 +2742,10 @@ class Link:
         for stream in list(self._streams.values()):
             stream.fail(error, by_peer=True)
 
-    def open(self, tunnel: int, kind: Kind, head: RequestHead, *, end: bool) -> Stream:
-        """Open a stream. Raises StreamReset when the session takes no more."""
+    def open(self, tunnel: int, kind: Kind, head: RequestHead, *, end: bool, waited: float) -> Stream:
+        """Open a stream for a request that came `waited` seconds ago. Raises StreamReset when the session is full."""
         payload = head.encode()
-        id_ = self.session.open_stream(tunnel, kind, payload, end=end)
+        id_ = self.session.open_stream(tunnel, kind, payload, end=end, waited=waited)
         self.wake()
         self._streams[id_] = Stream(self, id_, tunnel, kind, payload, ended=False, finished=end)
         return self._streams[id_]
@@ -2317,13 +2813,14 @@ class Link:
             await asyncio.sleep(0)  # let others add to the next message, and the reader see ACKs
 
     def _dispatch(self, frame: Frame) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("< %s", frame)
+        log.debug("< %s", frame)
         if frame.type == FrameType.OPEN:
-            tunnel, kind = OPEN_HEADER.unpack_from(frame.payload)
+            tunnel, kind, waited = OPEN_HEADER.unpack_from(frame.payload)
             head, ended = frame.payload[OPEN_HEADER.size :], bool(frame.flags & END)
-            self._streams[frame.stream_id] = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=ended)
-            self.on_stream(self._streams[frame.stream_id])
+            stream = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=ended)
+            stream.waited = waited / 1000
+            self._streams[stream.id] = stream
+            self.on_stream(stream)
         elif frame.type == FrameType.GOAWAY:
             self.on_goaway(*decode_reason(frame.payload))
         elif frame.stream_id in self._streams:
@@ -2368,7 +2865,14 @@ class TunnelRegistry:
         self.replaced: collections.deque[str] = collections.deque(maxlen=1024)
         self._held: collections.Counter[str] = collections.Counter()  # requests that wait
         self._changed = asyncio.Event()  # a fresh one after each change that they may wait for
-        self._load()
+        try:
+            saved = parse_object(path.read_text())
+            self._owners = {str(name): str(key) for name, key in saved["names"].items()}
+            self.zones = [str(zone) for zone in saved["zones"]]
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TunnelError(f"{path} is damaged; move it away to start with no names taken") from None
         now = asyncio.get_running_loop().time()
         self._last_seen = dict.fromkeys(self._owners, now)  # their clients are about to come back
 
@@ -2387,10 +2891,7 @@ class TunnelRegistry:
             self._save()
 
     def bind(self, session: Registration, previous: str) -> None:
-        """Give a new session its names. Whoever had one of them last, with the same token, is replaced.
-
-        Unless that was the same client: `previous` is the session that it could not resume.
-        """
+        """Give a new session its names. Whoever had one last is replaced, unless it was the same client: `previous`."""
         self.replaced.extend({self._latest.get(name, previous) for name in session.names} - {previous})
         self._latest.update(dict.fromkeys(session.names, session.id))
         for other in {self._tunnels[name] for name in session.names if name in self._tunnels}:
@@ -2403,7 +2904,6 @@ class TunnelRegistry:
     def connected(self, session: Registration) -> None:
         if session.expiry:
             session.expiry.cancel()
-            session.expiry = None
         self._wake()
 
     def drain(self) -> None:
@@ -2438,10 +2938,7 @@ class TunnelRegistry:
         session.link.end(error)
 
     async def find(self, name: str) -> Registration:
-        """Return the session that serves a tunnel, once it has a link.
-
-        Waits for a client that is away for a moment. Raises Unserved.
-        """
+        """Return the session that serves a tunnel; waits for a client that is away for a moment. Raises Unserved."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._hold
         while not ((session := self._tunnels.get(name)) and session.link.session.accepts_streams):
@@ -2469,16 +2966,6 @@ class TunnelRegistry:
         if zone not in self.zones:
             self.zones = [*self.zones, zone][-MAX_ZONES:]
             self._save()
-
-    def _load(self) -> None:
-        try:
-            saved = parse_object(self._path.read_text())
-            self._owners = {str(name): str(key) for name, key in saved["names"].items()}
-            self.zones = [str(zone) for zone in saved["zones"]]
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise TunnelError(f"{self._path} is damaged; move it away to start with no names taken") from None
 
     def _save(self) -> None:
         try:
@@ -2525,8 +3012,12 @@ PROBLEM_OF = {
 }
 
 
-def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
-    """Return the response to a request that could not be served: HTML, JSON or text, without a word of the request."""
+def _date() -> bytes:
+    return email.utils.formatdate(usegmt=True).encode()
+
+
+def problem_page(problem: str, accept: str, encoder: ResponseEncoder, fields: Headers = []) -> bytes:  # noqa: B006
+    """Return the answer to a request that could not be served: HTML, JSON or text, without a word of the request."""
     status, sentence = PROBLEMS[problem]
     if "text/html" in accept:
         kind = b"text/html; charset=utf-8"
@@ -2540,11 +3031,13 @@ def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
         text = f"{status} {problem}: {sentence}\n"
     body = text.encode()
     headers = [(b"Content-Type", kind), (b"Content-Length", b"%d" % len(body)), (b"X-Pytunnel-Error", problem.encode())]
+    headers += fields
     if status == 503:
         headers.append((b"Retry-After", b"5"))
     if status == 426:
         headers.append((b"Upgrade", b"websocket"))
-    return ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers), body
+    head = ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers)
+    return encoder.head(head, _date()) + encoder.data(body) + encoder.end()
 
 
 class Delivered:
@@ -2619,8 +3112,7 @@ class Visitor:
         if encoder.started or transport is None or self.unread:
             encoder.keep_alive = False
         if transport and not encoder.started:
-            head, body = problem_page(problem, self.request.headers.get("Accept", ""))
-            transport.write(encoder.head(head, _date()) + encoder.data(body) + encoder.end())
+            transport.write(problem_page(problem, self.request.headers.get("Accept", ""), encoder))
         elif transport:
             if encoder.until_close:  # an orderly end would look like a complete response
                 linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
@@ -2699,10 +3191,6 @@ class Visitor:
             raise
 
 
-def _date() -> bytes:
-    return email.utils.formatdate(usegmt=True).encode()
-
-
 def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]], fields: Headers | None = None) -> web.Server:
     """Return aiohttp's low-level server, with our own answer, and `fields` in it, to what is not HTTP."""
     from aiohttp import http_exceptions, http_parser, web
@@ -2716,11 +3204,10 @@ def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]], fields
         def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
             log.info("bad request from %s: %s", request.remote, escape(str(message or exc).splitlines()[0]))
             problem = "too-large" if isinstance(exc, http_exceptions.LineTooLong) else "bad-request"
-            head, body = problem_page("internal" if status == 500 else problem, "")
+            encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
             if request.transport:
-                head.headers += fields or []
-                encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
-                request.transport.write(encoder.head(head, _date()) + body)
+                page = problem_page("internal" if status == 500 else problem, "", encoder, fields or [])
+                request.transport.write(page)
             return Delivered()
 
     class VisitorServer(web.Server):
@@ -2857,14 +3344,14 @@ class TunnelServer:
             raise Unserved("bad-request")
         if b"h2c" in visitor.upgrade:
             visitor.upgrade = b""
-        head = self._request_head(visitor, host)
+        arrived, head = time.monotonic(), self._request_head(visitor, host)
         kind = Kind.UPGRADE if visitor.upgrade else Kind.HTTP
         end = not (visitor.upgrade or visitor.has_body)
         self._exchanges += 1
         try:
             session = await self._registry.find(name)
-            stream = session.link.open(session.names.index(name), kind, head, end=end)
-            with contextlib.closing(stream):
+            tunnel, waited = session.names.index(name), time.monotonic() - arrived
+            with contextlib.closing(session.link.open(tunnel, kind, head, end=end, waited=waited)) as stream:
                 await visitor.relay(stream)
         finally:
             self._exchanges -= 1
@@ -2875,7 +3362,7 @@ class TunnelServer:
         if field_values(headers, b"host") != [host]:  # absolute-form: the target wins
             headers = [(name, host if name.lower() == b"host" else value) for name, value in headers]
         peer = visitor.request.remote or ""
-        trusted = bool(self._trusted) and any(ipaddress.ip_address(peer) in network for network in self._trusted)
+        trusted = any(ipaddress.ip_address(peer) in network for network in self._trusted)
         headers = forwarded(headers, peer, visitor.request.scheme, host, trusted=trusted)
         return RequestHead(visitor.method, visitor.target, headers)
 
@@ -3281,8 +3768,8 @@ class Route(NamedTuple):
     response: Edits
 
     def takes(self, path: str) -> bool:
-        """Whether a path is the prefix, or below it."""
-        return path.startswith(self.prefix) and path[len(self.prefix) :][:1] in ("", "/", "?")
+        """Whether a path is the prefix, or below it; "" takes all."""
+        return not self.prefix or (path.startswith(self.prefix) and path[len(self.prefix) :][:1] in ("", "/", "?"))
 
 
 class Replay:
@@ -3499,6 +3986,7 @@ class TunnelClient:
         self._changed = asyncio.Event()
         self.log.listeners.add(self._changed.set)
         self._hinted = False
+        self._round_trip: float | None = None
         self._session_id = ""
         self._link: Link | None = None
         self._forwarding: set[asyncio.Task[None]] = set()
@@ -3539,8 +4027,8 @@ class TunnelClient:
 
     @property
     def round_trip(self) -> float | None:
-        """Seconds to the server and back, when last measured."""
-        return self._link.session.round_trip if self._link else None
+        """Seconds to the server and back, when last measured: by a PING, else in the handshake."""
+        return (self._link and self._link.session.round_trip) or self._round_trip
 
     async def wait_changed(self, version: int) -> None:
         """Return when the log is no longer of this version; a change of the link counts, too."""
@@ -3564,13 +4052,13 @@ class TunnelClient:
         Raises TimeoutError after `timeout` seconds.
         """
         found: dict[int, Exchange] = {}
-        version = 0
+        version, pattern = 0, path.replace("[", "[[]") or "*"
         async with asyncio.timeout(timeout):
             while True:
                 changed, version = self.log.since(version), self.log.version
                 for e in changed:
-                    fits = method.upper() in ("", e.method) and tunnel in ("", e.tunnel)
-                    if fits and e.ended is not None and e.id > after and fnmatch.fnmatchcase(e.path, path or "*"):
+                    fits = method.upper() in ("", e.method) and tunnel in ("", e.tunnel) and e.replay_of is None
+                    if fits and e.ended is not None and e.id > after and fnmatch.fnmatchcase(e.path, pattern):
                         found[e.id] = e
                 if len(found) >= count:
                     return list(found.values())[count - 1]
@@ -3665,7 +4153,7 @@ class TunnelClient:
                 delays = backoff()
             if self._connected_at < float("inf"):
                 retries = 0
-            if self.urls and self._max_retries is not None and retries >= self._max_retries:
+            if self._max_retries is not None and retries >= self._max_retries:
                 raise Unreachable(f"no server at {self.server}: {reason}; gave up after {retries} retries")
             retries += 1
             delay = next(delays) if self.urls else min(next(delays), 1.0)
@@ -3750,8 +4238,10 @@ class TunnelClient:
             streams=MAX_STREAMS,
             agent=f"pytunnel/{__version__}",
         )
+        sent = time.monotonic()
         await ws.send_str(hello)
         challenge = await self._answer(ws)
+        self._round_trip = time.monotonic() - sent
         if not challenge.get("nonce", str).startswith(nonce):
             raise ProtocolError("the server's nonce is not ours")
         auth_message = f"{hello}\n{challenge.text}".encode()
@@ -3860,12 +4350,12 @@ class TunnelClient:
     async def _forward(self, stream: Stream) -> None:
         try:
             head = RequestHead.decode(stream.head)
-            exchange = self._begin(stream.tunnel, head)
+            exchange = self._begin(stream.tunnel, head, waited=stream.waited)
         except (ProtocolError, IndexError):
             return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
         await self._exchange(stream, stream.tunnel, head, exchange)
 
-    def _begin(self, tunnel: int, head: RequestHead, replay_of: int | None = None) -> Exchange:
+    def _begin(self, tunnel: int, head: RequestHead, **fields: Any) -> Exchange:
         exchange = Exchange(
             self.tunnels[tunnel].name,
             head.method.decode(),
@@ -3874,7 +4364,7 @@ class TunnelClient:
             time=time.time(),
             request_headers=head.headers,
             round_trip=self.round_trip,
-            replay_of=replay_of,
+            **fields,
         )
         self.log.begin(exchange)
         return exchange
@@ -4043,184 +4533,165 @@ async def folder_service(root: Path, *, spa: bool = False) -> AsyncIterator[int]
 INSPECTOR_PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width">
 <meta name="token" content="%TOKEN%">
 <title>pytunnel</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath
- d='M2 14V8a6 6 0 0 1 12 0v6h-3V8a3 3 0 0 0-6 0v6z' fill='%236366f1'/%3E%3C/svg%3E">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><path
+ d='M2 14V8a6 6 0 0 1 12 0v6h-3V8a3 3 0 0 0-6 0v6z' fill='%236366f1'/></svg>">
 <style>
 :root {
-  color-scheme: light dark;
-  --back: light-dark(#ffffff, #0f0f12); --raised: light-dark(#f6f6f8, #18181c); --line: light-dark(#e3e3e8, #2b2b32);
-  --edge: light-dark(#8b8b96, #6c6c78); --text: light-dark(#17171c, #ececf1); --soft: light-dark(#595964, #a3a3af);
-  --accent: light-dark(#4338ca, #a5b4fc); --tint: light-dark(#eef0ff, #22233a);
-  --good: light-dark(#116932, #6ee7a0); --moved: light-dark(#1d5fae, #8ec5ff); --warn: light-dark(#8a4b08, #fbbf60);
-  --bad: light-dark(#b3261e, #ff9a92); --good-tint: light-dark(#e8f6ed, #12291c); --bad-tint: light-dark(#fdeceb, #331a1a);
+  --back: light-dark(#fff, #0f0f12); --raised: light-dark(#f6f6f8, #18181c); --tint: light-dark(#eef0ff, #22233a);
+  --line: light-dark(#e3e3e8, #2b2b32); --edge: light-dark(#8b8b96, #6c6c78); --text: light-dark(#17171c, #ececf1);
+  --soft: light-dark(#595964, #a3a3af); --accent: light-dark(#4338ca, #a5b4fc); --good: light-dark(#116932, #6ee7a0);
+  --moved: light-dark(#1d5fae, #8ec5ff); --warn: light-dark(#8a4b08, #fbbf60); --bad: light-dark(#b3261e, #ff9a92);
   --mono: ui-monospace, "SF Mono", "Cascadia Code", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  font: 14px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); accent-color: var(--accent);
+  color-scheme: light dark; color: var(--text); background: var(--back); font: 14px/1.5 system-ui, sans-serif;
 }
-* { box-sizing: border-box; margin: 0 }
+* { box-sizing: border-box; margin: 0; padding: 0; font-size: inherit }
 [hidden] { display: none !important }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
-h1, h2, h3 { font-size: inherit; font-weight: 600 }
 a { color: var(--accent); text-underline-offset: 3px }
-ul, ol, dd { list-style: none; padding: 0 }
-pre, code, .mono, td, dl.fields, textarea, input { font-family: var(--mono); font-size: 12.5px; unicode-bidi: plaintext }
-button, input, textarea, .chip { font-size: 13px; color: inherit; background: var(--back); border: 1px solid var(--edge);
-  border-radius: 6px; padding: 3px 10px; min-height: 30px }
-button { font-family: inherit; cursor: pointer; border-color: var(--line); white-space: nowrap }
+li { list-style: none }
+pre, code, kbd, td, tbody th, h2, textarea, input, #notes, .fields { font-family: var(--mono); unicode-bidi: plaintext }
+pre, code, kbd, td, tbody th, textarea, input, #notes, .fields { font-size: 12.5px }
+button, input, textarea { color: var(--text); background: var(--back); border: 1px solid var(--edge); border-radius: 6px }
+button { font: 13px system-ui, sans-serif; border-color: var(--line); padding: 0 10px; min-height: 30px }
 button:hover { background: var(--raised); border-color: var(--edge) }
 button[aria-pressed=true] { color: var(--accent); background: var(--tint); border-color: var(--accent) }
-button.main { color: var(--back); background: var(--accent); border-color: var(--accent); font-weight: 600 }
-button:disabled { opacity: .55; cursor: default }
-input, textarea { width: 100% }
-textarea { padding: 8px 10px; line-height: 1.6; resize: vertical }
-.unseen { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; white-space: nowrap }
-.soft, dt, th, label { color: var(--soft) }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: 6px }
-.fill { flex: 1 1 auto; min-width: 0 }
+button.main { color: var(--back); background: var(--accent); font-weight: 600 }
+.small button, button.small { min-height: 26px; padding: 0 8px; font-size: 12px }
+input, textarea { width: 100%; padding: 5px 10px; line-height: 1.6; resize: vertical; display: block }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+.soft, dt, thead th, label { color: var(--soft); font-weight: 400 }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 8px }
+.last { margin-left: auto }
+.grid { display: grid; gap: 12px; align-items: start }
+.grid > * { min-width: 0 }
+.box, pre { padding: 10px 12px; background: var(--raised); border: 1px solid var(--line); border-radius: 8px }
+dl.row, #facts { gap: 2px 18px; font-variant-numeric: tabular-nums }
+dl.row > div { display: flex; gap: 6px }
 
-body > header { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 20px; padding: 10px 16px;
-  border-bottom: 1px solid var(--line) }
-h1 { font-size: 15px; letter-spacing: -.01em }
-#state::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 8px; border-radius: 50%;
-  background: var(--good) }
-#state[data-bad]::before { background: none; border: 2px solid var(--bad) }
-#stats { display: flex; flex-wrap: wrap; gap: 0 16px; margin-left: auto; font-variant-numeric: tabular-nums }
-#stats div { display: flex; gap: 6px }
-#tunnels li { display: flex; flex-wrap: wrap; align-items: center; gap: 2px 8px; overflow-wrap: anywhere }
-#tunnels button, .small { min-height: 24px; padding: 0 8px; font-size: 12px }
-
-#list > .tools { position: sticky; top: 0; z-index: 1; display: grid; gap: 8px; padding: 10px 16px;
-  background: var(--back); border-bottom: 1px solid var(--line) }
+body > header { padding: 10px 16px; gap: 4px 20px; border-bottom: 1px solid var(--line) }
+#state::before, #legend dt::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 8px }
+#state::before { background: var(--good); border-radius: 50% }
+#state[data-bad]::before { background: none; box-shadow: inset 0 0 0 2px var(--bad) }
+.tools { position: sticky; top: 0; padding: 10px 16px; background: var(--back); border-bottom: 1px solid var(--line) }
 table { width: 100%; table-layout: fixed; border-collapse: collapse; font-variant-numeric: tabular-nums }
 tr > * { padding: 6px 8px; text-align: left; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
-tr > :first-child { padding-left: 16px; width: 68px } tr > :last-child { padding-right: 16px }
-thead th { font-size: 12px; font-weight: 500; border-bottom: 1px solid var(--line) }
-tbody th { font-weight: inherit }
+tr > .status { padding-left: 16px; width: 74px }
+tr > .method { width: 68px }
+tr > .time, tr > .size, tr > .at { width: 84px; text-align: right }
+tr > .at { width: 92px; padding-right: 16px }
+thead th { font-size: 12px; border-bottom: 1px solid var(--line) }
+tbody th { font-weight: 400 }
 tbody tr { cursor: pointer }
 tbody tr:hover { background: var(--raised) }
-tbody tr:has([aria-current]) { background: var(--tint); box-shadow: inset 3px 0 var(--accent) }
-tbody a { display: block; overflow: hidden; text-overflow: ellipsis; color: inherit; text-decoration: none; border-radius: 3px }
-tbody a:focus-visible { outline-offset: -1px }
-.method { width: 72px } .ms, .size { width: 84px; text-align: right } .at { width: 88px; text-align: right }
-.s1, .s3 { color: var(--moved) } .s2 { color: var(--good) } .s4 { color: var(--warn) } .s5, .s- { color: var(--bad) }
-.status { font-weight: 600 }
-.empty { padding: 48px 24px; display: grid; gap: 12px; justify-items: center; text-align: center; overflow-wrap: anywhere }
-.empty strong { font-size: 16px; font-weight: 600 }
+tr:has([aria-current]) { background: var(--tint); box-shadow: inset 3px 0 var(--accent) }
+tr a { display: block; overflow: hidden; text-overflow: ellipsis; color: inherit; text-decoration: none }
+td.status, span.status { font-weight: 600 }
+.s1, .s3 { color: var(--moved) }
+.s2, .down, .string { color: var(--good) }
+.s4, .atom { color: var(--warn) }
+.s5, .error { color: var(--bad) }
+.key, .up { color: var(--accent) }
+.empty { padding: 48px 16px; justify-items: center; text-align: center }
 #more { display: block; margin: 12px auto }
 
+#list, #detail { container-type: inline-size; min-width: 0 }
 #detail { padding: 14px 16px 32px; overflow-wrap: anywhere; outline-offset: -2px }
-#exchange { display: grid; gap: 14px; min-width: 0 }
-#title { font: 600 16px/1.4 var(--mono); unicode-bidi: plaintext }
-#facts { display: flex; flex-wrap: wrap; gap: 2px 16px }
-#times { display: grid; gap: 6px }
-#bar { display: flex; gap: 2px; height: 8px } #bar span { min-width: 2px; border-radius: 2px }
-#legend { display: flex; flex-wrap: wrap; gap: 2px 18px; font-variant-numeric: tabular-nums }
-#legend dt::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 2px; margin-right: 6px }
-#legend div { display: flex; gap: 6px }
-.t0, #legend .t0 dt::before { background: light-dark(#b9b9c4, #5b5b68) }
-.t1, #legend .t1 dt::before { background: light-dark(#0e8a8a, #4fd1c5) }
-.t2, #legend .t2 dt::before { background: light-dark(#4338ca, #818cf8) }
-.t3, #legend .t3 dt::before { background: light-dark(#c2650c, #f0a95b) }
-.sides { display: grid; gap: 14px; align-items: start } .sides > * { display: grid; gap: 8px; min-width: 0 }
-.head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 10px; min-height: 26px }
-.head .small { margin-left: auto }
-dl.fields { display: grid; grid-template-columns: minmax(80px, max-content) minmax(0, 1fr); gap: 2px 14px }
-dl.fields dt { max-width: 22ch }
-pre, .box { padding: 10px 12px; background: var(--raised); border: 1px solid var(--line); border-radius: 8px; line-height: 1.6 }
-pre { white-space: pre-wrap; overflow: auto; max-height: 60vh; tab-size: 2 }
-pre.hex { white-space: pre; overflow-wrap: normal }
-pre .key { color: var(--accent) } pre .string { color: var(--good) } pre .atom { color: var(--warn) }
-.box img { display: block; max-width: 100%; max-height: 50vh; margin: auto;
-  background: repeating-conic-gradient(#8883 0 25%, #0000 0 50%) 0 0 / 16px 16px }
-#notes { max-height: 50vh; overflow: auto; padding: 4px 12px }
-#notes li { display: grid; grid-template-columns: 1.2em 8ch 12ch minmax(0, 1fr); gap: 10px; padding: 4px 0 }
-#notes li + li { border-top: 1px solid var(--line) }
-.up { color: var(--accent) } .down { color: var(--good) }
-#diff span { display: block; min-height: 1.6em; margin: 0 -12px; padding: 0 12px }
-#diff .add { color: var(--good); background: var(--good-tint) } #diff .del { color: var(--bad); background: var(--bad-tint) }
-#edit { display: grid; gap: 10px; background: var(--raised) } #edit label { display: grid; gap: 3px }
-#toast { position: fixed; inset: auto 16px 16px auto; max-width: calc(100vw - 32px); padding: 8px 14px; border-radius: 8px;
-  color: var(--back); background: var(--text); overflow-wrap: anywhere; z-index: 2 }
+h2 { font-size: 16px; line-height: 1.4 }
+#bar { display: flex; height: 8px }
+#bar span { border-radius: 2px; background: var(--part) }
+#legend dt::before { border-radius: 2px; background: var(--part) }
+.server { --part: light-dark(#a5a5b1, #6b6b78) }
+.link { --part: light-dark(#0e8a8a, #4fd1c5) }
+.local { --part: light-dark(#4338ca, #818cf8) }
+.content { --part: light-dark(#c2650c, #f0a95b) }
+.fields { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 14px }
+.fields dt { max-width: 20ch }
+pre { white-space: pre-wrap; overflow: auto; max-height: 60vh; line-height: 1.6 }
+pre.hex { white-space: pre }
+img { max-width: 100%; max-height: 50vh; margin: auto }
+#notes { max-height: 50vh; overflow: auto }
+#notes li { display: grid; grid-template-columns: 1em 7ch minmax(8ch, auto) 1fr; gap: 12px; line-height: 1.9 }
+#diff span { display: block; min-height: 1.6em }
+#diff .add { color: var(--good); background: light-dark(#e2f4e8, #12291c) }
+#diff .del { color: var(--bad); background: light-dark(#fdeceb, #331a1a) }
+#toast { position: fixed; inset: auto 16px 16px; width: fit-content; margin-left: auto; padding: 8px 14px;
+  color: var(--back); background: var(--text); border-radius: 8px; overflow-wrap: anywhere }
 #toast:empty { visibility: hidden }
-dialog { margin: auto; padding: 20px; width: min(420px, calc(100vw - 32px)); color: inherit; background: var(--back);
-  border: 1px solid var(--line); border-radius: 12px } dialog::backdrop { background: #0008 }
-dialog dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 16px; margin: 12px 0 }
-kbd { font: 12px var(--mono); padding: 1px 6px; border: 1px solid var(--edge); border-radius: 4px; color: var(--text) }
+dialog { margin: auto; padding: 20px; color: inherit; background: var(--back); border: 1px solid var(--edge) }
+dialog .fields { font: inherit; margin: 12px 0 }
+kbd { padding: 1px 6px; color: var(--text); border: 1px solid var(--edge); border-radius: 4px }
 
-#list { container-type: inline-size; min-width: 0 } #detail { container-type: inline-size; min-width: 0 }
-@container (max-width: 640px) { .at, .size { display: none } }
-@container (max-width: 420px) { tr > :first-child { width: 56px } .method { width: 62px } .ms { width: 76px } }
-@container (min-width: 880px) { .sides { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 20px } }
+@container (max-width: 600px) { tr > .size, tr > .at { display: none } tr > .time { padding-right: 16px; width: 92px } }
+@container (min-width: 860px) { .sides { grid-template-columns: 1fr 1fr; gap: 20px } }
 @media (max-width: 899px) {
-  body.open #list, body:not(.open) #detail { display: none }
-  #stats { margin-left: 0; font-size: 13px }
-  #notes li { grid-template-columns: 1.2em 8ch minmax(0, 1fr) } #notes li > :last-child { grid-column: 1 / -1 }
+  .open #list, .open #stats, body:not(.open) #detail { display: none }
+  #stats { margin: 0; font-size: 13px }
 }
 @media (min-width: 900px) {
-  body { display: flex; flex-direction: column; height: 100dvh }
-  main { flex: 1; min-height: 0; display: grid; grid-template-columns: minmax(400px, 2fr) 3fr }
-  #list, #detail { overflow-y: auto } #list { border-right: 1px solid var(--line) } #back { display: none }
+  body { display: flex; flex-direction: column; height: 100vh }
+  main { flex: 1; min-height: 0; display: grid; grid-template-columns: 2fr 3fr }
+  #list, #detail { overflow-y: auto }
+  #list { border-right: 1px solid var(--line) }
+  #back { display: none }
 }
-@media (prefers-reduced-motion: no-preference) { button, tbody tr { transition: background .12s, border-color .12s } }
 </style>
-<header>
+<header class="row">
   <h1>pytunnel</h1>
-  <p><span id="state" role="status" data-bad>Connecting</span> <span id="retry" class="soft" aria-hidden="true"></span></p>
-  <ul id="tunnels"></ul>
-  <dl id="stats"></dl>
+  <p><span id="state" role="status" data-bad>Connecting</span> <span id="retry" class="soft"></span></p>
+  <div id="tunnels" class="row"></div>
+  <dl id="stats" class="row last"></dl>
 </header>
 <main>
   <section id="list" aria-label="Exchanges">
-    <div class="tools">
-      <input id="filter" type="search" aria-label="Filter" placeholder="Filter: 5xx, post, /path, body:text" maxlength="200">
+    <div class="tools grid">
+      <input id="filter" type="search" aria-label="Filter" aria-keyshortcuts="/" placeholder="5xx post /path body:text">
       <div class="row">
-        <div id="chips" class="row fill" role="group" aria-label="Quick filters"></div>
-        <button id="pause" aria-pressed="false">Pause</button>
-        <button id="clear">Clear</button>
-        <button id="export">Export HAR</button>
-        <button id="ask" aria-label="Keyboard shortcuts">?</button>
+        <div id="chips" class="row small" role="group" aria-label="Quick filters"></div>
+        <div class="row last">
+          <button id="pause" aria-pressed="false" aria-keyshortcuts="p">Pause</button> <button id="clear">Clear</button>
+          <button id="export">Export HAR</button> <button id="ask" aria-label="Help" aria-keyshortcuts="?">?</button>
+        </div>
       </div>
     </div>
     <table>
       <caption class="unseen">Requests and their responses, the newest first</caption>
-      <thead><tr><th scope="col">Status<th scope="col" class="method">Method<th scope="col">Path
-        <th scope="col" class="ms">Time<th scope="col" class="size">Size<th scope="col" class="at">At</thead>
+      <thead><tr><th class="status">Status<th class="method">Method<th>Path
+        <th class="time">Time<th class="size">Size<th class="at">At</thead>
       <tbody id="rows"></tbody>
     </table>
-    <div id="none" class="empty" hidden></div>
+    <div id="none" class="empty grid" hidden></div>
     <button id="more" hidden>Show older ones</button>
   </section>
   <section id="detail" aria-labelledby="title" tabindex="-1">
-    <p id="nothing" class="empty soft">Choose an exchange to see its headers, bodies and timings.</p>
-    <div id="exchange" hidden>
+    <p id="nothing" class="empty soft">Choose an exchange to see its header fields, bodies and timings.</p>
+    <div id="exchange" class="grid" hidden>
       <div class="row">
-        <button id="back">← All exchanges</button>
-        <button id="replay" class="main">Replay</button>
-        <button id="change" aria-expanded="false" aria-controls="edit">Edit and replay</button>
-        <button id="curl">Copy as curl</button>
-        <button id="har">HAR</button>
+        <button id="back">← All</button>
+        <button id="replay" class="main" aria-keyshortcuts="r">Replay</button>
+        <button id="change" aria-keyshortcuts="e" aria-expanded="false" aria-controls="edit">Edit and replay</button>
+        <button id="curl">Copy as curl</button> <button id="har">HAR</button>
         <button id="reveal" aria-pressed="false">Show secrets</button>
       </div>
       <h2 id="title"></h2>
-      <div id="facts"></div>
-      <form id="edit" class="box" hidden>
-        <label>Method <input name="method" required spellcheck="false"></label>
-        <label>Target <input name="target" required spellcheck="false"></label>
+      <div id="facts" class="row soft"></div>
+      <form id="edit" class="box grid" hidden>
+        <label>Method <input name="method" required></label>
+        <label>Target <input name="target" required></label>
         <label>Header fields, one a line <textarea name="headers" rows="6" spellcheck="false"></textarea></label>
         <label>Body <textarea name="body" rows="6" spellcheck="false"></textarea></label>
         <div class="row"><button class="main">Send</button> <button id="cancel" type="button">Cancel</button></div>
       </form>
-      <section id="result" aria-label="Replay" hidden></section>
-      <section aria-label="Timings" id="times"><div id="bar"></div><dl id="legend"></dl></section>
-      <section id="messages" aria-label="Messages" hidden>
-        <div class="head"><h3>Messages</h3><span id="kept" class="soft"></span></div>
-        <ol id="notes" class="box mono" tabindex="0" aria-label="Messages"></ol>
+      <section id="result" class="grid" aria-label="Replay" hidden></section>
+      <div id="bar"></div> <dl id="legend" class="row" aria-label="Timings"></dl>
+      <section id="messages" class="grid" aria-label="Messages" hidden>
+        <h3>Messages</h3> <ol id="notes" class="box" tabindex="0" aria-label="The last messages"></ol>
       </section>
-      <div class="sides">
-        <section id="request" aria-label="Request"></section>
-        <section id="response" aria-label="Response"></section>
+      <div class="sides grid">
+        <section id="request" class="grid" aria-label="Request"></section>
+        <section id="response" class="grid" aria-label="Response"></section>
       </div>
     </div>
   </section>
@@ -4229,45 +4700,42 @@ kbd { font: 12px var(--mono); padding: 1px 6px; border: 1px solid var(--edge); b
 <output id="toast"></output>
 <dialog id="help" aria-labelledby="keys">
   <h2 id="keys">Keyboard</h2>
-  <dl>
-    <dt><kbd>j</kbd> <kbd>k</kbd> <kbd>↓</kbd> <kbd>↑</kbd><dd>next and previous exchange
-    <dt><kbd>Enter</kbd><dd>open it
-    <dt><kbd>Esc</kbd><dd>back to the list
-    <dt><kbd>/</kbd><dd>filter: <code>404</code>, <code>5xx</code>, <code>post</code>, <code>body:text</code>, a part of the path
-    <dt><kbd>r</kbd> <kbd>e</kbd><dd>replay as it is, or edited
-    <dt><kbd>p</kbd><dd>pause and go on
-    <dt><kbd>?</kbd><dd>this help
+  <dl class="fields">
+    <dt><kbd>j</kbd> <kbd>k</kbd> or arrows<dd>next and previous <dt><kbd>Enter</kbd><dd>open <dt><kbd>Esc</kbd><dd>back
+    <dt><kbd>/</kbd><dd>filter: <code>404 5xx post body:text</code> or part of a path
+    <dt><kbd>r</kbd> <kbd>e</kbd><dd>replay as it was, or edited <dt><kbd>p</kbd><dd>pause, and go on
   </dl>
   <form method="dialog"><button class="main">Close</button></form>
 </dialog>
 <script>
 "use strict"
 const $ = id => document.getElementById(id)
-const STEP = 100, PACE = 500  // rows shown at first and added each time; milliseconds between two polls
+const STEP = 100, PACE = 500  // rows shown at first and added each time; milliseconds from one poll to the next
 let token = document.querySelector("meta[name=token]").content
-let version = 0, limit = STEP, total = 0, selected = 0, loaded, exchange, status = {}, retryAt = 0
-let paused = false, reveal = false, abort = new AbortController(), wake = () => {}
+let version = 0, limit = STEP, selected = 0, loaded = 0, exchange, status, retryAt = 0
+let paused = false, reveal = "", abort = new AbortController(), wake = () => {}
 
-// Text comes from strangers: control and direction characters in it are shown as escapes, and it never becomes markup.
+// Strangers wrote this text: control and direction characters in it are shown as escapes, and it never becomes markup.
 const visible = text => String(text).replace(/[^\P{C}\n\t\u200d]/gu, c => `\\u{${c.codePointAt(0).toString(16)}}`)
-const texts = nodes => nodes.map(node => node instanceof Node ? node : visible(node))
-function h(tag, properties, ...children) {
+const put = (node, ...parts) => node.replaceChildren(...parts.map(part => part instanceof Node ? part : visible(part)))
+function h(tag, properties, ...parts) {
   const node = Object.assign(document.createElement(tag), properties)
-  node.append(...texts(children))
+  put(node, ...parts)
   return node
 }
-const put = (node, ...children) => node.replaceChildren(...texts(children))
+const span = (className, ...parts) => h("span", {className}, ...parts)
+const pair = (className, name, value) => h("div", {className}, h("dt", {}, name), h("dd", {}, value))
+const changed = (node, data) => node.shown !== (node.shown = JSON.stringify(data))
+const seconds = s => s === null ? "–" : s < 1 ? `${(s * 1000).toFixed(s < 0.01 ? 1 : 0)} ms` : `${s.toFixed(2)} s`
+const clock = time => new Date(time * 1000).toLocaleTimeString([], {hour12: false})
+const duration = e => e.ms === null ? "…" : seconds(e.ms / 1000)
+const outcome = e => e.status ?? (e.ms === null ? "…" : "none")
+const kindOf = e => e.status ? "status s" + String(e.status)[0] : "status error"
 function size(n) {
   let unit = 0
   for (; n >= 1000 && unit < 4; unit++) n /= 1024
   return `${n.toFixed(unit && n < 100 ? 1 : 0)} ${["B", "KiB", "MiB", "GiB", "TiB"][unit]}`
 }
-const seconds = s => s === null ? "–" : s < 1 ? `${(s * 1000).toFixed(s < 0.01 ? 1 : 0)} ms` : `${s.toFixed(2)} s`
-const duration = e => e.ms === null ? "…" : seconds(e.ms / 1000)
-const clock = time => new Date(time * 1000).toLocaleTimeString([], {hour12: false})
-const outcome = e => e.status ?? (e.ms === null ? "…" : "none")
-const statusClass = e => "s" + (e.status ? String(e.status)[0] : e.ms === null ? "" : "-")
-
 function toast(text) {
   put($("toast"), text)
   clearTimeout(toast.timer)
@@ -4277,377 +4745,303 @@ async function copy(text) {
   await navigator.clipboard.writeText(text)
   toast("Copied")
 }
-function save(name, blob) {
-  const link = h("a", {href: URL.createObjectURL(blob), download: name})
-  link.click()
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000)
-}
-
-// The interface
-
 async function api(path, options) {
   const response = await fetch("/api/" + path, {...options, headers: {"X-Pytunnel-Token": token}})
   if (response.ok) return response
   throw Object.assign(Error((await response.json()).error), {status: response.status})
 }
 const json = async (path, options) => (await api(path, options)).json()
-const sleep = ms => new Promise(resolve => { wake = resolve; if (ms !== undefined) setTimeout(resolve, ms) })
+const bodyOf = (e, which) => api(`exchanges/${e.id}/body?which=${which}`)
+async function save(path, name) {
+  const link = h("a", {href: URL.createObjectURL(await (await api(path)).blob()), download: name})
+  link.click()
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000)
+}
 
+// What is new, about twice a second at the most; nothing while nobody looks
+
+const sleep = ms => new Promise(resolve => { wake = resolve; if (ms !== undefined) setTimeout(resolve, ms) })
 async function poll() {
   for (;;) {
-    if (paused || document.hidden) {
-      await sleep()
-      continue
-    }
+    while (document.hidden || paused && version) await sleep()
     const {signal} = abort = new AbortController()
-    const started = performance.now()
     const query = {since: version, filter: $("filter").value, limit, id: selected, wait: version ? 20 : 0}
+    const next = performance.now() + PACE
     try {
-      const data = await json("exchanges?" + new URLSearchParams(query), {signal})
-      if (!signal.aborted) update(data)
-      await sleep(signal.aborted ? 0 : started + PACE - performance.now())
+      const news = await json("exchanges?" + new URLSearchParams(query), {signal})
+      if (signal.aborted) continue
+      update(news)
+      await sleep(next - performance.now())
     } catch (error) {
-      if (!signal.aborted) await ended(error)
+      if (!signal.aborted) await lost(error)
     }
   }
 }
-function again(from = version) {  // poll at once
-  version = from
-  abort.abort()
-  wake()
-}
-function restart() {
-  put($("rows"))
-  again(0)
-}
-async function ended(error) {
-  if (error.status === 403) {  // another client listens here now
-    token = /name="token" content="([^"]*)"/.exec(await (await fetch("/")).text())[1]
-    total = 0
-    return restart()
-  }
-  showState(true, error.status ? error.message : "The client has ended; this page waits for the next one")
+const pollNow = (since = version) => { version = since; abort.abort(); wake() }
+const restart = () => { put($("rows")); pollNow(0) }
+async function lost(error) {
+  showState(error.status ? error.message : "The client has ended; this page waits for the next one")
   await sleep(2000)
+  if (error.status !== 403) return
+  const page = await fetch("/").then(response => response.text(), () => "")  // of another client, with its own token
+  token = /name="token" content="([^"]*)"/.exec(page)?.[1] ?? token
+  restart()
 }
-
-// The list
-
-function update(data) {
-  const fresh = version ? data.total - total : 0
-  status = data
-  version = data.version
-  total = data.total
+function update(news) {
+  status = news
+  version = news.version
   const rows = $("rows")
-  for (const e of data.exchanges.reverse()) putRow(e)
-  for (let last; (last = rows.lastChild) && (rows.rows.length > limit || +last.dataset.id < data.oldest);) last.remove()
-  if (rows.firstChild && !rows.querySelector("a[tabindex='0']")) rows.firstChild.cells[2].firstChild.tabIndex = 0
+  for (const e of news.exchanges.reverse()) putRow(e)
+  for (let last; (last = rows.lastChild) && (rows.rows.length > limit || last.number < news.oldest);) last.remove()
+  if (rows.firstChild && !rows.querySelector("[tabindex='0']")) linkOf(rows.firstChild).tabIndex = 0
   $("more").hidden = rows.rows.length < limit
+  retryAt = news.retry_in && performance.now() + news.retry_in * 1000
+  showState(news.problem && `Reconnecting: ${news.problem}`)
+  showHeader(news)
   showNone()
-  retryAt = data.retry_in === null ? 0 : performance.now() + data.retry_in * 1000
-  const trip = data.round_trip === null ? "" : ` · ${seconds(data.round_trip)} away`
-  showState(data.problem, data.problem ? `Reconnecting: ${data.problem}` : `Connected${trip}`)
-  showHeader(data)
-  if (fresh) announce(fresh)
-  if (selected && data.selected !== loaded) load(data.selected)
+  if (news.exchanges.length) announce()
+  if (selected && news.selected > loaded) load()
 }
-function putRow(e) {
-  const rows = $("rows")
-  let next = rows.firstChild
-  while (next && +next.dataset.id > e.id) next = next.nextSibling
-  let row = next
-  if (!row || +row.dataset.id !== e.id) {
-    const cell = (tag, className) => h(tag, {className})
-    row = h("tr", {}, cell("td"), cell("td", "method"), h("th", {scope: "row"}, h("a", {href: "#" + e.id, tabIndex: -1})),
-      cell("td", "ms"), cell("td", "size"), cell("td", "at"))
-    row.dataset.id = e.id
-    rows.insertBefore(row, next)
-    mark(row)
-  }
-  const [state, method, path, ms, bytes, at] = row.cells
-  state.className = "status " + statusClass(e)
-  put(state, outcome(e))
-  put(method, e.method)
-  put(path.firstChild, e.path)
-  path.firstChild.title = visible(e.error ?? e.path)
-  put(ms, duration(e))
-  put(bytes, size(e.bytes_out))
-  put(at, clock(e.time))
-}
-function mark(row) {
-  const link = row.cells[2].firstChild
-  if (+row.dataset.id === selected) link.setAttribute("aria-current", "true")
-  else link.removeAttribute("aria-current")
-}
-function move(step) {
-  const rows = [...$("rows").rows]
-  const at = rows.findIndex(row => row.cells[2].firstChild.tabIndex === 0)
-  const row = rows[Math.max(0, Math.min(rows.length - 1, rows.some(row => row.contains(document.activeElement)) ? at + step : at))]
-  if (!row) return
-  row.cells[2].firstChild.focus()
-  if (selected && matchMedia("(min-width: 900px)").matches) location.replace("#" + row.dataset.id)
-}
-function announce(count) {  // at most every ten seconds, however many there are
-  announce.count = (announce.count ?? 0) + count
+function announce() {  // for those who hear the page: once in a while, however many there are
   announce.timer ??= setTimeout(() => {
-    put($("news"), `${announce.count} new requests`)
-    announce.count = announce.timer = undefined
+    put($("news"), `${status.total} requests so far`)
+    announce.timer = undefined
   }, 10000)
 }
-function showState(bad, text) {
-  const state = $("state")
-  state.toggleAttribute("data-bad", Boolean(bad))
-  if (state.textContent !== visible(text)) put(state, text)
+function showState(problem) {
+  $("state").toggleAttribute("data-bad", problem)
+  if (changed($("state"), problem)) put($("state"), problem || "Connected")
   countDown()
 }
 function countDown() {
   const left = Math.ceil((retryAt - performance.now()) / 1000)
-  put($("retry"), retryAt && left > 0 ? `again in ${left} s` : "")
+  put($("retry"), left > 0 ? `again in ${left} s` : "")
 }
-const changed = (node, data) => node.shown !== (node.shown = JSON.stringify(data))
 function showHeader({tunnels, total, in_flight, p50, p90, bytes_in, bytes_out}) {
   if (changed($("tunnels"), tunnels)) {
-    put($("tunnels"), ...tunnels.map(t => h("li", {}, publicLink(t), h("span", {className: "soft"}, `→ ${t.target}`))))
-    document.title = tunnels[0].name ? visible(`${tunnels[0].name} · pytunnel`) : "pytunnel"
+    put($("tunnels"), ...tunnels.map(publicLink))
+    document.title = visible(`${tunnels[0].name} · pytunnel`)
   }
-  const facts = {Requests: total, Running: in_flight, p50: seconds(p50), p90: seconds(p90),
-    In: size(bytes_in), Out: size(bytes_out)}
-  put($("stats"), ...Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))))
+  const facts = {Requests: total, Running: in_flight, p50: seconds(p50), p90: seconds(p90), In: size(bytes_in),
+    Out: size(bytes_out)}
+  put($("stats"), ...Object.entries(facts).map(([name, value]) => pair("", name, value)))
 }
-function publicLink({url, name}) {
-  if (!/^https?:\/\//.test(url)) return name
-  const button = h("button", {className: "small", onclick: () => copy(url), ariaLabel: visible(`Copy ${url}`)}, "Copy")
-  return h("span", {className: "row"}, h("a", {href: url, target: "_blank", rel: "noreferrer"}, url), button)
+function publicLink({url, name, target}) {
+  if (!/^https?:\/\//.test(url)) return span("soft", name)
+  const link = h("a", {href: url, target: "_blank", rel: "noreferrer"}, url)
+  const button = h("button", {className: "small", ariaLabel: `Copy ${url}`, onclick: () => copy(url)}, "Copy")
+  return span("row", link, button, span("soft", `→ ${target}`))
+}
+
+// The list
+
+const linkOf = row => row.querySelector("a")
+function putRow(e) {
+  let row = $("rows").firstChild
+  while (row && row.number > e.id) row = row.nextSibling
+  if (row?.number !== e.id) {
+    const names = ["status", "method", "path", "time", "size", "at"]
+    const cells = names.map(className => h(className === "path" ? "th" : "td", {className}))
+    put(cells[2], h("a", {href: "#" + e.id, tabIndex: -1, ariaCurrent: e.id === selected ? "true" : null}))
+    row = $("rows").insertBefore(h("tr", {number: e.id}, ...cells), row)
+  }
+  const texts = [outcome(e), e.method, e.path, duration(e), size(e.bytes_out), clock(e.time)]
+  texts.forEach((text, n) => put(n === 2 ? linkOf(row) : row.cells[n], text))
+  row.cells[0].className = kindOf(e)
+  row.title = visible(e.error ?? e.path)
 }
 function showNone() {
-  const none = $("none"), words = $("filter").value
+  const words = $("filter").value, none = $("none")
   none.hidden = $("rows").rows.length > 0
   if (none.hidden || !changed(none, [words, status.tunnels])) return
-  if (words) {
-    const all = h("button", {onclick: () => setFilter("")}, "Show all")
-    put(none, h("strong", {}, `Nothing matches “${words}”`), all)
-  } else {
-    put(none, h("strong", {}, "Waiting for the first request"), h("p", {className: "soft"}, "Open this address, or call it:"),
-      ...status.tunnels.map(publicLink))
-  }
+  const all = h("button", {onclick: () => setFilter("")}, "Show all")
+  const hint = words ? [all] : ["Open this address, or have it called:", ...status.tunnels.map(publicLink)]
+  put(none, h("strong", {}, words ? `Nothing matches “${words}”` : "Waiting for the first request"), ...hint)
 }
 function setFilter(words) {
   $("filter").value = words
-  for (const chip of $("chips").children) chip.setAttribute("aria-pressed", chip.words === words.trim())
+  for (const chip of $("chips").children) chip.ariaPressed = chip.words === words.trim()
   restart()
 }
-
-// One exchange
-
-async function load(newest) {
-  const wanted = selected
-  if (newest === null) return exchange && toast(`#${selected} is no longer kept`), loaded = null
-  try {
-    const data = await json(`exchanges/${wanted}${reveal ? "?reveal=1" : ""}`)
-    if (wanted !== selected) return
-    loaded = newest ?? loaded
-    show(exchange = data)
-  } catch (error) {
-    if (error.status === 404) leave()
-    toast(error.message)
-  }
+function focusRow(row) {
+  for (const link of $("rows").querySelectorAll("[tabindex='0']")) link.tabIndex = -1
+  linkOf(row).tabIndex = 0
+  linkOf(row).focus()
 }
+function move(step) {
+  const rows = [...$("rows").rows], link = $("rows").querySelector("[tabindex='0']")
+  const row = rows[rows.findIndex(row => row.contains(link)) + (document.activeElement === link ? step : 0)]
+  if (row) focusRow(row)
+  if (row && selected) location.replace("#" + row.number)
+}
+
+// One exchange: its number is the address's fragment, so that the browser's Back leads to the list
+
 function choose() {
-  const before = selected
+  const left = selected
   selected = Number(location.hash.slice(1)) || 0
-  loaded = exchange = undefined
-  closeEdit()
+  loaded = 0
+  exchange = undefined
+  showEdit(false)
   $("result").hidden = true
   for (const row of $("rows").rows) {
-    mark(row)
-    row.cells[2].firstChild.tabIndex = -1 // the row that Tab leads to is the one that was chosen last
-    if (+row.dataset.id === (selected || before)) row.cells[2].firstChild.tabIndex = 0
+    linkOf(row).ariaCurrent = row.number === selected ? "true" : null
+    if (left && row.number === left && !selected) focusRow(row)
   }
-  document.body.classList.toggle("open", selected > 0)
-  $("nothing").hidden = selected > 0
+  document.body.classList.toggle("open", selected)
+  $("nothing").hidden = selected
   $("exchange").hidden = !selected
   if (selected) load()
-  else $("rows").querySelector("a[tabindex='0']")?.focus()
 }
-const leave = () => { location.hash = "" }
-function show(e) {
+async function load() {
+  const e = await json(`exchanges/${selected}?${reveal}`)
+  if (e.id !== selected) return
+  exchange = e
+  loaded = e.version
   put($("title"), `${e.method} ${e.target}`)
-  const facts = [h("span", {className: "status " + statusClass(e)}, `${outcome(e)} ${e.reason}`), duration(e),
-    `${size(e.request.size)} in, ${size(e.response.size)} out`, `#${e.id} at ${clock(e.time)}`]
-  if (e.replay_of) facts.push(h("a", {href: "#" + e.replay_of}, `replay of #${e.replay_of}`))
-  if (e.error) facts.push(h("span", {className: "s-"}, e.error))
-  put($("facts"), ...facts.map(fact => fact instanceof Node ? fact : h("span", {className: "soft"}, fact)))
-  showTimes(e.timings)
-  showNotes(e.notes)
-  showSide("request", "Request", e)
-  showSide("response", "Response", e)
+  const facts = [duration(e), `${size(e.bytes_in)} in, ${size(e.bytes_out)} out`, `#${e.id} at ${clock(e.time)}`]
+  put($("facts"), span(kindOf(e), `${outcome(e)} ${e.reason}`), ...facts.map(fact => span("", fact)))
+  if (e.error) $("facts").append(span("error", e.error))
+  if (e.replay_of) $("facts").append(h("a", {href: "#" + e.replay_of}, `replay of #${e.replay_of}`))
+  const names = {server: "wait on the server", link: "link", local: "local service", content: "content"}
+  const times = Object.entries(e.timings)
+  put($("bar"), ...times.map(([name, value]) => span(name)))
+  times.forEach(([name, value], n) => Object.assign($("bar").children[n].style, {flexGrow: value * 1000}))
+  put($("legend"), ...times.map(([name, value]) => pair(name, names[name], seconds(value))))
+  $("messages").hidden = !e.notes.length
+  if (changed($("notes"), e.notes)) put($("notes"), ...e.notes.map(showNote))
+  for (const which of ["request", "response"]) if (changed($(which), [e.id, e[which]])) showSide(which, e)
 }
-function showTimes(times) {
-  if (!changed($("times"), times)) return
-  const names = {server: "waiting on the server", link: "link", local: "local service", content: "content"}
-  const parts = Object.entries(times)
-  put($("bar"), ...parts.map(([name, value], n) => {
-    const part = h("span", {className: "t" + n, hidden: !value})
-    part.style.flexGrow = value ?? 0
-    return part
-  }))
-  put($("legend"), ...parts.map(([name, value], n) =>
-    h("div", {className: "t" + n}, h("dt", {}, names[name]), h("dd", {}, seconds(value)))))
+function showNote({from_visitor, at, kind, size, data}) {
+  const arrow = h("span", {role: "img", className: from_visitor ? "up" : "down"}, from_visitor ? "↑" : "↓")
+  arrow.ariaLabel = from_visitor ? "from the visitor" : "to the visitor"
+  const text = span("", data, size > 512 ? ` … ${size} bytes` : "")
+  return h("li", {}, arrow, span("soft", `${at.toFixed(2)} s`), span("soft", kind), text)
 }
-function showNotes(notes) {
-  $("messages").hidden = !notes.length
-  if (!changed($("notes"), notes)) return
-  put($("kept"), `the last ${notes.length}`)
-  const atEnd = $("notes").scrollTop + $("notes").clientHeight > $("notes").scrollHeight - 20
-  put($("notes"), ...notes.map(note => h("li", {},
-    note.from_visitor ? h("span", {className: "up", ariaLabel: "from the visitor", role: "img"}, "↑")
-      : h("span", {className: "down", ariaLabel: "to the visitor", role: "img"}, "↓"),
-    h("span", {className: "soft"}, `${note.at.toFixed(2)} s`),
-    h("span", {className: "soft"}, note.kind), h("span", {}, note.data, note.size > 512 ? ` … (${size(note.size)})` : ""))))
-  if (atEnd) $("notes").scrollTop = $("notes").scrollHeight
-}
-function showSide(which, name, e) {
-  const side = $(which), {headers, body, kept} = e[which]
-  if (!changed(side, [e.id, e[which]])) return
-  const fields = h("dl", {className: "fields"}, ...headers.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]))
-  const download = h("button", {className: "small", ariaLabel: `Download the ${which}'s body`, onclick: async () => {
-    save(`${which}-${e.id}`, await (await api(`exchanges/${e.id}/body?which=${which}`)).blob())
-  }}, "Download")
-  put(side, h("h3", {}, name), headers.length ? fields : h("p", {className: "soft"}, "No header fields"),
-    h("div", {className: "head"}, h("h3", {}, "Body"),
-      h("span", {className: "soft"}, [body.kind, body.note].filter(Boolean).join(", ")), ...kept ? [download] : []),
-    ...body.kind === "empty" ? [] : [showBody(which, e)])
+function showSide(which, e) {
+  const {headers, body, kept} = e[which], name = which[0].toUpperCase() + which.slice(1)
+  const fields = headers.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])
+  put($(which), h("h3", {}, name), h("dl", {className: "fields"}, ...fields))
+  if (!kept || e.status === 101) return  // what follows a 101 are the messages
+  const download = h("button", {className: "small last"}, "Download")
+  download.onclick = () => save(`exchanges/${e.id}/body?which=${which}`, `${which}-${e.id}`)
+  const kind = span("soft", [body.kind, body.note].filter(Boolean).join(", "))
+  $(which).append(h("div", {className: "row"}, h("h3", {}, "Body"), kind, download), showBody(which, e))
 }
 function showBody(which, e) {
   const {headers, body} = e[which], ariaLabel = `Body of the ${which}`
   if (body.kind === "image") {
-    const img = h("img", {alt: ariaLabel}), type = headers.find(([name]) => name.toLowerCase() === "content-type")[1]
-    api(`exchanges/${e.id}/body?which=${which}`).then(response => response.arrayBuffer()).then(bytes => {
-      img.onload = img.onerror = () => URL.revokeObjectURL(img.src)
-      img.src = URL.createObjectURL(new Blob([bytes], {type}))
+    const image = h("img", {alt: ariaLabel}), type = headers.find(([name]) => /^content-type$/i.test(name))[1]
+    bodyOf(e, which).then(response => response.arrayBuffer()).then(bytes => {
+      image.src = URL.createObjectURL(new Blob([bytes], {type}))
+      image.onload = image.onerror = () => URL.revokeObjectURL(image.src)
     })
-    return h("div", {className: "box"}, img)
+    return h("div", {className: "box grid"}, image)
   }
-  const text = body.kind === "json" && body.text.length < 50000 ? paint(body.text) : [body.text]
-  return h("pre", {className: body.kind, tabIndex: 0, role: "region", ariaLabel}, ...text)
+  const parts = body.kind === "json" && body.text.length < 50000 ? paint(body.text) : [body.text]
+  return h("pre", {className: body.kind, tabIndex: 0, role: "region", ariaLabel}, ...parts)
 }
 function paint(json) {
-  return json.split(/("(?:[^"\\]|\\.)*"(?:\s*:)?|-?\b[\w.+-]+\b)/).map((part, n) => {
-    if (n % 2 === 0) return part
-    return h("span", {className: part.endsWith(":") ? "key" : part[0] === '"' ? "string" : "atom"}, part)
-  })
+  const tokens = json.split(/("(?:[^"\\]|\\.)*"(?::)?|[\w.+-]+)/)  // those at odd places are not punctuation
+  const kind = token => token.endsWith(":") ? "key" : token[0] === '"' ? "string" : "atom"
+  return tokens.map((token, n) => n % 2 ? span(kind(token), token) : token)
 }
 
 // Replay
 
-async function replay(edits) {
-  const {id} = exchange, button = edits ? $("edit").querySelector("button") : $("replay")
-  button.disabled = true
-  try {
-    showDiff(await json(`exchanges/${id}/replay`, {method: "POST", body: JSON.stringify(edits ?? {})}), id)
-    closeEdit()
-  } catch (error) {
-    toast(error.message)
-  }
-  button.disabled = false
-}
-function showDiff({id, diff}, before) {
-  toast(diff.length ? `Replayed as #${id}: the response differs` : `Replayed as #${id}: the same response`)
-  if (before !== selected) return
-  const kind = line => ({"+": "add", "-": "del"})[line[0]] ?? "soft"
-  put($("result"), h("div", {className: "head"}, h("h3", {}, "Replayed as ", h("a", {href: "#" + id}, `#${id}`)),
-    h("span", {className: "soft"}, diff.length ? "what differs in the response" : "the response is the same")))
-  if (diff.length) {
-    const lines = diff.slice(2).map(line => h("span", {className: line[0] === " " ? "" : kind(line)}, line))
-    $("result").append(h("pre", {id: "diff", tabIndex: 0, role: "region", ariaLabel: "Differences"}, ...lines))
-  }
+async function replay(edits = {}) {
+  const {id} = exchange
+  toast("Replaying…")
+  const again = await json(`exchanges/${id}/replay`, {method: "POST", body: JSON.stringify(edits)})
+  toast(`Replayed as #${again.id}: ${again.diff.length ? "the response differs" : "the same response"}`)
+  if (id !== selected) return
+  showEdit(false)
+  const lines = again.diff.slice(2).map(line => span({"+": "add", "-": "del", "@": "soft"}[line[0]] ?? "", line))
+  put($("result"), h("h3", {}, "Replayed as ", h("a", {href: "#" + again.id}, `#${again.id}`),
+    lines.length ? ", whose response differs:" : ", with the same response"))
+  const diff = h("pre", {id: "diff", tabIndex: 0, role: "region", ariaLabel: "Differences"}, ...lines)
+  if (lines.length) $("result").append(diff)
   $("result").hidden = false
 }
 async function openEdit() {
-  const {id, method, target, request: {headers, size, kept}} = exchange, form = $("edit").elements
-  let body = ""
+  const {method, target, request} = exchange, fields = $("edit").elements
+  const values = {method, target, headers: request.headers.map(field => field.join(": ")).join("\n"), body: ""}
+  const bytes = await (await bodyOf(exchange, "request")).arrayBuffer()
+  fields.body.disabled = request.size > request.kept
   try {
-    const bytes = await (await api(`exchanges/${id}/body?which=request`)).arrayBuffer()
-    body = size > kept ? null : new TextDecoder("utf-8", {fatal: true, ignoreBOM: true}).decode(bytes)
-  } catch (error) {
-    body = null
+    values.body = new TextDecoder("utf-8", {fatal: true, ignoreBOM: true}).decode(bytes)
+  } catch {
+    fields.body.disabled = true  // not text: it is sent as it was
   }
-  form.body.disabled = body === null
-  form.body.placeholder = body === null ? "It is not text, or too long: it is sent as it was." : ""
-  const values = {method, target, headers: headers.map(field => field.join(": ")).join("\n"), body: body ?? ""}
-  for (const name in values) form[name].value = form[name].before = values[name]
-  for (const name in values) form[name].before = form[name].value  // as the form writes line ends
-  $("edit").hidden = false
-  $("change").ariaExpanded = "true"
-  form.method.focus()
+  for (const name in values) {
+    fields[name].value = values[name]
+    fields[name].before = fields[name].value  // with the line ends of a form
+  }
+  showEdit(true)
+  fields.method.focus()
 }
-function closeEdit() {
-  if ($("edit").contains(document.activeElement)) $("change").focus()
-  $("edit").hidden = true
-  $("change").ariaExpanded = "false"
+function showEdit(open) {
+  if (!open && $("edit").contains(document.activeElement)) $("change").focus()
+  $("edit").hidden = !open
+  $("change").ariaExpanded = open
 }
 function sendEdit() {
-  const edits = {}, form = $("edit").elements
-  for (const name of ["method", "target", "headers", "body"]) {
-    if (form[name].value !== form[name].before) edits[name] = form[name].value
-  }
+  const changed = [...$("edit").elements].filter(field => field.name && field.value !== field.before)
+  const edits = Object.fromEntries(changed.map(field => [field.name, field.value]))
   const lines = edits.headers?.split("\n").filter(line => line.trim())
-  if (lines) edits.headers = lines.map(line => [line.split(":")[0].trim(), line.slice(line.indexOf(":") + 1).trim()])
+  if (lines) edits.headers = lines.map(line => [line.split(":")[0], line.slice(line.split(":")[0].length + 1).trim()])
   replay(edits)
 }
 
-// Controls
+// Buttons and keys
 
-function pause() {
-  paused = !paused
-  $("pause").ariaPressed = paused
-  put($("pause"), paused ? "Resume" : "Pause")
-  again()
+function press(id, on) {
+  $(id).ariaPressed = on
+  return on
 }
-const exported = async (path, name) => save(name, await (await api(path)).blob())
-const guard = action => async event => {
-  try {
-    await action(event)
-  } catch (error) {
-    toast(error.message)
-  }
+const har = query => save(`har?${query}&${reveal}`, `pytunnel${query.replace("id=", "-")}.har`)
+const actions = {
+  pause: () => { paused = press("pause", !paused); pollNow() },
+  clear: () => api("clear", {method: "POST"}).then(restart),
+  export: () => har(""),
+  ask: () => $("help").showModal(),
+  more: () => { limit += STEP; pollNow(0) },
+  back: () => { location.hash = "" },
+  replay: () => replay(),
+  change: () => $("edit").hidden ? openEdit() : showEdit(false),
+  cancel: () => showEdit(false),
+  curl: () => copy(exchange.curl),
+  har: () => har(`id=${selected}`),
+  reveal: () => { reveal = press("reveal", !reveal) ? "reveal=1" : ""; load() },
+  rows: event => { location.hash = event.target.closest("tr").number },
 }
-$("pause").onclick = pause
-$("clear").onclick = guard(() => api("clear", {method: "POST"}))
-$("export").onclick = guard(() => exported(`har?${reveal ? "reveal=1" : ""}`, "pytunnel.har"))
-$("har").onclick = guard(() => exported(`har?id=${selected}${reveal ? "&reveal=1" : ""}`, `pytunnel-${selected}.har`))
-$("curl").onclick = guard(() => copy(exchange.curl))
-$("reveal").onclick = () => { $("reveal").ariaPressed = reveal = !reveal; load() }
-$("replay").onclick = () => replay()
-$("change").onclick = () => $("edit").hidden ? openEdit() : closeEdit()
-$("cancel").onclick = closeEdit
-$("edit").onsubmit = event => { event.preventDefault(); sendEdit() }
-$("back").onclick = leave
-$("ask").onclick = () => $("help").showModal()
-$("more").onclick = () => { limit += STEP; again(0) }
+for (const id in actions) $(id).onclick = actions[id]
+for (const words of ["", "2xx", "3xx", "4xx", "5xx", "101"]) {
+  const properties = {words, ariaPressed: !words, onclick: () => setFilter(words)}
+  $("chips").append(h("button", properties, {"": "All", 101: "WebSocket"}[words] ?? words))
+}
 $("filter").oninput = () => setFilter($("filter").value)
-$("rows").onclick = event => { location.hash = event.target.closest("tr").dataset.id }
-$("rows").onfocusin = null
-for (const [name, words] of Object.entries({All: "", "2xx": "2xx", "3xx": "3xx", "4xx": "4xx", "5xx": "5xx", WebSocket: "101"})) {
-  $("chips").append(h("button", {className: "small", words, ariaPressed: !words, onclick: () => setFilter(words)}, name))
+$("edit").onsubmit = event => { event.preventDefault(); sendEdit() }
+function escape(field) {
+  if (!$("edit").hidden) showEdit(false)
+  else if (field === $("filter") && field.value) setFilter("")
+  else if (selected) actions.back()
 }
-document.onkeydown = event => {
-  const typing = event.target.matches("input, textarea")
+onkeydown = event => {
+  const {key, target} = event
   if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return
-  if (event.key === "Escape") {
-    if (event.target === $("filter") && $("filter").value) setFilter("")
-    else if (!$("edit").hidden) closeEdit()
-    else if (selected) leave()
-    else event.target.blur()
-  }
-  const inList = $("list").contains(event.target) || event.target === document.body
-  const keys = {j: () => move(1), k: () => move(-1), "/": () => $("filter").focus(), p: pause, "?": $("ask").onclick}
-  if (inList) Object.assign(keys, {ArrowDown: keys.j, ArrowUp: keys.k})
-  if (exchange) Object.assign(keys, {r: () => replay(), e: openEdit})
-  if (typing || !keys[event.key]) return
+  if (key === "Escape") escape(target)
+  if (target.matches("input, textarea")) return
+  const step = {j: 1, k: -1, ...$("detail").contains(target) ? {} : {ArrowDown: 1, ArrowUp: -1}}[key]
+  const control = [...document.querySelectorAll("[aria-keyshortcuts]")].find(node => node.ariaKeyShortcuts === key)
+  if (step) move(step)
+  else if (!control?.checkVisibility()) return
+  else if (control === $("filter")) control.focus()
+  else control.click()
   event.preventDefault()
-  keys[event.key]()
 }
-document.onvisibilitychange = () => again()
+onunhandledrejection = event => { event.preventDefault(); toast(event.reason.message) }
+document.onvisibilitychange = () => pollNow()
 onhashchange = choose
 setInterval(countDown, 1000)
 choose()
@@ -4852,6 +5246,7 @@ class Inspector:
         url = self._urls().get(e.tunnel, "")
         return {
             **self._row(e),
+            "version": e.version,
             "target": e.target if reveal else mask_target(e.target),
             "reason": e.reason,
             "timings": timings(e),
@@ -4915,6 +5310,372 @@ def _edits(exchange: Exchange, wanted: dict[str, Any]) -> dict[str, Any]:
     return edits
 
 
+# ---- Terminal -------------------------------------------------------------------------------------------------------
+# The screen on a real terminal, through a descriptor of its own that never blocks: one that stopped reading holds up
+# neither the traffic nor the end. The terminal gets back what it was, whatever happens; Ctrl-Z included.
+
+_ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[?1000h\x1b[?1006h\x1b[?2004l"  # other screen, no cursor, no wrapping, mouse
+_LEAVE = "\x18\x1b[?2026l\x1b[m\x1b[?1006l\x1b[?1000l\x1b[?7h\x1b[?25h\x1b[?1049l"  # CAN ends a frame that was cut
+
+
+def colours(environment: Mapping[str, str]) -> int:
+    """Return how many colours to use."""
+    if environment.get("NO_COLOR") or environment.get("TERM") == "dumb":
+        return 0
+    many = "256" in environment.get("TERM", "") or environment.get("COLORTERM") in ("truecolor", "24bit")
+    return 256 if many or "WT_SESSION" in environment else 16
+
+
+if sys.platform == "win32":
+
+    class TerminalDevice:
+        """A Windows console in its ANSI mode; by Microsoft's documentation, no test of ours runs it."""
+
+        poll: ClassVar[float | None] = 1.0  # seconds; nobody tells when the size changes
+
+        def __init__(self, on_input: Callable[[bytes], None], on_ready: Callable[[], None]) -> None:
+            import ctypes
+
+            self._on_input, self._on_ready, self._loop = on_input, on_ready, asyncio.get_running_loop()
+            self._kernel, self._number = ctypes.windll.kernel32, ctypes.c_ulong
+            self._buffer, self._pointer = ctypes.create_unicode_buffer(256), ctypes.byref
+            self._in, self._out = (self._kernel.GetStdHandle(number) for number in (-10, -11))
+            self._saved = self._number(), self._number()
+            self._frames: queue.Queue[str] = queue.Queue()
+            self.active = False
+            for handle, mode in zip((self._in, self._out), self._saved, strict=True):
+                self._kernel.GetConsoleMode(handle, ctypes.byref(mode))
+            for work in (self._read, self._write):
+                threading.Thread(target=work, daemon=True).start()
+
+        foreground, ready = True, property(lambda self: self.active and self._frames.empty())
+
+        def enter(self) -> None:
+            """Take the console."""
+            self._kernel.SetConsoleMode(self._in, 0x0281)  # processed, extended flags, virtual terminal input
+            self._kernel.SetConsoleMode(self._out, 0x000D)  # processed, virtual terminal, no newline at the edge
+            self.active = True
+            self.write(_ENTER)
+
+        def leave(self) -> None:
+            """Give it back."""
+            if self.active:
+                self.active = False
+                self._kernel.WriteConsoleW(self._out, _LEAVE, len(_LEAVE), self._pointer(self._number()), None)
+                for handle, mode in zip((self._in, self._out), self._saved, strict=True):
+                    self._kernel.SetConsoleMode(handle, mode)
+
+        close = leave
+
+        def write(self, text: str) -> None:
+            """Write, some time."""
+            self._frames.put(text)
+
+        def _read(self) -> None:
+            count = self._number()
+            while self._kernel.ReadConsoleW(self._in, self._buffer, 200, self._pointer(count), None):
+                data = self._buffer[: count.value].encode(errors="replace")
+                self._loop.call_soon_threadsafe(self._on_input, data)
+
+        def _write(self) -> None:
+            while text := self._frames.get():
+                self._kernel.WriteConsoleW(self._out, text, len(text), self._pointer(self._number()), None)
+                self._loop.call_soon_threadsafe(self._on_ready)
+
+else:
+
+    class TerminalDevice:
+        """The terminal of standard input, opened once more, so that not blocking is a matter of this descriptor."""
+
+        poll: ClassVar[float | None] = None
+
+        def __init__(self, on_input: Callable[[bytes], None], on_ready: Callable[[], None]) -> None:
+            import termios
+
+            try:
+                path = os.ttyname(0)
+            except OSError:  # in a container, whose terminal is from outside
+                path = "/dev/tty"
+            self._on_input, self._on_ready, self._loop = on_input, on_ready, asyncio.get_running_loop()
+            self._termios = termios
+            self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY)
+            self._saved = termios.tcgetattr(self._fd)
+            self._unsent = b""
+            self.active = False
+
+        @property
+        def foreground(self) -> bool:
+            """Whether the shell lets this process use the terminal."""
+            try:
+                return os.tcgetpgrp(self._fd) == os.getpgrp()
+            except OSError:  # it is not the one that sends us signals
+                return True
+
+        @property
+        def ready(self) -> bool:
+            """Whether the last frame has gone out."""
+            return self.active and not self._unsent
+
+        def enter(self) -> None:
+            """Take the terminal: keys come one by one, Ctrl-C and Ctrl-Z stay signals, Ctrl-S stops nothing."""
+            mode = self._termios.tcgetattr(self._fd)
+            mode[0] &= ~self._termios.IXON
+            mode[3] &= ~(self._termios.ICANON | self._termios.ECHO)
+            mode[6][self._termios.VMIN], mode[6][self._termios.VTIME] = 1, 0
+            self._termios.tcsetattr(self._fd, self._termios.TCSANOW, mode)
+            self.active = True
+            self._loop.add_reader(self._fd, self._read)
+            self.write(_ENTER)
+
+        def leave(self) -> None:
+            """Give it back as it was. What it has not read yet is thrown away: it may never read again."""
+            if not self.active:
+                return
+            self.active, self._unsent = False, b""
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._fd)
+                self._loop.remove_writer(self._fd)
+            with contextlib.suppress(OSError, self._termios.error):  # it is gone
+                try:
+                    whole = os.write(self._fd, _LEAVE.encode()) == len(_LEAVE)
+                except BlockingIOError:
+                    whole = False
+                if not whole:
+                    self._termios.tcflush(self._fd, self._termios.TCOFLUSH)
+                    os.write(self._fd, _LEAVE.encode())
+            with contextlib.suppress(OSError, self._termios.error):
+                self._termios.tcsetattr(self._fd, self._termios.TCSANOW, self._saved)
+
+        def close(self) -> None:
+            """Leave for good."""
+            self.leave()
+            os.close(self._fd)
+
+        def write(self, text: str) -> None:
+            """Write, now and as soon as it can be."""
+            self._unsent += text.encode()
+            self._flush()
+
+        def _flush(self) -> None:
+            try:
+                self._unsent = self._unsent[os.write(self._fd, self._unsent) :]
+            except BlockingIOError:
+                pass
+            except OSError:  # it is gone, and SIGHUP on its way
+                self._unsent = b""
+            if self._unsent:
+                self._loop.add_writer(self._fd, self._flush)
+            else:
+                self._loop.remove_writer(self._fd)
+                self._on_ready()
+
+        def _read(self) -> None:
+            try:
+                data = os.read(self._fd, 4096)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if data:
+                self._on_input(data)
+            else:
+                self._loop.remove_reader(self._fd)
+
+
+class Terminal:
+    """Shows a client on this process's terminal while its context lasts; `stop` is what the key q calls."""
+
+    def __init__(self, client: TunnelClient, stop: Callable[[], None], *, inspector_url: str = "") -> None:
+        self._client, self._stop, self._inspector_url = client, stop, inspector_url
+        self._screen, self._reader = Screen(), KeyReader()
+        self._keys: list[str] = []
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._device = TerminalDevice(self._receive, self._wake.set)
+        self._drawn: list[str] = []
+        self._size = os.terminal_size((0, 0))
+        self._notice_until = 0.0
+        self._escape: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._signals: dict[str, Callable[[], object]] = {
+            "SIGWINCH": self._wake.set,
+            "SIGTSTP": self._suspend,
+            "SIGCONT": self._resume,
+        }
+
+    async def __aenter__(self) -> Terminal:
+        atexit.register(self._device.leave)
+        self._client.log.listeners.add(self._wake.set)
+        for name, handler in self._signals.items():
+            if hasattr(signal, name):
+                self._loop.add_signal_handler(getattr(signal, name), handler)
+        self._resume()
+        self._own(self._show())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._device.close()
+        atexit.unregister(self._device.leave)
+        self._client.log.listeners.discard(self._wake.set)
+        for name in self._signals:
+            if hasattr(signal, name):
+                self._loop.remove_signal_handler(getattr(signal, name))
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def notice(self, text: str) -> None:
+        """Show a line at the bottom for NOTICE seconds."""
+        self._screen.notice, self._notice_until = text, self._loop.time() + NOTICE
+        self._wake.set()
+
+    # Frames
+
+    async def _show(self) -> None:
+        try:
+            while True:
+                self._wake.clear()
+                keys, self._keys = self._keys, []
+                for key in keys:
+                    self._act(self._screen.key(key))
+                if self._device.ready:
+                    await self._draw()
+                await asyncio.sleep(FRAME)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._until_next()):
+                        await self._wake.wait()
+        except Exception:
+            self._device.leave()  # the tunnel goes on without a view
+            log.exception("the terminal view failed")
+
+    def _until_next(self) -> float | None:
+        """Return seconds until something changes by itself."""
+        if not self._device.active:
+            return None
+        waits = [self._notice_until - self._loop.time()] if self._screen.notice else []
+        if self._client.log.in_flight or self._client.retry_at is not None:
+            waits.append(1.0)
+        return min(waits, default=self._device.poll)
+
+    async def _draw(self) -> None:
+        """Bring the terminal up to date. A body may be large, so that it is laid out in a thread."""
+        size, client, screen = os.get_terminal_size(1), self._client, self._screen
+        if size != self._size:
+            self._size, self._drawn = size, []
+        if self._loop.time() >= self._notice_until:
+            screen.notice = ""
+        urls = itertools.chain(client.urls, itertools.repeat(""))
+        snapshot = Snapshot(
+            screen,
+            now=self._loop.time(),
+            tunnels=[(t.name, url, t.target.text) for t, url in zip(client.tunnels, urls, strict=False)],
+            inspector_url=self._inspector_url,
+            problem=client.problem,
+            retry_at=client.retry_at,
+            round_trip=client.round_trip,
+            log=client.log,
+            exchanges=list(client.log.exchanges.values()),
+            colours=colours(os.environ),
+            utc_offset=time.localtime().tm_gmtoff,
+        )
+        width, height = size.columns or 80, size.lines or 24
+
+        def lay_out() -> list[str]:
+            screen.arrange(snapshot, width, height)
+            return render(snapshot, width, height)
+
+        lines = await asyncio.to_thread(lay_out)
+        pairs = zip(lines, self._drawn or [""] * height, strict=True)
+        changed = [] if self._drawn else ["\x1b[2J"]
+        changed += [f"\x1b[{row};1H\x1b[2K{line}" for row, (line, old) in enumerate(pairs, 1) if line != old]
+        if changed and self._device.ready:
+            self._device.write(f"\x1b[?2026h{''.join(changed)}\x1b[?2026l")
+            self._drawn = lines
+
+    # Keys and signals
+
+    def _receive(self, data: bytes) -> None:
+        if self._escape:
+            self._escape.cancel()
+        self._press(self._reader.feed(data))
+        if self._reader.waiting:
+            self._escape = self._loop.call_later(ESCAPE, lambda: self._press(self._reader.flush()))
+
+    def _press(self, keys: Iterator[str]) -> None:
+        self._keys += keys
+        self._wake.set()
+
+    def _suspend(self) -> None:
+        self._device.leave()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _resume(self) -> None:
+        if self._device.foreground:
+            self._device.enter()
+            self._drawn = []
+            self._wake.set()
+
+    # Actions
+
+    def _own(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _act(self, action: Action | None) -> None:
+        exchange = self._screen.exchange
+        if action == "quit":
+            self._stop()
+        elif action == "copy":
+            self._copy()
+        elif action == "replay" and exchange:
+            self._own(self._replay(exchange))
+        elif action == "export" and self._screen.shown:
+            self._own(self._export([self._screen.opened] if self._screen.opened else self._screen.shown[::-1]))
+
+    async def _replay(self, exchange: Exchange) -> None:
+        try:
+            self._screen.select(await self._client.replay(exchange))
+        except MessageError as error:
+            self.notice(f"not replayed: {error}")
+        self._wake.set()
+
+    def _copy(self) -> None:
+        """Put a text into the clipboard, through the terminal (OSC 52), and through tmux when it is there."""
+        text, exchange, reveal = self._client.url, self._screen.opened, self._screen.reveal
+        if exchange:
+            text = as_curl(exchange, self._urls.get(exchange.tunnel, ""), reveal=reveal)
+        encoded = base64.b64encode(text.encode()).decode()
+        if not text or len(encoded) > MAX_CLIPBOARD:
+            return self.notice(f"{human_size(len(text))} are too long for the clipboard" if text else "no URL yet")
+        command = f"\x1b]52;c;{encoded}\x07"
+        self._device.write(command + (f"\x1bPtmux;\x1b{command}\x1b\\" if "TMUX" in os.environ else ""))
+        self.notice(f"copied {text}" if not exchange else f"copied as curl, {'with' if reveal else 'without'} secrets")
+
+    async def _export(self, exchanges: list[Exchange]) -> None:
+        reveal = self._screen.reveal
+
+        def write() -> str:
+            for number in itertools.count():
+                path = f"pytunnel-{time.strftime('%Y%m%d-%H%M%S')}{f'-{number}' if number else ''}.har"
+                with contextlib.suppress(FileExistsError):
+                    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                    with open(descriptor, "w", encoding="utf-8") as file:
+                        json.dump(as_har(exchanges, self._urls, reveal=reveal), file)
+                    return path
+            raise AssertionError
+
+        try:
+            path = await asyncio.to_thread(write)
+        except OSError as error:
+            return self.notice(f"not exported: {_describe(error)}")
+        self.notice(f"exported {len(exchanges)} to {path}, {'with' if reveal else 'without'} secrets")
+
+    @property
+    def _urls(self) -> dict[str, str]:
+        return {tunnel.name: url for tunnel, url in zip(self._client.tunnels, self._client.urls, strict=False)}
+
+
 # ---- Demo -----------------------------------------------------------------------------------------------------------
 # A small local service to try a tunnel with: a page, an event stream, a WebSocket and an upload.
 
@@ -4938,7 +5699,9 @@ $("file").onchange = async () => {
 """
 
 
-def _demo_app() -> web.Application:
+@contextlib.asynccontextmanager
+async def demo_service() -> AsyncIterator[int]:
+    """Run the sample service on a free port of 127.0.0.1, which is what the context gives."""
     from aiohttp import WSMsgType, web
 
     async def page(_: web.Request) -> web.Response:
@@ -4969,13 +5732,7 @@ def _demo_app() -> web.Application:
 
     app = web.Application()
     app.add_routes([web.get("/", page), web.get("/events", events), web.get("/ws", echo), web.post("/upload", upload)])
-    return app
-
-
-@contextlib.asynccontextmanager
-async def demo_service() -> AsyncIterator[int]:
-    """Run the sample service on a free port of 127.0.0.1, which is what the context gives."""
-    async with _running(_demo_app()) as port:
+    async with _running(app) as port:
         yield port
 
 
@@ -5108,7 +5865,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     _check_settings(settings, SETTINGS, f"{path}: ")
     for name, tunnel in settings.get("tunnels", {}).items():
         where = f"{path}: tunnel {escape(name)}: "
-        _check_settings(tunnel if isinstance(tunnel, dict) else {"=": tunnel}, TUNNEL_SETTINGS, where)
+        if not isinstance(tunnel, dict):
+            raise UsageError(f"{where}it is not a table; write [tunnels.{escape(name)}] and below it target = \"3000\"")
+        _check_settings(tunnel, TUNNEL_SETTINGS, where)
         if "target" not in tunnel:
             raise UsageError(f"{where}it has no target; add one, like target = \"3000\"")
     return settings
@@ -5136,14 +5895,16 @@ class Settings:
         self.memory = Memory(state_directory())
         own = os.environ.get("PYTUNNEL_CONFIG") or Path(platformdirs.user_config_dir("pytunnel")) / "config.toml"
         self.files = {path: read_settings(path) for path in [Path("pytunnel.toml")] * project + [Path(own)]}
-        candidates = [*self._given("server"), *((file.get("server"), str(path)) for path, file in self.files.items())]
+        candidates = [*self._given("server", "PYTUNNEL_SERVER"), *((file.get("server"), str(path)) for path, file in self.files.items())]
         last = (self.memory.server, "the last one that worked")
         server, source = Setting.first(*candidates, last, ("localhost", "default"))
-        self.server = Setting(parse_server(server), source)
-        self.token = Setting.first(*self._given("token"), *self._kept_tokens())
+        try:
+            self.server = Setting(parse_server(server), source)
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from None
+        self.token = Setting.first(*self._given("token", "PYTUNNEL_TOKEN"), *self._kept_tokens())
 
-    def _given(self, key: str) -> list[tuple[str | None, str]]:
-        variable = f"PYTUNNEL_{key.upper()}"
+    def _given(self, key: str, variable: str) -> list[tuple[str | None, str]]:
         return [(self._flags.get(key), f"--{key}"), (os.environ.get(variable), f"${variable}")]
 
     def _kept_tokens(self) -> Iterator[tuple[str | None, str]]:
@@ -5164,7 +5925,7 @@ class Settings:
 
     def from_targets(self, texts: Sequence[str]) -> list[Tunnel]:
         """Return the tunnels of targets like `3000` or `web=3000`. Raises UsageError or Refused."""
-        name = Setting.first(*self._given("name")).value
+        name = Setting.first(*self._given("name", "PYTUNNEL_NAME")).value
         tunnels = []
         for text in texts:
             label, separator, rest = text.partition("=") if re.match(r"[^:/\\]+=", text) else ("", "", text)
@@ -5246,14 +6007,22 @@ class Run:
         """Return the clients that run here; what killed ones have left is removed."""
         runs = []
         for path in sorted((state_directory() / "run").glob("*.json")):
-            try:
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
                 run = cls(path, parse_object(path.read_text(encoding="utf-8")))
-                run.ask("/api/status", within=2.0)
-            except (OSError, ValueError, LookupError, TypeError, TunnelError):
-                path.unlink(missing_ok=True)
-            else:
-                runs.append(run)
+                if run.status():
+                    runs.append(run)
+                    continue
+                if os.name == "posix":  # it may only be stopped, or busy
+                    os.kill(run.pid, 0)
+                    continue
+            path.unlink(missing_ok=True)
         return runs
+
+    def status(self) -> dict[str, Any]:
+        """Return what its inspector says of it, {} when it does not answer."""
+        with contextlib.suppress(TunnelError):
+            return dict(self.ask("/api/status", within=2.0))
+        return {}
 
     @classmethod
     def find(cls, name: str | None) -> Run:
@@ -5389,6 +6158,302 @@ async def serve(listen: str = "127.0.0.1:0", *, token: str = "", state: Path | N
             await server.close()
 
 
+# ---- Doctor ---------------------------------------------------------------------------------------------------------
+# The way from here to the server and a visitor's way back, checked one step after another: what was found, and what to
+# do about it. No check raises, and none takes longer than CHECK_TIMEOUT.
+
+Verdict = tuple[bool | None, str, str]  # of a check: all but the first field of a Finding, in order
+UPGRADE_ADVICE = {  # what stands in front, as its Server or Via field says -> how WebSockets get through it
+    "cloudflare": "Turn on WebSockets in Cloudflare's dashboard, under Network.",
+    "caddy": """Caddy passes WebSockets on when nothing else in the site's block is in the way of this:
+    reverse_proxy 127.0.0.1:8080 {
+        flush_interval -1
+    }""",
+    "": """What stands in front has to pass Upgrade on. In nginx that takes a map, and three lines in the location:
+map $http_upgrade $connection_upgrade {
+    default upgrade;
+    ''      '';
+}
+        proxy_http_version 1.1;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection $connection_upgrade;""",
+}
+SERVER_ADVICE = "See that pytunnel serve runs there, and that the firewall and what stands in front lead to its port."
+CERTIFICATE_ADVICE = "Renew it; or when its authority is your own, put that one's certificate into SSL_CERT_FILE."
+HOST_ADVICE = """What stands in front has to pass Host on as it is. Caddy does; in nginx's location that takes:
+        proxy_set_header Host $http_host;"""
+IDLE_ADVICE = f"""What stands in front has to bear {PING_INTERVAL:g} s of silence. In nginx's location that takes:
+        proxy_read_timeout 1d;
+        proxy_send_timeout 1d;"""
+
+
+class Finding(NamedTuple):
+    """What a check has found: `ok` is None when it cannot tell, or when what it found may be on purpose."""
+
+    what: str
+    ok: bool | None
+    detail: str
+    advice: str  # a sentence, and below it what to write into a configuration; or nothing
+
+
+class Doctor:
+    """The checks of a server, in their order; later ones go by what earlier ones have found."""
+
+    def __init__(self, server: str, token: str, http: aiohttp.ClientSession) -> None:
+        self._server, self._token, self._http = server, token, http
+        self._at = urllib.parse.urlsplit(server)
+        self._url = Origin.from_url(server).url(f"doctor-{secrets.token_hex(4)}")  # until the login gives a real one
+        self.through = self._front = self._date = ""  # the proxy on this side; what stands in front on the other
+        self._addresses: set[str] = set()
+        self.is_ours = self.upgrades = self.connected = False
+        self._client: TunnelClient | None = None
+        self._running: asyncio.Future[None]
+        self._events: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+
+    async def close(self) -> None:
+        """Take down the tunnel that the login made."""
+        if self._client:
+            self._client.stop()
+            await asyncio.gather(self._running, return_exceptions=True)
+
+    async def proxy(self) -> Verdict:
+        """Whether a proxy stands between this machine and the server."""
+        import urllib.request
+
+        if not urllib.request.proxy_bypass(str(self._at.hostname)):
+            self.through = urllib.request.getproxies().get(self._at.scheme, "")
+        detail = f"{self.through.rpartition('@')[2]}, as {self._at.scheme.upper()}_PROXY says"
+        if self.through and not self.through.startswith("http://"):
+            return False, detail, "Only a proxy at http:// can be used; or name the server's host in NO_PROXY."
+        return True, detail if self.through else "none on the way to this server", ""
+
+    async def address(self) -> Verdict:
+        """Whether the server's host has an address."""
+        host = str(self._at.hostname)
+        try:
+            self._addresses = await self._resolve(host)
+        except socket.gaierror:
+            advice = f"Check the spelling, or add a DNS record for {host} with the server's address."
+            return None if self.through else False, f"{host} has no address", advice
+        return True, f"{host} is at {', '.join(sorted(self._addresses))}", ""
+
+    async def certificate(self) -> Verdict:
+        """Whether the server's certificate is trusted, and for how long."""
+        host, context = self._at.hostname, ssl.create_default_context()
+        _, writer = await asyncio.open_connection(host, self._at.port or 443, ssl=context, server_hostname=host)
+        certificate = writer.get_extra_info("peercert")
+        writer.transport.abort()
+        left = ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()
+        names = ", ".join(name for _, name in certificate.get("subjectAltName", ()))
+        advice = "See why nothing has renewed it: `certbot renew`, or Caddy's log." if left < EXPIRES_SOON else ""
+        return None if advice else True, f"trusted until {certificate['notAfter']}, for {names}", advice
+
+    async def answers(self) -> Verdict:
+        """Whether it is pytunnel that answers."""
+        status, headers = await self._get(self._server)
+        self._front = f"{headers.get('Server', '')} {headers.get('Via', '')}".strip()
+        self._date, problem, location = (headers.get(name, "") for name in ("Date", "X-Pytunnel-Error", "Location"))
+        self.is_ours = problem == "not-a-link"
+        if self.is_ours:
+            return True, f"pytunnel answers{' through ' * bool(self._front)}{self._front}", ""
+        if problem:
+            return False, f"pytunnel answers {status} {problem}", "Dial the server's own host, not a tunnel's."
+        if location:
+            return False, f"a redirect to {location}", "Give --server the address that it leads to."
+        return False, f"something else answers: status {status}, {self._front or 'with no Server field'}", SERVER_ADVICE
+
+    async def clock(self) -> Verdict:
+        """Whether this machine and the server agree on the time."""
+        ahead = time.time() - email.utils.parsedate_to_datetime(self._date).timestamp()
+        if abs(ahead) <= MAX_SKEW:
+            return True, "this machine and the server agree", ""
+        detail = f"this machine is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server"
+        return False, detail, "Set the one that is wrong, as by `timedatectl set-ntp true`: certificates depend on it."
+
+    async def upgrade(self) -> Verdict:
+        """Whether a WebSocket gets through to the server."""
+        import aiohttp
+
+        url, patience = self._server + LINK_PATH, aiohttp.ClientWSTimeout(ws_close=1.0)
+        try:
+            async with self._http.ws_connect(url, protocols=(SUBPROTOCOL,), compress=0, timeout=patience) as ws:
+                self.upgrades = ws.protocol == SUBPROTOCOL
+        except aiohttp.WSServerHandshakeError as error:
+            advice = next(text for front, text in UPGRADE_ADVICE.items() if front in self._front.lower())
+            return False, f"refused with status {error.status}", advice
+        if not self.upgrades:
+            return False, f"opened, but without {SUBPROTOCOL}", "Sec-WebSocket-Protocol has to be passed on, too."
+        return True, "gets through", ""
+
+    async def login(self) -> Verdict:
+        """Whether the server knows the token; from here on there is a tunnel for the checks that follow."""
+        name = default_name(self._token, platform.node(), "doctor")  # one and the same, for the server keeps names
+        tunnel = Tunnel(name, Target.parse("127.0.0.1:1"))  # where nothing listens, so that visitors get to hear that
+        self._client = TunnelClient(self._server, self._token, [tunnel], on_event=self._note)
+        self._running = asyncio.ensure_future(self._client.run())
+        self._running.add_done_callback(lambda _: self._note("ended"))
+        event, fields = await self._events.get()
+        self.connected = event == "ready"
+        if self.connected:
+            self._url = fields["url"]
+            return True, "the server knows the token, and gives tunnels", ""
+        return False, str(fields.get("reason") or self._running.exception()), ""
+
+    async def names(self) -> Verdict:
+        """Whether any name below the server's leads to the same place."""
+        host = str(urllib.parse.urlsplit(self._url).hostname)
+        wildcard = f"*.{host.partition('.')[2]}"
+        records = "".join(f"\n    {wildcard}. {'AAAA' if ':' in ip else 'A'} {ip}" for ip in sorted(self._addresses))
+        try:
+            found = await self._resolve(self._dialled(host))
+        except socket.gaierror:
+            advice = f"Add the DNS record that leads all names to the server:{records}"
+            if host.endswith(".sslip.io"):
+                advice = "Your resolver does not answer for sslip.io: use another one, or a domain of your own."
+            return None if self.through else False, f"{host} has no address", advice
+        if self._addresses and not self._addresses & found:
+            advice = f"If that is not on purpose, change the DNS record:{records}"
+            return None, f"{wildcard} is elsewhere, at {', '.join(sorted(found))}", advice
+        return True, f"{wildcard} is in the same place", ""
+
+    async def visitor(self) -> Verdict:
+        """Whether a visitor gets to a tunnel."""
+        import aiohttp
+
+        name = urllib.parse.urlsplit(self._url).netloc
+        wildcard = f"*.{name.partition('.')[2]}"
+        try:
+            status, headers = await self._get(self._url)
+        except aiohttp.ClientSSLError as error:
+            advice = f"It takes a certificate for {wildcard}, or a tunnel with a --name that has one."
+            return None, f"{name}: {_describe(error)}", advice
+        problem = headers.get("X-Pytunnel-Error", "")
+        if problem.startswith("local-"):
+            return True, f"a request to {name} arrives here", ""
+        if problem == "unknown-tunnel" and not self.connected:
+            return True, f"a request to {name} arrives at the server", ""
+        if problem == "not-a-link":  # so it is the server's own host that the server has seen
+            return False if self.connected else None, f"Host is not {name} any more when it arrives", HOST_ADVICE
+        advice = f"What stands in front has to take {wildcard} as well; in nginx server_name says so."
+        return False, f"something else answers {name}: status {status} {problem or headers.get('Server', '')}", advice
+
+    async def idle(self, seconds: float) -> Verdict:
+        """Whether a link that carries nothing is left alone."""
+        with contextlib.suppress(TimeoutError):
+            event, fields = await asyncio.wait_for(self._events.get(), seconds)
+            return False, f"lost: {fields.get('reason', event)}", IDLE_ADVICE
+        return True, f"left alone for {seconds:g} s", ""
+
+    def _note(self, event: str, **fields: Any) -> None:
+        if event != "request":
+            self._events.put_nowait((event, fields))
+
+    def _dialled(self, host: str) -> str:
+        return str(self._at.hostname) if host.endswith(".localhost") else host  # browsers know it, resolvers do not
+
+    async def _resolve(self, host: str) -> set[str]:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return {str(address[0]) for *_, address in found}
+
+    async def _get(self, url: str) -> tuple[int, Mapping[str, str]]:
+        """Return status and headers of LINK_PATH, which tells the server's own host from a tunnel."""
+        at = urllib.parse.urlsplit(url)
+        url = url if self._dialled(str(at.hostname)) == at.hostname else self._server
+        async with self._http.get(url + LINK_PATH, headers={"Host": at.netloc}, allow_redirects=False) as response:
+            return response.status, response.headers
+
+
+async def _local_answer(target: Target) -> str:
+    """Return what a local service answers, at one address. Raises what keeps it from that."""
+    connection = await LocalService(target, insecure=True).connect()
+    parser, fields = ResponseParser(b"GET"), [(b"Host", b"localhost"), (b"Connection", b"close")]
+    try:
+        await connection.write(RequestHead(b"GET", b"/", fields).to_wire(chunked=False, upgrade=False))
+        while data := await connection.read():
+            for event in parser.receive_data(data):
+                if isinstance(event, ResponseHead) and not event.interim:
+                    return f"HTTP status {event.status}"
+        raise StreamReset(ErrorCode.LOCAL_RESET, "it closed the connection without an answer")
+    except MessageError as error:
+        raise StreamReset(ErrorCode.LOCAL_INVALID, f"its answer is not HTTP: {error}") from None
+    finally:
+        connection.abort()
+
+
+async def check_target(target: Target) -> Verdict:
+    """Whether a local service listens, at which of localhost's addresses, and speaks HTTP."""
+    ok, details = False, []
+    for address in target.addresses:
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT / len(target.addresses)):
+                detail, ok = await _local_answer(target._replace(host=address)), True
+        except (StreamReset, OSError, TimeoutError) as error:
+            detail = error.reason if isinstance(error, StreamReset) else f"connected, but {_describe(error)}"
+        details.append(f"{address}: {detail}")
+    return ok, "; ".join(details), "" if ok else "Start the service, or see which port it says it listens on."
+
+
+async def _checked(what: str, verdict: Awaitable[Verdict], advice: str = "", *, extra: float = 0) -> Finding:
+    """Return what a check found, or what kept it from finding anything, with this advice."""
+    import aiohttp
+
+    try:
+        return Finding(what, *await asyncio.wait_for(verdict, CHECK_TIMEOUT + extra))
+    except (OSError, aiohttp.ClientError, TimeoutError, ValueError) as error:
+        return Finding(what, False, _describe(error), advice)
+
+
+async def diagnose(server: str, token: str, targets: list[Target], *, idle: float = 0) -> AsyncGenerator[Finding, None]:
+    """Check everything between visitors and local services, one thing after another; `idle` is in seconds."""
+    import aiohttp
+
+    async with aiohttp.ClientSession(trust_env=True, headers={"User-Agent": f"pytunnel/{__version__}"}) as http:
+        checks = Doctor(server, token, http)
+        try:
+            yield await _checked("proxy", checks.proxy())
+            address = await _checked("address", checks.address())
+            yield address
+            if address.ok and server.startswith("https:") and not checks.through:
+                yield await _checked("certificate", checks.certificate(), CERTIFICATE_ADVICE)
+            if address.ok is not False:
+                yield await _checked("server", checks.answers(), SERVER_ADVICE)
+            if checks.is_ours:
+                yield await _checked("clock", checks.clock())
+                yield await _checked("WebSocket", checks.upgrade())
+            if checks.upgrades:
+                yield await _checked("login", checks.login())
+            if address.ok is not False:
+                yield await _checked("names", checks.names())
+            if checks.is_ours:
+                yield await _checked("visitor", checks.visitor())
+            if checks.connected and idle:
+                yield await _checked("idle link", checks.idle(idle), extra=idle)
+        finally:
+            await checks.close()
+    for target in targets:
+        yield await _checked(f"local service {target.text}", check_target(target), extra=1)
+
+
+def _doctor_lines(finding: Finding) -> Iterator[str]:
+    """Render a finding for a terminal; what is in it may come from the network."""
+    mark = {True: "ok", False: "no", None: "??"}[finding.ok]
+    wrapper = textwrap.TextWrapper(100, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False)
+    for line in [f"{mark}  {finding.what}: {finding.detail}", *textwrap.indent(finding.advice, "      ").splitlines()]:
+        yield from wrapper.wrap(escape(line, 1000))
+
+
+async def doctor(server: str, token: str, targets: list[Target], idle: float, write: Callable[[str], None]) -> int:
+    """Write down what is found, line by line as it is found; return 0 when nothing is wrong, else 1."""
+    status = ExitStatus.OK
+    async with contextlib.aclosing(diagnose(server, token, targets, idle=idle)) as findings:
+        async for finding in findings:
+            for line in _doctor_lines(finding):
+                write(line)
+            if finding.ok is False:
+                status = ExitStatus.UNEXPECTED
+    return status
+
+
 # ---- Console --------------------------------------------------------------------------------------------------------
 # stdout is for programs: the public URL on a line of its own, or with --json one object a line. stderr is for people.
 
@@ -5435,16 +6500,17 @@ class Console:
         """Report an event."""
         exchange = fields.pop("exchange", None)
         if exchange:
+            if self.quiet and not self.as_json:
+                return
             fields = exchange.summary()
-        line = one_line(fields) if exchange else self._line(event, fields)
         if self.as_json:
-            self.stdout.write(json.dumps({"event": event, **fields}))
-        else:
-            if event == "ready" and self.format:
-                self.stdout.write(self.format.format(**fields))
-            if line and line != self._last_line and not (exchange and self.quiet):
-                self.say(line)
-            self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
+            return self.stdout.write(json.dumps({"event": event, **fields}))
+        if event == "ready" and self.format:
+            self.stdout.write(self.format.format(**fields))
+        line = one_line(fields) if exchange else self._line(event, fields)
+        if line and line != self._last_line:
+            self.say(line)
+        self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
 
     def fail(self, error: TunnelError) -> None:
         """Report what a command ends with."""
@@ -5554,13 +6620,14 @@ class Command:
         assert self._process
         group, own_group = self._process.pid, os.getpgrp()
         has_terminal = os.isatty(0) and os.tcgetpgrp(0) == own_group
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})  # of this thread; else it may not take it back
         while True:
             if has_terminal:
                 os.tcsetpgrp(0, group)
                 self.send_signal(signal.SIGCONT)  # it may have been stopped when it read before it had the terminal
             _, status = os.waitpid(group, os.WUNTRACED)
             if has_terminal:
-                os.tcsetpgrp(0, own_group)  # SIGTTOU is ignored
+                os.tcsetpgrp(0, own_group)
             if not os.WIFSTOPPED(status):
                 self._process.returncode = os.waitstatus_to_exitcode(status)
                 return self._process.returncode
@@ -5639,7 +6706,7 @@ def _start(options: argparse.Namespace, console: Console) -> int:
     tunnels = settings.named()
     if not tunnels:
         raise UsageError(f"no tunnels are set up in {' or '.join(map(str, settings.files))}; see pytunnel start --help")
-    names = list(tunnels) if options.all or (len(tunnels) == 1 and not options.names) else options.names
+    names = list(tunnels) if options.all or (len(tunnels) == 1 and not options.names) else dict.fromkeys(options.names)
     for name in names:
         if name not in tunnels:
             nearest = difflib.get_close_matches(name, tunnels, 1, 0.0)[0]
@@ -5660,7 +6727,7 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
         if target.is_loopback and target.port in inspectors:
             raise UsageError(f"port {target.port} is a pytunnel inspector; it stays on this machine")
     if options.detach and not options.detached:
-        return _detach(options, console, len(tunnels))
+        return _detach(options, console)
 
     def remember() -> None:
         settings.memory.remember(settings.server.value, settings.token.value)
@@ -5681,7 +6748,10 @@ def write_url(path: Path, urls: Iterable[str]) -> None:
         raise TunnelError(f"cannot write {path}: {_describe(error)}") from None
 
 
-def _detach(options: argparse.Namespace, console: Console, count: int) -> int:
+LIVE = b"\0"  # what ends stdout of a client in the background, when its tunnels are live
+
+
+def _detach(options: argparse.Namespace, console: Console) -> int:
     """Run the same command in the background; return when its tunnels are live, or when it has failed."""
     path = state_directory() / "run" / f"{secrets.token_hex(8)}.log"
     write_private(path, "")
@@ -5692,13 +6762,13 @@ def _detach(options: argparse.Namespace, console: Console, count: int) -> int:
         )
     assert process.stdout
     try:
-        lines = list(itertools.islice(process.stdout, count))
+        output, live, _ = process.stdout.read().partition(LIVE)
     except KeyboardInterrupt:
         process.terminate()
         raise
-    for line in lines:
-        console.stdout.write(line.decode().rstrip("\n"))
-    if len(lines) == count:
+    for line in output.decode().splitlines():
+        console.stdout.write(line)
+    if live:
         process.returncode = 0  # it goes on without us
         return ExitStatus.OK
     status = process.wait()
@@ -5731,6 +6801,11 @@ async def _share_here(
                 write_url(Path(options.url_file), client.urls)
             live.set()
         console.emit(event, **fields)
+        if live.is_set() and options.detached and console.stdout.is_alive():
+            console.stdout.write(LIVE.decode())
+            console.stdout.close()
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
 
     async with contextlib.AsyncExitStack() as stack:
         tunnels = await stack.enter_async_context(open_folders(tunnels))
@@ -5752,9 +6827,10 @@ async def _share_here(
             return await _run_client(client, console, run_command(), command.send_signal)
         on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
         if on_terminal and not (options.no_tui or options.json or os.environ.get("CI")):
-            terminal = Terminal(client, inspector_url=inspector.url)
-            console.say = terminal.notice
-            return await _run_client(client, console, terminal.show())
+            stack.callback(setattr, console, "say", console.say)
+            view = Terminal(client, client.stop, inspector_url=inspector.url)
+            console.say, console.format, console.quiet = view.notice, "", True
+            await stack.enter_async_context(view)
         return await _run_client(client, console)
 
 
@@ -5821,7 +6897,7 @@ async def _demo(options: argparse.Namespace, console: Console) -> int:
 def _status(options: argparse.Namespace, console: Console) -> int:
     runs = Run.all()
     for run in runs:
-        status = run.ask("/api/status")
+        status = run.status() or {"problem": "it does not answer", "total": 0}
         for tunnel in run.tunnels:
             state = status["problem"] or "connected"
             if options.json:
@@ -5903,6 +6979,13 @@ def _login(options: argparse.Namespace, console: Console) -> int:
     Memory(state_directory()).remember(server, token)
     console.say(f"{server} knows this token; from now on `pytunnel connect 3000` uses both")
     return ExitStatus.OK
+
+
+def _doctor(options: argparse.Namespace, console: Console) -> int:
+    settings = Settings(vars(options))
+    targets = [target for text in options.targets if not (target := Target.parse(text)).folder]
+    server, token = settings.server.value, settings.token.value
+    return _run(doctor(server, token, targets, options.idle, console.stdout.write))
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -6067,10 +7150,6 @@ def _parser() -> CommandParser:
     demo.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
     demo.set_defaults(wait_local=None, max_retries=None, url_file=None)
     return parser
-
-
-def _doctor(options: argparse.Namespace, console: Console) -> int:
-    raise NotImplementedError
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {

@@ -131,7 +131,7 @@ class Samples:
             "POST", "/hooks/payments?token=whsec_4f2a", 200, as_json, b'{"received":true}', seconds=0.064,
             headers=[(b"Content-Type", as_json), (b"Authorization", b"Bearer sk_test_51H"),
                      (b"Idempotency-Key", b"5c0f6f0e-8d57-4f0a")],
-            sent=json.dumps(INVOICE).encode(), fields=[(b"Server", b"uvicorn"), (b"X-Request-Id", b"8f14e45fceea")],
+            sent=json.dumps(INVOICE, ensure_ascii=False).encode(), fields=[(b"Server", b"uvicorn"), (b"X-Request-Id", b"8f14e45fceea")],
         )
         return {"image": image, "form": form, "socket": socket, "events": events, "failed": failed, "binary": binary,
                 "error": error, "json": hook}

@@ -221,7 +221,7 @@ UPWARD = [
     *("/..", "/../secret", "/sub/../../secret", "/./hello.txt", "/sub/../hello.txt", "/../served/hello.txt"),
     *("/%2e%2e/secret", "/%2E%2E/secret", "/.%2e/secret", "/sub/%2e%2e/%2e%2e/secret", "/%252e%252e/secret"),
     *("/..%2fsecret", "/..%2Fsecret", "/sub%2finner.txt", "/%2e%2e%2fsecret", "/sub/..%2f..%2fsecret"),
-    *("/..%5csecret", "/sub%5cinner.txt", "/..\\secret", "/\\secret"),
+    *("/..%5csecret", "/sub%5cinner.txt", "/back%5cslash", "/..\\secret", "/\\secret"),
     *("/hello.txt%00", "/%00", "/hello.txt%00.html", "//hello.txt", "/sub//inner.txt", "//secret", "///"),
     *("/.env", "/%2eenv", "/.git", "/.git/", "/.git/config", "/sub/.hidden", "/.", "/sub/.."),
     *("/%2fetc%2fpasswd", "//etc/passwd", "http://folder.test/hello.txt", "/hello.txt/", "/hello.txt/x"),
@@ -231,6 +231,7 @@ UPWARD = [
 
 async def test_no_way_out(root: Path) -> None:
     (root / "sub" / ".hidden").write_text("secret")
+    (root / "back\\slash").write_text("a link to it would lead elsewhere on Windows")
     async with folder(root) as served:
         assert await served.statuses(UPWARD) == dict.fromkeys(UPWARD, 404)
         for absolute in ("/etc/passwd", str(root.parent / "secret")):
