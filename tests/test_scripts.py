@@ -35,9 +35,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = tmp_path_factory.mktemp("server")
     args = ["serve", "--listen", "127.0.0.1:0", "--token", TOKEN, "--json"]
     env = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTUNNEL_STATE_DIR": str(home / "state")}
-    with (home / "stderr.txt").open("wb") as stderr, subprocess.Popen(
-        [*PYTUNNEL, *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=env
-    ) as process:
+    with (
+        (home / "stderr.txt").open("wb") as stderr,
+        subprocess.Popen(
+            [*PYTUNNEL, *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=env
+        ) as process,
+    ):
         assert process.stdout
         yield f"http://127.0.0.1:{json.loads(process.stdout.readline())['port']}"
         process.terminate()
@@ -180,7 +183,7 @@ async def test_a_command_that_cannot_run_is_127(machine: Machine, local: RawOrig
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_signals_go_to_the_whole_group_of_the_command(machine: Machine, local: RawOrigin, number: int) -> None:
-    """The command catches it and waits for its child, which does not: had only the command the signal, it would hang."""
+    """The command catches it and waits for its child, which does not: else this would hang."""
     body = f"""
 import subprocess
 signal.signal({number:d}, lambda *_: print("got it", flush=True))
@@ -691,33 +694,32 @@ async def test_a_replay_is_no_request_that_arrived(machine: Machine, local: RawO
 
 async def test_replay_that_fails(machine: Machine) -> None:
     local = RawOrigin(response(b"no", 500, reason=b"Oops"), read_body=True)
-    async with local:  # a block of its own: it is closed before the client
-        async with machine.client(f"web={local.port}") as client:
-            await visit(machine.url("web"), target=b"/x")
-            parts = urlsplit(machine.url("web"))
-            async with RawVisitor(parts.port or 0) as visitor:
-                await visitor.send(request("POST", b"/long", parts.netloc.encode(), body=bytes(262145)))
-                assert (await visitor.read_response("POST")).status == 500
-            answered = await machine.run("replay", "1")
-            assert (answered.status, len(answered.stdout), answered.stderr) == (1, 1, [])
-            assert is_line(answered.stdout[0], "/x", "GET", 500)
-            for args, message in (
-                (["99"], "no such exchange: it was cleared, or it made room for newer ones"),
-                (["2"], "only 262144 bytes of its content were kept"),
-            ):
-                result = await machine.run("replay", *args)
-                assert (result.status, result.stdout, len(result.stderr)) == (1, [], 1), result
-                assert message in result.error
-            for args in (["x"], [], ["1", "--times", "many"]):
-                result = await machine.run("replay", *args)
-                assert (result.status, result.stdout, len(result.stderr)) == (2, [], 1), result
-                assert "pytunnel replay --help" in result.error
-            await local.aclose()
-            down = await machine.run("replay", "1", "--times", "2")
-            assert (down.status, len(down.stdout), down.stderr) == (1, 2, []), down
-            error = f"cannot connect to {local.port}: connection refused"
-            assert all(is_line(line, "/x", "GET", 502, error) for line in down.stdout), down
-            assert client.returncode is None
+    async with local, machine.client(f"web={local.port}") as client:
+        await visit(machine.url("web"), target=b"/x")
+        parts = urlsplit(machine.url("web"))
+        async with RawVisitor(parts.port or 0) as visitor:
+            await visitor.send(request("POST", b"/long", parts.netloc.encode(), body=bytes(262145)))
+            assert (await visitor.read_response("POST")).status == 500
+        answered = await machine.run("replay", "1")
+        assert (answered.status, len(answered.stdout), answered.stderr) == (1, 1, [])
+        assert is_line(answered.stdout[0], "/x", "GET", 500)
+        for args, message in (
+            (["99"], "no such exchange: it was cleared, or it made room for newer ones"),
+            (["2"], "only 262144 bytes of its content were kept"),
+        ):
+            result = await machine.run("replay", *args)
+            assert (result.status, result.stdout, len(result.stderr)) == (1, [], 1), result
+            assert message in result.error
+        for args in (["x"], [], ["1", "--times", "many"]):
+            result = await machine.run("replay", *args)
+            assert (result.status, result.stdout, len(result.stderr)) == (2, [], 1), result
+            assert "pytunnel replay --help" in result.error
+        await local.aclose()
+        down = await machine.run("replay", "1", "--times", "2")
+        assert (down.status, len(down.stdout), down.stderr) == (1, 2, []), down
+        error = f"cannot connect to {local.port}: connection refused"
+        assert all(is_line(line, "/x", "GET", 502, error) for line in down.stdout), down
+        assert client.returncode is None
 
 
 # ---------------------------------------------------------------------------------------- What `connect` waits for
