@@ -5860,7 +5860,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {escape(str(error))}") from None
     _check_settings(settings, SETTINGS, f"{path}: ")
     for name, tunnel in settings.get("tunnels", {}).items():
@@ -6738,6 +6738,11 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
     return status
 
 
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def write_url(path: Path, urls: Iterable[str]) -> None:
     """Write public URLs, a line for each, in one step. Raises TunnelError, as only a TunnelError ends the client."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -6745,6 +6750,7 @@ def write_url(path: Path, urls: Iterable[str]) -> None:
         temporary.write_text("\n".join(urls) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise TunnelError(f"cannot write {path}: {_describe(error)}") from None
 
 
@@ -6815,7 +6821,8 @@ async def _share_here(
         stack.push_async_callback(inspector.close)
         leave_note = stack.enter_context(Run.noted(inspector))
         if options.url_file:
-            stack.callback(Path(options.url_file).unlink, missing_ok=True)
+            _remove(options.url_file)  # what a killed client has left
+            stack.callback(_remove, options.url_file)
         if options.run:
             command = Command(options.run)
 
@@ -7076,7 +7083,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def _parser() -> CommandParser:
     common = CommandParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="events on stdout, one JSON object a line")
+    common.add_argument("--json", action="store_true", help="for programs: one JSON object a line on stdout")
     common.add_argument("-v", "--verbose", action="store_true", help="more about links on stderr")
     common.add_argument("--debug", action="store_true", help="frames that arrive, and tracebacks")
     parser = CommandParser(prog="pytunnel", description="A public URL for a service on your machine.")
@@ -7148,7 +7155,7 @@ def _parser() -> CommandParser:
     demo = add("demo", "Try it on this machine")
     demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
     demo.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
-    demo.set_defaults(wait_local=None, max_retries=None, url_file=None)
+    demo.set_defaults(wait_local=None, max_retries=None, url_file=None, detached=None)
     return parser
 
 
