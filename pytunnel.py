@@ -4548,7 +4548,8 @@ a { color: var(--accent); text-underline-offset: 3px }
 li { list-style: none }
 pre, code, kbd, td, tbody th, h2, textarea, input, #notes, .fields { font-family: var(--mono); unicode-bidi: plaintext }
 pre, code, kbd, td, tbody th, textarea, input, #notes, .fields { font-size: 12.5px }
-button, input, textarea { color: var(--text); background: var(--back); border: 1px solid var(--edge); border-radius: 6px }
+button, input, textarea { color: var(--text); background: var(--back) }
+button, input, textarea { border: 1px solid var(--edge); border-radius: 6px }
 button { font: 13px system-ui, sans-serif; border-color: var(--line); padding: 0 10px; min-height: 30px }
 button:hover { background: var(--raised); border-color: var(--edge) }
 button[aria-pressed=true] { color: var(--accent); background: var(--tint); border-color: var(--accent) }
@@ -4710,7 +4711,8 @@ let version = 0, limit = STEP, selected = 0, loaded = 0, exchange, status, retry
 let paused = false, reveal = "", abort = new AbortController(), wake = () => {}
 
 // Strangers wrote this text: control and direction characters in it are shown as escapes, and it never becomes markup.
-const visible = text => String(text).replace(/[^\P{C}\n\t\u200d]/gu, c => `\\u{${c.codePointAt(0).toString(16)}}`)
+const unprintable = /\r(?!\n)|[^\P{C}\r\n\t\u200d]/gu
+const visible = text => String(text).replace(unprintable, c => `\\u{${c.codePointAt(0).toString(16)}}`)
 const put = (node, ...parts) => node.replaceChildren(...parts.map(part => part instanceof Node ? part : visible(part)))
 function h(tag, properties, ...parts) {
   const node = Object.assign(document.createElement(tag), properties)
@@ -4878,13 +4880,13 @@ function choose() {
   exchange = undefined
   showEdit(false)
   $("result").hidden = true
+  $("nothing").hidden = selected
+  $("exchange").hidden = !selected
+  document.body.classList.toggle("open", selected)
   for (const row of $("rows").rows) {
     linkOf(row).ariaCurrent = row.number === selected ? "true" : null
     if (left && row.number === left && !selected) focusRow(row)
   }
-  document.body.classList.toggle("open", selected)
-  $("nothing").hidden = selected
-  $("exchange").hidden = !selected
   if (selected) load()
 }
 async function load() {
