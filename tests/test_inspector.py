@@ -288,7 +288,7 @@ async def test_the_next_free_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> N
 async def test_a_port_that_was_asked_for_is_not_replaced() -> None:
     async with RawOrigin(response()) as taken:
         with pytest.raises(
-            pytunnel.TunnelError, match=rf"cannot listen on 127\.0\.0\.1:{taken.port}: .*choose another"
+            pytunnel.TunnelError, match=rf"cannot listen on port {taken.port} of 127\.0\.0\.1: .*choose another"
         ):
             async with inspector(taken.port):
                 pass
