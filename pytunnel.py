@@ -4548,7 +4548,8 @@ a { color: var(--accent); text-underline-offset: 3px }
 li { list-style: none }
 pre, code, kbd, td, tbody th, h2, textarea, input, #notes, .fields { font: 12.5px/1.6 var(--mono) }
 pre, td, tbody a, h2, textarea, input, li span, dd { unicode-bidi: plaintext }
-button, input, textarea, kbd { color: inherit; background: var(--back); border: 1px solid var(--edge); border-radius: 6px }
+button, input, textarea, kbd { color: inherit; background: var(--back) }
+button, input, textarea, kbd { border: 1px solid var(--edge); border-radius: 6px }
 button { font: 13px system-ui, sans-serif; border-color: var(--line); padding: 0 10px; min-height: 30px }
 button:hover { background: var(--raised); border-color: var(--edge) }
 button[aria-pressed=true] { color: var(--accent); background: var(--tint); border-color: var(--accent) }
@@ -4615,15 +4616,16 @@ dialog { margin: auto; padding: 20px; color: inherit; background: var(--back); b
 dialog .fields { margin: 12px 0 }
 kbd { padding: 1px 6px }
 
-@container (max-width: 600px) { tr > .size, tr > .at { display: none } }
-@container (min-width: 860px) { .sides { grid-template-columns: 1fr 1fr; gap: 20px } }
+@container (max-width: 600px) { tr > .at { display: none } tr > .size { padding-right: 16px } }
+@container (max-width: 480px) { tr > .size { display: none } tr > .time { padding-right: 16px } }
+@container (min-width: 720px) { .sides:not(:has(.hex)) { grid-template-columns: 1fr 1fr; gap: 20px } }
 @media (max-width: 899px) {
   .open #list, .open #stats, body:not(.open) #detail { display: none }
   #stats { margin: 0; font-size: 13px }
 }
 @media (min-width: 900px) {
   body { display: flex; flex-direction: column; height: 100vh }
-  main { flex: 1; min-height: 0; display: grid; grid-template-columns: 2fr 3fr }
+  main { flex: 1; min-height: 0; display: grid; grid-template-columns: 9fr 11fr }
   #list, #detail { overflow-y: auto }
   #list { border-right: 1px solid var(--line) }
   #back { display: none }
@@ -4758,12 +4760,13 @@ async function poll() {
     while (document.hidden || paused && version) await sleep()
     const {signal} = abort = new AbortController()
     const query = {since: version, filter: $("filter").value, limit, id: selected, wait: version ? 20 : 0}
-    const next = performance.now() + PACE
+    const started = performance.now()
     try {
       const news = await json("exchanges?" + new URLSearchParams(query), {signal})
       if (signal.aborted) continue
       update(news)
-      await sleep(next - performance.now())
+      const pace = news.exchanges.length < limit ? PACE : 2 * PACE  // nobody can read a whole list that fast
+      await sleep(started + pace - performance.now())
     } catch (error) {
       if (!signal.aborted) await lost(error)
     }
@@ -4799,8 +4802,8 @@ function showState(problem) {
   countDown()
 }
 function countDown() {
-  const left = Math.ceil((retryAt - performance.now()) / 1000)
-  put($("retry"), left > 0 ? `again in ${left} s` : "")
+  const left = Math.max(0, Math.ceil((retryAt - performance.now()) / 1000))
+  if (changed($("retry"), left)) put($("retry"), left ? `again in ${left} s` : "")
 }
 function showHeader({tunnels, total, in_flight, p50, p90, bytes_in, bytes_out}) {
   if (changed($("tunnels"), tunnels)) {
