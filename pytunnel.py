@@ -1947,14 +1947,17 @@ def as_curl(exchange: Exchange, url: str, *, reveal: bool = False) -> str:
     skipped = {"host", "content-length", *(name.decode().lower() for name in OUR_FORWARDED)}
     for name, value in text_fields(exchange.request_headers, reveal=reveal):
         if name.lower() not in skipped:
-            words += ["-H", f"{name}: {value}"]
+            words += ["-H", f"{name}: {value}" if value else f"{name};"]
     before = ""
+    if body and not field_values(exchange.request_headers, b"content-type"):
+        words += ["-H", "Content-Type:"]
     try:
-        words += ["--data-raw", body.decode()] if body and b"\0" not in body else []
-        binary = b"\0" in body
+        text = body.decode()
     except UnicodeDecodeError:
-        binary = True
-    if binary:
+        text = "\0"
+    if body and "\0" not in text and len(body) < 100 * KiB:  # an argument that a kernel takes
+        words += ["--data-raw", text]
+    elif body:
         before = f"echo {base64.b64encode(body).decode()} | base64 -d | "
         words += ["--data-binary", "@-"]
     cut = f"  # only the first {len(body)} bytes of its content" if exchange.bytes_in > len(body) else ""
@@ -3983,6 +3986,7 @@ class TunnelClient:
         self._changed = asyncio.Event()
         self.log.listeners.add(self._changed.set)
         self._hinted = False
+        self._round_trip: float | None = None
         self._session_id = ""
         self._link: Link | None = None
         self._forwarding: set[asyncio.Task[None]] = set()
@@ -4023,8 +4027,8 @@ class TunnelClient:
 
     @property
     def round_trip(self) -> float | None:
-        """Seconds to the server and back, when last measured."""
-        return self._link.session.round_trip if self._link else None
+        """Seconds to the server and back, when last measured: by a PING, else in the handshake."""
+        return (self._link and self._link.session.round_trip) or self._round_trip
 
     async def wait_changed(self, version: int) -> None:
         """Return when the log is no longer of this version; a change of the link counts, too."""
@@ -4048,13 +4052,13 @@ class TunnelClient:
         Raises TimeoutError after `timeout` seconds.
         """
         found: dict[int, Exchange] = {}
-        version = 0
+        version, pattern = 0, path.replace("[", "[[]") or "*"
         async with asyncio.timeout(timeout):
             while True:
                 changed, version = self.log.since(version), self.log.version
                 for e in changed:
-                    fits = method.upper() in ("", e.method) and tunnel in ("", e.tunnel)
-                    if fits and e.ended is not None and e.id > after and fnmatch.fnmatchcase(e.path, path or "*"):
+                    fits = method.upper() in ("", e.method) and tunnel in ("", e.tunnel) and e.replay_of is None
+                    if fits and e.ended is not None and e.id > after and fnmatch.fnmatchcase(e.path, pattern):
                         found[e.id] = e
                 if len(found) >= count:
                     return list(found.values())[count - 1]
@@ -4149,7 +4153,7 @@ class TunnelClient:
                 delays = backoff()
             if self._connected_at < float("inf"):
                 retries = 0
-            if self.urls and self._max_retries is not None and retries >= self._max_retries:
+            if self._max_retries is not None and retries >= self._max_retries:
                 raise Unreachable(f"no server at {self.server}: {reason}; gave up after {retries} retries")
             retries += 1
             delay = next(delays) if self.urls else min(next(delays), 1.0)
@@ -4234,8 +4238,10 @@ class TunnelClient:
             streams=MAX_STREAMS,
             agent=f"pytunnel/{__version__}",
         )
+        sent = time.monotonic()
         await ws.send_str(hello)
         challenge = await self._answer(ws)
+        self._round_trip = time.monotonic() - sent
         if not challenge.get("nonce", str).startswith(nonce):
             raise ProtocolError("the server's nonce is not ours")
         auth_message = f"{hello}\n{challenge.text}".encode()
@@ -5844,7 +5850,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     _check_settings(settings, SETTINGS, f"{path}: ")
     for name, tunnel in settings.get("tunnels", {}).items():
         where = f"{path}: tunnel {escape(name)}: "
-        _check_settings(tunnel if isinstance(tunnel, dict) else {"=": tunnel}, TUNNEL_SETTINGS, where)
+        if not isinstance(tunnel, dict):
+            raise UsageError(f"{where}it is not a table; write [tunnels.{escape(name)}] and below it target = \"3000\"")
+        _check_settings(tunnel, TUNNEL_SETTINGS, where)
         if "target" not in tunnel:
             raise UsageError(f"{where}it has no target; add one, like target = \"3000\"")
     return settings
@@ -5875,7 +5883,10 @@ class Settings:
         candidates = [*self._given("server", "PYTUNNEL_SERVER"), *((file.get("server"), str(path)) for path, file in self.files.items())]
         last = (self.memory.server, "the last one that worked")
         server, source = Setting.first(*candidates, last, ("localhost", "default"))
-        self.server = Setting(parse_server(server), source)
+        try:
+            self.server = Setting(parse_server(server), source)
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from None
         self.token = Setting.first(*self._given("token", "PYTUNNEL_TOKEN"), *self._kept_tokens())
 
     def _given(self, key: str, variable: str) -> list[tuple[str | None, str]]:
@@ -5981,14 +5992,22 @@ class Run:
         """Return the clients that run here; what killed ones have left is removed."""
         runs = []
         for path in sorted((state_directory() / "run").glob("*.json")):
-            try:
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
                 run = cls(path, parse_object(path.read_text(encoding="utf-8")))
-                run.ask("/api/status", within=2.0)
-            except (OSError, ValueError, LookupError, TypeError, TunnelError):
-                path.unlink(missing_ok=True)
-            else:
-                runs.append(run)
+                if run.status():
+                    runs.append(run)
+                    continue
+                if os.name == "posix":  # it may only be stopped, or busy
+                    os.kill(run.pid, 0)
+                    continue
+            path.unlink(missing_ok=True)
         return runs
+
+    def status(self) -> dict[str, Any]:
+        """Return what its inspector says of it, {} when it does not answer."""
+        with contextlib.suppress(TunnelError):
+            return dict(self.ask("/api/status", within=2.0))
+        return {}
 
     @classmethod
     def find(cls, name: str | None) -> Run:
@@ -6466,16 +6485,17 @@ class Console:
         """Report an event."""
         exchange = fields.pop("exchange", None)
         if exchange:
+            if self.quiet and not self.as_json:
+                return
             fields = exchange.summary()
-        line = one_line(fields) if exchange else self._line(event, fields)
         if self.as_json:
-            self.stdout.write(json.dumps({"event": event, **fields}))
-        else:
-            if event == "ready" and self.format:
-                self.stdout.write(self.format.format(**fields))
-            if line and line != self._last_line and not (exchange and self.quiet):
-                self.say(line)
-            self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
+            return self.stdout.write(json.dumps({"event": event, **fields}))
+        if event == "ready" and self.format:
+            self.stdout.write(self.format.format(**fields))
+        line = one_line(fields) if exchange else self._line(event, fields)
+        if line and line != self._last_line:
+            self.say(line)
+        self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
 
     def fail(self, error: TunnelError) -> None:
         """Report what a command ends with."""
@@ -6585,13 +6605,14 @@ class Command:
         assert self._process
         group, own_group = self._process.pid, os.getpgrp()
         has_terminal = os.isatty(0) and os.tcgetpgrp(0) == own_group
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})  # of this thread; else it may not take it back
         while True:
             if has_terminal:
                 os.tcsetpgrp(0, group)
                 self.send_signal(signal.SIGCONT)  # it may have been stopped when it read before it had the terminal
             _, status = os.waitpid(group, os.WUNTRACED)
             if has_terminal:
-                os.tcsetpgrp(0, own_group)  # SIGTTOU is ignored
+                os.tcsetpgrp(0, own_group)
             if not os.WIFSTOPPED(status):
                 self._process.returncode = os.waitstatus_to_exitcode(status)
                 return self._process.returncode
@@ -6670,7 +6691,7 @@ def _start(options: argparse.Namespace, console: Console) -> int:
     tunnels = settings.named()
     if not tunnels:
         raise UsageError(f"no tunnels are set up in {' or '.join(map(str, settings.files))}; see pytunnel start --help")
-    names = list(tunnels) if options.all or (len(tunnels) == 1 and not options.names) else options.names
+    names = list(tunnels) if options.all or (len(tunnels) == 1 and not options.names) else dict.fromkeys(options.names)
     for name in names:
         if name not in tunnels:
             nearest = difflib.get_close_matches(name, tunnels, 1, 0.0)[0]
@@ -6691,7 +6712,7 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
         if target.is_loopback and target.port in inspectors:
             raise UsageError(f"port {target.port} is a pytunnel inspector; it stays on this machine")
     if options.detach and not options.detached:
-        return _detach(options, console, len(tunnels))
+        return _detach(options, console)
 
     def remember() -> None:
         settings.memory.remember(settings.server.value, settings.token.value)
@@ -6712,7 +6733,10 @@ def write_url(path: Path, urls: Iterable[str]) -> None:
         raise TunnelError(f"cannot write {path}: {_describe(error)}") from None
 
 
-def _detach(options: argparse.Namespace, console: Console, count: int) -> int:
+LIVE = b"\0"  # what ends stdout of a client in the background, when its tunnels are live
+
+
+def _detach(options: argparse.Namespace, console: Console) -> int:
     """Run the same command in the background; return when its tunnels are live, or when it has failed."""
     path = state_directory() / "run" / f"{secrets.token_hex(8)}.log"
     write_private(path, "")
@@ -6723,13 +6747,13 @@ def _detach(options: argparse.Namespace, console: Console, count: int) -> int:
         )
     assert process.stdout
     try:
-        lines = list(itertools.islice(process.stdout, count))
+        output, live, _ = process.stdout.read().partition(LIVE)
     except KeyboardInterrupt:
         process.terminate()
         raise
-    for line in lines:
-        console.stdout.write(line.decode().rstrip("\n"))
-    if len(lines) == count:
+    for line in output.decode().splitlines():
+        console.stdout.write(line)
+    if live:
         process.returncode = 0  # it goes on without us
         return ExitStatus.OK
     status = process.wait()
@@ -6762,6 +6786,11 @@ async def _share_here(
                 write_url(Path(options.url_file), client.urls)
             live.set()
         console.emit(event, **fields)
+        if live.is_set() and options.detached and console.stdout.is_alive():
+            console.stdout.write(LIVE.decode())
+            console.stdout.close()
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
 
     async with contextlib.AsyncExitStack() as stack:
         tunnels = await stack.enter_async_context(open_folders(tunnels))
@@ -6853,7 +6882,7 @@ async def _demo(options: argparse.Namespace, console: Console) -> int:
 def _status(options: argparse.Namespace, console: Console) -> int:
     runs = Run.all()
     for run in runs:
-        status = run.ask("/api/status")
+        status = run.status() or {"problem": "it does not answer", "total": 0}
         for tunnel in run.tunnels:
             state = status["problem"] or "connected"
             if options.json:
@@ -6939,7 +6968,7 @@ def _login(options: argparse.Namespace, console: Console) -> int:
 
 def _doctor(options: argparse.Namespace, console: Console) -> int:
     settings = Settings(vars(options))
-    targets = [Target.parse(text) for text in options.targets]
+    targets = [target for text in options.targets if not (target := Target.parse(text)).folder]
     server, token = settings.server.value, settings.token.value
     return _run(doctor(server, token, targets, options.idle, console.stdout.write))
 
