@@ -11,17 +11,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import itertools
 import json
 import re
 import shutil
 import zlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from pictures import NOON, Samples, frame, inspector, png
+from pictures import Samples, frame, inspector, png
 from playwright.async_api import Browser, Page, Request, async_playwright, expect
 from support import Header, RawOrigin, RawRequest, RawResponse, RawVisitor, eventually, request, response
 
@@ -199,15 +200,17 @@ async def test_o3_a_foreign_websocket_or_event_stream_is_refused(headers: list[H
             assert (await ask(page, "GET", path, *headers, (b"Origin", b"http://evil.com"))).status == 403
 
 
-PATHS = [
-    ("GET", "/api/status"), ("GET", "/api/exchanges"), ("GET", "/api/exchanges/1"), ("GET", "/api/exchanges/1?reveal=1"),
-    ("GET", "/api/exchanges/1/body"), ("GET", "/api/har"), ("GET", "/api/wait"), ("POST", "/api/exchanges/1/replay"),
-    ("POST", "/api/clear"), ("POST", "/api/stop"), ("GET", "/api/none"), ("GET", "//"), ("GET", "/index.html"), ("OPTIONS", "/api/clear"),
-]  # fmt: skip
+PATHS = """
+GET /api/status            GET /api/exchanges               GET /api/exchanges/1          GET /api/exchanges/1?reveal=1
+GET /api/har               GET /api/exchanges/1/body        GET /api/wait                 GET /api/none
+POST /api/clear            POST /api/exchanges/1/replay     POST /api/stop                OPTIONS /api/clear
+GET //                     GET /index.html
+"""
 
 
-@pytest.mark.parametrize(("method", "path"), PATHS)
-async def test_nothing_but_the_page_is_served_without_the_token(method: str, path: str) -> None:
+@pytest.mark.parametrize("line", re.findall("[A-Z]+ [^ ]+", PATHS.replace("\n", "  ")))
+async def test_nothing_but_the_page_is_served_without_the_token(line: str) -> None:
+    method, path = line.split()
     async with RawOrigin(response()) as origin, inspector(target=f"localhost:{origin.port}") as (page, client):
         Samples(client).add("GET", "/", 200)
         for token in (None, "x", page.token[:-1], page.token + "x", "\u00e9"):
@@ -620,7 +623,7 @@ async def test_what_is_no_json_object_is_refused(body: bytes) -> None:
 
 
 async def test_a_content_that_was_not_kept_cannot_be_replayed() -> None:
-    async with replayable() as (page, client, origin):
+    async with replayable() as (page, client, _):
         Samples(client).add("POST", "/", 200, sent=b"x" * (pytunnel.MAX_PREFIX + 1))
         answer = await ask(page, "POST", "/api/exchanges/1/replay", body=b"{}")
         assert (answer.status, json.loads(answer.body)) == (
@@ -804,8 +807,9 @@ async def test_only_one_row_is_a_tab_stop(browser: Browser) -> None:
                 )
                 if order[-1] == "detail" or order[-1] in order[:-1]:
                     break
-            wanted = ["https://web.t.example.com", "Copy", "filter", "All", "2xx", "3xx", "4xx", "5xx", "WebSocket", "pause",
-                      "clear", "export", "ask", "/hooks/payments?token=•••"]  # fmt: skip
+            chips = ["All", "2xx", "3xx", "4xx", "5xx", "WebSocket"]
+            buttons = ["pause", "clear", "export", "ask"]
+            wanted = ["https://web.t.example.com", "Copy", "filter", *chips, *buttons, "/hooks/payments?token=•••"]
             assert order[: len(wanted)] == wanted
             assert not set(order[len(wanted) :]) & {"/", "/account"}
 
@@ -992,7 +996,7 @@ async def test_the_page_is_cheap_under_load(browser: Browser) -> None:
                     samples.add("GET", f"/more/{n}", 200)
                 samples.add("GET", "/right after", 200)
             await eventually(lambda: len(polls) >= 4)
-            assert min(b - a for a, b in zip(polls[1:], polls[2:], strict=False)) > 0.35
+            assert min(b - a for a, b in itertools.pairwise(polls[1:])) > 0.35
             assert await tab.locator("#rows tr").count() == 100
             await tab.get_by_role("button", name="Show older ones").click()
             await expect(tab.locator("#rows tr")).to_have_count(200)
@@ -1108,7 +1112,10 @@ async def test_the_policy_stops_what_would_get_in(browser: Browser) -> None:
         loaded = await tab.evaluate(
             """async () => {
                 const image = Object.assign(new Image(), {src: "http://evil.test/x"})
-                const failed = new Promise(resolve => { image.onerror = () => resolve("no"), image.onload = () => resolve("yes") })
+                const failed = new Promise(resolve => {
+                  image.onerror = () => resolve("no")
+                  image.onload = () => resolve("yes")
+                })
                 document.body.append(image)
                 const sent = await fetch("http://evil.test/x", {mode: "no-cors"}).then(() => "yes", () => "no")
                 return [await failed, sent]
@@ -1117,7 +1124,7 @@ async def test_the_policy_stops_what_would_get_in(browser: Browser) -> None:
         assert loaded == ["no", "no"]
 
 
-# ---------------------------------------------------------------------------------------- For all eyes, hands and screens
+# ---------------------------------------------------------------------------------------- For eyes, ears and hands
 
 CONTRAST = """() => {  // the least contrast of text with what is behind it (WCAG 2.2, 1.4.3), and where it is
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true}), known = {}
@@ -1127,8 +1134,8 @@ CONTRAST = """() => {  // the least contrast of text with what is behind it (WCA
     canvas.fillRect(0, 0, 1, 1)
     return [...canvas.getImageData(0, 0, 1, 1).data]
   })()
-  const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-    .reduce((sum, v, n) => sum + v * [.2126, .7152, .0722][n], 0)
+  const linear = v => v / 255 <= .04045 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4
+  const luminance = ([r, g, b]) => linear(r) * .2126 + linear(g) * .7152 + linear(b) * .0722
   const behind = node => {
     for (; node; node = node.parentElement) {
       const color = parse(getComputedStyle(node).backgroundColor)
@@ -1138,29 +1145,32 @@ CONTRAST = """() => {  // the least contrast of text with what is behind it (WCA
   }
   const found = []
   for (const node of document.querySelectorAll("body *")) {
-    const own = [...node.childNodes].some(child => child.nodeType === 3 && child.data.trim()) || /INPUT|TEXTAREA/.test(node.tagName)
-    if (!own || !node.checkVisibility({visibilityProperty: true}) || node.closest(".unseen, script, style")) continue
+    const own = [...node.childNodes].some(child => child.nodeType === 3 && child.data.trim())
+    const shown = own || node.matches("input, textarea")
+    if (!shown || !node.checkVisibility({visibilityProperty: true}) || node.closest(".unseen, script")) continue
     const [a, b] = [luminance(parse(getComputedStyle(node).color)), luminance(behind(node))]
-    found.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), `${node.localName}.${node.className} ${node.textContent.slice(0, 30)}`])
+    found.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), node.outerHTML.slice(0, 100)])
   }
   return found.sort((a, b) => a[0] - b[0])[0]
 }"""
-UNNAMED = """() => [...document.querySelectorAll("button, input, textarea, a, [tabindex='0'], img, dialog")].filter(node =>
-  !(node.ariaLabel || node.textContent.trim() || node.alt || node.labels?.length || node.hasAttribute("aria-labelledby"))
+UNNAMED = """() => [...document.querySelectorAll("button, input, textarea, a, [tabindex='0'], img, dialog")].filter(
+  node => !(node.ariaLabel || node.textContent.trim() || node.alt || node.labels?.length || node.ariaLabelledByElements)
 ).map(node => node.outerHTML)"""
-SMALL = """() => [...document.querySelectorAll("button, input, textarea, tbody a")].filter(node => node.checkVisibility() &&
-  Math.min(node.getBoundingClientRect().width, (node.closest("tr") ?? node).getBoundingClientRect().height) < 24
-).map(node => node.outerHTML)"""
-OVERFLOWING = """() => [...document.querySelectorAll("body *")].filter(node => node.checkVisibility() && !node.closest(".unseen, pre, #notes")
-  && (node.getBoundingClientRect().right > innerWidth + 0.5 || node.getBoundingClientRect().left < -0.5)).map(node => node.outerHTML.slice(0, 200))"""
-
-
+SMALL = """() => [...document.querySelectorAll("button, input, textarea, tbody tr")].filter(node => {
+  const {width, height} = node.getBoundingClientRect()
+  return node.checkVisibility() && Math.min(width, height) < 24
+}).map(node => node.outerHTML)"""
+OVERFLOWING = """() => [...document.querySelectorAll("body *")].filter(node => {
+  const {left, right} = node.getBoundingClientRect()
+  return node.checkVisibility() && !node.closest(".unseen, pre, #notes") && (right > innerWidth + 0.5 || left < -0.5)
+}).map(node => node.outerHTML.slice(0, 200))"""
 LIGHTNESS = """async data => {  // how light a picture is, from 0 to 1
   const image = await createImageBitmap(await (await fetch("data:image/png;base64," + data)).blob())
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true})
   canvas.imageSmoothingQuality = "high"
   canvas.drawImage(image, 0, 0, 1, 1)
-  return [image.width, image.height, canvas.getImageData(0, 0, 1, 1).data.slice(0, 3).reduce((sum, v) => sum + v / 765, 0)]
+  const [r, g, b] = canvas.getImageData(0, 0, 1, 1).data
+  return [image.width, image.height, (r + g + b) / 765]
 }"""
 
 
@@ -1238,7 +1248,8 @@ async def test_who_hears_the_page_is_told_now_and_then(browser: Browser) -> None
         )
         assert live == ["state", "news", "toast"]
         await tab.evaluate(
-            "heard = []; new MutationObserver(() => heard.push(1)).observe(document.getElementById('news'), {childList: true})"
+            "heard = [];"
+            "new MutationObserver(() => heard.push(1)).observe(document.getElementById('news'), {childList: true})"
         )
         samples = Samples(client)
         for n in range(3):
@@ -1260,20 +1271,20 @@ async def test_the_table_is_one_for_who_hears_it(browser: Browser) -> None:
             await expect(tab.get_by_role("banner")).to_have_count(1)
 
 
-# ---------------------------------------------------------------------------------------- A hostile page in the same browser
+# ---------------------------------------------------------------------------------------- A hostile page
 
 ATTACK = """async ({base, token}) => {
-  const done = {}
+  const done = {}, replay = base + "/api/exchanges/1/replay"
   const tries = {
     read: () => fetch(base + "/api/exchanges").then(r => r.text()),
     readPage: () => fetch(base + "/").then(r => r.text()),
     readWithToken: () => fetch(base + "/api/exchanges", {headers: {"X-Pytunnel-Token": token}}).then(r => r.text()),
-    readBlindly: () => fetch(base + "/", {mode: "no-cors"}).then(r => r.type + r.status + r.headers.get("content-type")),
+    readBlindly: () => fetch(base + "/", {mode: "no-cors"}).then(r => r.type),
     clear: () => fetch(base + "/api/clear", {method: "POST", mode: "no-cors"}).then(r => r.type),
     stop: () => fetch(base + "/api/stop", {method: "POST", mode: "no-cors"}).then(r => r.type),
-    replayAsText: () => fetch(base + "/api/exchanges/1/replay", {method: "POST", mode: "no-cors", body: "{}"}).then(r => r.type),
-    replayAsJson: () => fetch(base + "/api/exchanges/1/replay", {method: "POST", body: "{}",
-      headers: {"Content-Type": "application/json"}}).then(r => r.text()),
+    replayAsText: () => fetch(replay, {method: "POST", mode: "no-cors", body: "{}"}).then(r => r.type),
+    replayAsJson: () => fetch(replay, {method: "POST", body: "{}", headers: {"Content-Type": "application/json"}})
+      .then(r => r.text()),
     beacon: async () => navigator.sendBeacon(base + "/api/clear", "{}"),
     image: () => new Promise(resolve => {
       const image = new Image()
@@ -1380,7 +1391,8 @@ async def test_a_name_that_was_pointed_here_gets_nothing(browser: Browser) -> No
             """async ({base, token}) => {
                 const headers = {"X-Pytunnel-Token": token}
                 const ask = async (path, options) => (await fetch(base + path, options)).text()
-                return [await ask("/"), await ask("/api/exchanges", {headers}), await ask("/api/exchanges/1?reveal=1", {headers}),
+                return [await ask("/"), await ask("/api/exchanges", {headers}),
+                  await ask("/api/exchanges/1?reveal=1", {headers}),
                   await ask("/api/exchanges/1/replay", {method: "POST", body: "{}", headers}),
                   await ask("/api/clear", {method: "POST", headers}), await ask("/api/stop", {method: "POST", headers})]
             }""",
