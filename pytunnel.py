@@ -2383,9 +2383,8 @@ def _style(exchange: Exchange) -> str:
     return f"{exchange.status // 100}xx" if exchange.status else "5xx" if exchange.ended else "1xx"
 
 
-def _target(snapshot: Snapshot, exchange: Exchange) -> str:
-    target = exchange.target if snapshot.screen.reveal else mask_target(exchange.target)
-    return printable(target)
+def _target(snapshot: Snapshot, exchange: Exchange, limit: int = MAX_FIELD) -> str:
+    return printable(exchange.target if snapshot.screen.reveal else mask_target(exchange.target), limit)
 
 
 def _status(snapshot: Snapshot) -> Spans:
@@ -2419,7 +2418,7 @@ def _head(snapshot: Snapshot, width: int, height: int) -> list[Spans]:
     screen = snapshot.screen
     if e := screen.opened:
         outcome = f"{e.status or '---'} {printable(e.reason)}".strip() if e.status or e.ended else "in flight"
-        request = [("bold", f"  {printable(e.method)}"), ("", f" {_target(snapshot, e)}")]
+        request = [("bold", f"  {printable(e.method)}"), ("", f" {_target(snapshot, e, 1000)}")]
         tabs = [("selected" if n == screen.tab else "muted", f" {tab} ") for n, tab in enumerate(screen.TABS)]
         tabs.append(("muted", "  secrets shown" if screen.reveal else ""))
         return [[("", " "), (_style(e), outcome), *request], tabs, []]
@@ -2468,7 +2467,7 @@ def _row(snapshot: Snapshot, exchange: Exchange, width: int) -> Spans:
     spans = _columns(snapshot, [*values, ("", "")], width)
     room = width - sum(width_of(text) for _, text in spans)
     error = printable(e.error)
-    path = ("↻ " if e.replay_of else "") + _target(snapshot, e)
+    path = ("↻ " if e.replay_of else "") + _target(snapshot, e, 1000)
     path = fit(path, max(room // 2, room - len(error) - 2)) if error else path
     return [*spans, ("", path), ("5xx", f"  {error}" if error else "")]
 
@@ -4536,6 +4535,10 @@ if sys.platform == "win32":
 
         foreground, ready = True, property(lambda self: self.active and self._frames.empty())
 
+        def size(self) -> os.terminal_size:
+            """Return columns and lines."""
+            return os.get_terminal_size(1)
+
         def enter(self) -> None:
             """Take the console."""
             self._kernel.SetConsoleMode(self._in, 0x0281)  # processed, extended flags, virtual terminal input
@@ -4601,6 +4604,10 @@ else:
         def ready(self) -> bool:
             """Whether the last frame has gone out."""
             return self.active and not self._unsent
+
+        def size(self) -> os.terminal_size:
+            """Return columns and lines."""
+            return os.get_terminal_size(self._fd)
 
         def enter(self) -> None:
             """Take the terminal: keys come one by one, Ctrl-C and Ctrl-Z stay signals, Ctrl-S stops nothing."""
@@ -4721,10 +4728,9 @@ class Terminal:
         try:
             while True:
                 self._wake.clear()
-                keys, self._keys = self._keys, []
-                for key in keys:
-                    self._act(self._screen.key(key))
-                if self._device.ready:
+                if not self._device.active:
+                    self._resume()  # a shell does not tell when `fg` takes it from the background
+                if self._keys or self._device.ready:
                     await self._draw()
                 await asyncio.sleep(FRAME)
                 with contextlib.suppress(TimeoutError):
@@ -4737,15 +4743,15 @@ class Terminal:
     def _until_next(self) -> float | None:
         """Return seconds until something changes by itself."""
         if not self._device.active:
-            return None
+            return 1.0
         waits = [self._notice_until - self._loop.time()] if self._screen.notice else []
         if self._client.log.in_flight or self._client.retry_at is not None:
             waits.append(1.0)
         return min(waits, default=self._device.poll)
 
     async def _draw(self) -> None:
-        """Bring the terminal up to date. A body may be large, so that it is laid out in a thread."""
-        size, client, screen = os.get_terminal_size(1), self._client, self._screen
+        """Take the keys and bring the terminal up to date. Bodies and filters may be large: a thread arranges them."""
+        size, client, screen = self._device.size(), self._client, self._screen
         if size != self._size:
             self._size, self._drawn = size, []
         if self._loop.time() >= self._notice_until:
@@ -4766,15 +4772,16 @@ class Terminal:
         )
         width, height = size.columns or 80, size.lines or 24
 
-        def lay_out() -> list[str]:
-            screen.arrange(snapshot, width, height)
-            return render(snapshot, width, height)
-
-        lines = await asyncio.to_thread(lay_out)
+        arrange = functools.partial(asyncio.to_thread, screen.arrange, snapshot, width, height)
+        await arrange()
+        while self._keys:
+            self._act(screen.key(self._keys.pop(0)))
+            await arrange()
+        lines = await asyncio.to_thread(render, snapshot, width, height)
         pairs = zip(lines, self._drawn or [""] * height, strict=True)
         changed = [] if self._drawn else ["\x1b[2J"]
         changed += [f"\x1b[{row};1H\x1b[2K{line}" for row, (line, old) in enumerate(pairs, 1) if line != old]
-        if changed and self._device.ready:
+        if changed and self._device.ready:  # or it shows with what comes next
             self._device.write(f"\x1b[?2026h{''.join(changed)}\x1b[?2026l")
             self._drawn = lines
 
