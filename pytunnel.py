@@ -4772,11 +4772,10 @@ class Terminal:
         )
         width, height = size.columns or 80, size.lines or 24
 
-        arrange = functools.partial(asyncio.to_thread, screen.arrange, snapshot, width, height)
-        await arrange()
+        await asyncio.to_thread(screen.arrange, snapshot, width, height)
         while self._keys:
             self._act(screen.key(self._keys.pop(0)))
-            await arrange()
+            await asyncio.to_thread(screen.arrange, snapshot, width, height)
         lines = await asyncio.to_thread(render, snapshot, width, height)
         pairs = zip(lines, self._drawn or [""] * height, strict=True)
         changed = [] if self._drawn else ["\x1b[2J"]

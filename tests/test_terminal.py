@@ -800,6 +800,7 @@ async def test_escape_alone_and_a_sequence_in_two_reads(
     for _ in range(3):
         client.log.begin(exchange := Exchange("web", "GET", "/", started=0.0))
         client.log.finish(exchange, 0.0)
+    await idle(terminal)
     device.press(b"\x1b")
     device.press(b"[B\r")
     await idle(terminal)
