@@ -36,6 +36,7 @@ A link is a WebSocket at `GET /_pytunnel/link`, subprotocol `pytunnel.1`. The ha
     0 DATA      a chunk, at most 256 KiB               END                 yes
     1 HEAD      status, reason, name, value, ...       END, INTERIM        yes
     2 OPEN      tunnel index (16 bits), kind (8 bits), END                 yes
+                ms waited on the server (32 bits),
                 method, target, name, value, ...
     3 RESET     code (16 bits), reason                                     yes
     6 PING      8 opaque bytes, link-level                                 no
@@ -71,9 +72,16 @@ Server
 Local service
 Forwarding
 Client
+Files
+Inspector
 Terminal
 Demo
 Settings
+Running clients
+Python API
+Doctor
+Console
+Commands
 Command line
 """
 
@@ -120,23 +128,40 @@ import shlex
 import signal
 import socket
 import ssl
+import stat
 import struct
+import subprocess
+import textwrap
 import threading
 import time
+import tomllib
 import unicodedata
 import urllib.parse
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
     import aiohttp
     from aiohttp import web
 
+    WebSocket = aiohttp.ClientWebSocketResponse | web.WebSocketResponse
+
 __version__ = "0.1.0"
-__all__ = ["Session", "TunnelClient", "TunnelServer", "main"]
+__all__ = ["Exchange", "Session", "TunnelClient", "TunnelError", "TunnelServer", "connect", "main", "serve"]
 
 log = logging.getLogger("pytunnel")
 
@@ -193,6 +218,10 @@ BACKOFF_MAX = 30.0
 STABLE = 2.0  # seconds a link must hold before its loss is answered by a dial at once
 CLOCK_JUMP = 5.0  # seconds between the wall and the monotonic clock that mean this machine has slept
 
+CHECK_TIMEOUT = 5.0  # seconds for each of doctor's checks
+MAX_SKEW = 60.0  # seconds between this machine's clock and the server's before doctor minds
+EXPIRES_SOON = 7 * 86400.0  # seconds that a certificate is still good for when doctor begins to mind
+
 MAX_LINES = 1000  # lines of output that wait for a slow reader
 MAX_EXCHANGES = 500  # exchanges the client's log keeps
 MAX_PREFIX = 256 * KiB  # bytes of each body that are kept with them
@@ -213,9 +242,12 @@ LOCAL_IDLE = 4.0  # seconds an idle local connection is kept: Node.js closes its
 MAX_LOCAL_IDLE = 64  # idle local connections kept per target
 READ_BUFFER = 128 * KiB  # bytes a local connection reads ahead of its stream
 VISITOR_KEEPALIVE = 75.0  # seconds an idle visitor connection is kept (nginx keepalive_timeout)
+INSPECTOR_PORTS = 20  # ports from INSPECTOR_PORT on that are tried
+MAX_POLL = 25.0  # seconds the inspector's page waits for something new: below what browsers and proxies allow
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
 
 DEFAULT_PORT = 8080
+INSPECTOR_PORT = 4040
 DEFAULT_PORTS = {"http": 80, "https": 443}  # of URLs that name none
 LINK_PATH = "/_pytunnel/link"
 SUBPROTOCOL = "pytunnel.1"
@@ -231,8 +263,7 @@ def escape(text: str | bytes, limit: int = 200) -> str:
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
     if not (text.isascii() and text.isprintable()):
-        kept = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
-        text = "".join(kept)
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -253,6 +284,8 @@ def parse_object(text: str) -> dict[str, Any]:
 #     TunnelError               one line for the user, with an exit status
 #     ├── UsageError            the command line or the environment is wrong
 #     ├── Unreachable           the server cannot be reached
+#     ├── LocalDown             the local service did not come up
+#     ├── NotRun                the command after `--` cannot be run
 #     └── Refused               the server said no in the handshake
 #     ProtocolError             the peer broke the wire protocol; the session ends
 #     MessageError              an HTTP message breaks RFC 9110 or 9112
@@ -261,8 +294,6 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 class ExitStatus(enum.IntEnum):
-    """What a command's exit tells a script."""
-
     OK = 0
     UNEXPECTED = 1
     USAGE = 2
@@ -270,6 +301,7 @@ class ExitStatus(enum.IntEnum):
     NAME_REFUSED = 4
     UNREACHABLE = 5
     LOCAL_DOWN = 6
+    NOT_RUN = 127
     INTERRUPTED = 130
 
 
@@ -305,17 +337,27 @@ class TunnelError(Exception):
 
 
 class UsageError(TunnelError):
-    """A flag, a target or an environment variable is not what it should be."""
-
     exit_status = ExitStatus.USAGE
     code = "usage"
 
 
 class Unreachable(TunnelError):
-    """No server answered before the deadline."""
-
     exit_status = ExitStatus.UNREACHABLE
     code = "unreachable"
+
+
+class LocalDown(TunnelError):
+    """The local service did not come up."""
+
+    exit_status = ExitStatus.LOCAL_DOWN
+    code = "local-down"
+
+
+class NotRun(TunnelError):
+    """The command after `--` cannot be run."""
+
+    exit_status = ExitStatus.NOT_RUN
+    code = "not-run"
 
 
 class Refused(TunnelError):
@@ -324,11 +366,10 @@ class Refused(TunnelError):
     def __init__(self, code: str, reason: str, *, retry: bool = False) -> None:
         super().__init__(reason)
         self.code, self.retry = code, retry
-        self.exit_status = {
-            "token": ExitStatus.TOKEN_REFUSED,
-            "name": ExitStatus.NAME_REFUSED,
-            "replaced": ExitStatus.NAME_REFUSED,
-        }.get(code, ExitStatus.UNEXPECTED)
+        if code == "token":
+            self.exit_status = ExitStatus.TOKEN_REFUSED
+        elif code in ("name", "replaced"):
+            self.exit_status = ExitStatus.NAME_REFUSED
 
 
 class ProtocolError(Exception):
@@ -356,11 +397,7 @@ class StreamReset(Exception):
 
 
 class Unserved(Exception):
-    """A visitor's request that cannot be served; `problem` is a key of PROBLEMS."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(problem)
-        self.problem = problem
+    """A visitor's request that cannot be served; `str()` is a key of PROBLEMS."""
 
 
 # ---- Frames ---------------------------------------------------------------------------------------------------------
@@ -388,8 +425,6 @@ FIRST_EXTENSION = 128  # types from here on are ignored, so that a newer peer ma
 
 
 class _Rule(NamedTuple):
-    """What the header of a frame of one type may say."""
-
     min_length: int
     max_length: int
     flags: int
@@ -399,7 +434,7 @@ class _Rule(NamedTuple):
 FRAME_RULES: dict[int, _Rule] = {
     FrameType.DATA: _Rule(0, MAX_DATA, END, True),
     FrameType.HEAD: _Rule(1, MAX_HEAD, END | INTERIM, True),
-    FrameType.OPEN: _Rule(3, MAX_HEAD, END, True),
+    FrameType.OPEN: _Rule(7, MAX_HEAD, END, True),
     FrameType.RESET: _Rule(2, MAX_CONTROL, 0, True),
     FrameType.PING: _Rule(8, 8, 0, False),
     FrameType.GOAWAY: _Rule(2, MAX_CONTROL, 0, False),
@@ -442,8 +477,7 @@ class FrameDecoder:
     """Turns bytes, sliced anyhow, into frames. Holds at most one frame."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._needed = 0
+        self._buffer = b""
 
     @property
     def buffered(self) -> int:
@@ -452,29 +486,19 @@ class FrameDecoder:
 
     def feed(self, data: bytes) -> list[Frame]:
         """Return the frames that `data` completes. Raises ProtocolError; the decoder is of no use after that."""
-        if self._buffer:
-            self._buffer += data
-            if len(self._buffer) < self._needed:
-                return []
-            data = bytes(self._buffer)
-            self._buffer.clear()
-        frames = []
-        start, end, size = 0, len(data), FRAME_HEADER.size
-        needed = size
-        while end - start >= size:
+        data = self._buffer + data  # mostly nothing and whole frames, which makes no copy
+        frames, start = [], 0
+        while len(data) - start >= FRAME_HEADER.size:
             word, flags, stream_id = FRAME_HEADER.unpack_from(data, start)
             length, type_ = word >> 8, word & 0xFF
             self._check(type_, flags, stream_id, length)
-            stop = start + size + length
-            if stop > end:
-                needed = stop - start
+            begin = start + FRAME_HEADER.size
+            if len(data) - begin < length:
                 break
+            start = begin + length
             if type_ < FIRST_EXTENSION:
-                frames.append(Frame(type_, flags, stream_id, data[start + size : stop]))
-            start = stop
-        if start < end:
-            self._buffer += data[start:]
-            self._needed = needed
+                frames.append(Frame(type_, flags, stream_id, data[begin:start]))
+        self._buffer = data[start:]
         return frames
 
     @staticmethod
@@ -503,8 +527,6 @@ class FrameDecoder:
 class SendWindow:
     """What may still be sent."""
 
-    __slots__ = ("credit",)
-
     def __init__(self, size: int) -> None:
         self.credit = size
 
@@ -522,8 +544,6 @@ class SendWindow:
 
 class ReceiveWindow:
     """What the peer may still send."""
-
-    __slots__ = ("_consumed", "credit", "size")
 
     def __init__(self, size: int) -> None:
         self.size = self.credit = size
@@ -597,12 +617,10 @@ class Kind(enum.IntEnum):
     UPGRADE = 1  # HTTP; a raw byte pipe after a 101
 
 
-OPEN_HEADER = struct.Struct(">HB")  # tunnel index, Kind; the request head follows
+OPEN_HEADER = struct.Struct(">HBI")  # tunnel index, Kind, ms waited on the server; the request head follows
 
 
 class _SessionStream:
-    """What a session keeps of one stream."""
-
     def __init__(self, id_: int, send_window: int, receive_window: int, *, headed: bool) -> None:
         self.id = id_
         self.state = StreamState.IDLE
@@ -611,13 +629,10 @@ class _SessionStream:
         self.pending: collections.deque[bytes | memoryview] = collections.deque()
         self.buffered = 0  # bytes in pending
         self.ending = False  # END goes out with the last of pending
-        self.reset: Frame | None = None  # goes out after that
+        self.reset: bytes | None = None  # the payload of a RESET, which goes out after that
         self.ready = False  # is in the queue of those that may send
         self.headed = headed  # DATA may arrive
         self.interims = 0
-
-    def can_send(self) -> bool:
-        return self.send.credit > 0 if self.pending else self.ending or self.reset is not None
 
     def take(self, limit: int) -> bytes | memoryview:
         """Remove and return up to `limit` bytes of what is pending."""
@@ -673,13 +688,10 @@ class Session:
         self._unacked_bytes = 0
         self._acked = 0  # counted frames that the peer acknowledged
         self._replay: collections.deque[bytes] = collections.deque()  # of those, what this link has still to carry
-        self._pongs: list[bytes] = []
-        self._ack_due = False
+        self._pings: list[bytes] = []  # PONGs and a PING to send
+        self._bytes_to_ack = 0  # from ACK_BYTES on, an ACK is due
         self._ack_deadline: float | None = None
-        self._bytes_to_ack = 0
-        self._heard_at = self._pinged_at = 0.0
-        self._ping_due = False
-        self._ping_sent_at: float | None = None
+        self._heard_at = self._pinged_at = 0.0  # the PING is not answered while its time is the later one
 
     # Streams
 
@@ -693,32 +705,33 @@ class Session:
         """Number of streams that are not closed."""
         return len(self._streams)
 
-    def open_stream(self, tunnel: int, kind: Kind, head: bytes, *, end: bool = False) -> int:
-        """Open a stream with a request head and return its id. Raises StreamReset when there is no room for it."""
+    def open_stream(self, tunnel: int, kind: Kind, head: bytes, *, end: bool = False, waited: float = 0.0) -> int:
+        """Open a stream with a request head and return its id. Raises StreamReset when there is no room for it.
+
+        `waited` tells the client how many seconds the request has been on the server.
+        """
         assert self.is_server
+        if self._last_id >= MAX_STREAM_ID and not self.leaving:
+            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
         if self.goaway or self.leaving:
             raise StreamReset(ErrorCode.SHUTDOWN, "the session is ending")
         if len(self._streams) >= self.max_streams:
             raise StreamReset(ErrorCode.REFUSED, f"{self.max_streams} streams are open")
         if self._unacked_bytes + self._control_bytes > MAX_UNACKED:
             raise StreamReset(ErrorCode.REFUSED, "the link is congested")
-        if self._last_id >= MAX_STREAM_ID:
-            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
-            raise StreamReset(ErrorCode.SHUTDOWN, "stream ids are used up")
         stream = self._add_stream(self._last_id + 1)
-        payload = OPEN_HEADER.pack(tunnel, kind) + head
-        self._send_control(encode_frame(FrameType.OPEN, END if end else 0, stream.id, payload))
+        payload = OPEN_HEADER.pack(tunnel, kind, round(waited * 1000)) + head
+        self._send_control(FrameType.OPEN, END if end else 0, stream.id, payload)
         if end:
             self._transition(stream, Input.SEND_END)
         return stream.id
 
     def send_head(self, stream_id: int, head: bytes, *, interim: bool = False, end: bool = False) -> None:
-        """Send a response head."""
         stream = self._stream(stream_id)
         assert not self.is_server and not stream.pending
         self._transition(stream, Input.SEND_END if end else Input.SEND)
         flags = (END if end else 0) | (INTERIM if interim else 0)
-        self._send_control(encode_frame(FrameType.HEAD, flags, stream_id, head))
+        self._send_control(FrameType.HEAD, flags, stream_id, head)
 
     def send_data(self, stream_id: int, data: bytes, *, end: bool = False) -> int:
         """Queue body bytes; return how many are queued now. The caller waits while that is more than SEND_BUFFER."""
@@ -736,12 +749,12 @@ class Session:
         stream = self._streams.get(stream_id)
         if stream is None:
             return
-        frame = Frame(FrameType.RESET, 0, stream_id, encode_reason(code, reason))
+        payload = encode_reason(code, reason)
         if flush and (stream.pending or stream.ending):
-            stream.reset = frame
-            return
-        self._transition(stream, Input.RESET)
-        self._send_control(encode_frame(*frame))
+            stream.reset = payload
+        else:
+            self._transition(stream, Input.RESET)
+            self._send_control(FrameType.RESET, 0, stream_id, payload)
 
     def acknowledge_received_data(self, stream_id: int, n: int) -> int:
         """Note that the reader consumed `n` bytes of DATA; return the credit that is granted for it, mostly 0."""
@@ -754,7 +767,7 @@ class Session:
     def send_goaway(self, code: ErrorCode, reason: str) -> None:
         """Announce that this end wants no new streams."""
         self.leaving = True
-        self._send_control(encode_frame(FrameType.GOAWAY, 0, 0, encode_reason(code, reason)))
+        self._send_control(FrameType.GOAWAY, 0, 0, encode_reason(code, reason))
 
     # Links
 
@@ -767,22 +780,21 @@ class Session:
         self._acknowledge(peer_received)
         self._replay = self._unacked.copy()
         self._decoder = FrameDecoder()
+        self._pings.clear()
+        self._bytes_to_ack, self._ack_deadline = 0, None  # the handshake has told it
         self._heard_at = now
         self.connected = True
 
     def suspend(self) -> None:
         """The link is lost; streams wait for the next one."""
         self.connected = False
-        self._replay.clear()
-        self._pongs.clear()
-        self._ack_deadline = self._ping_sent_at = None
-        self._ack_due = self._ping_due = False
 
     def next_deadline(self) -> float:
         """The time at which `handle_timeout` wants to be called; infinity without a link."""
         if not self.connected:
             return float("inf")
-        silence = self._heard_at + PING_INTERVAL if self._ping_sent_at is None else self._ping_sent_at + PING_TIMEOUT
+        asked = self._pinged_at > self._heard_at
+        silence = self._pinged_at + PING_TIMEOUT if asked else self._heard_at + PING_INTERVAL
         return silence if self._ack_deadline is None else min(silence, self._ack_deadline)
 
     def handle_timeout(self, now: float) -> bool:
@@ -790,12 +802,12 @@ class Session:
         if not self.connected:
             return False
         if self._ack_deadline is not None and now >= self._ack_deadline:
-            self._ack_due, self._ack_deadline = True, None
-        if self._ping_sent_at is not None:
-            return now >= self._ping_sent_at + PING_TIMEOUT
+            self._bytes_to_ack, self._ack_deadline = ACK_BYTES, None
+        if self._pinged_at > self._heard_at:
+            return now >= self._pinged_at + PING_TIMEOUT
         if now >= self._heard_at + PING_INTERVAL:
-            self._ping_due = True
-            self._ping_sent_at = self._pinged_at = now
+            self._pings.append(encode_frame(FrameType.PING, 0, 0, bytes(8)))
+            self._pinged_at = now
         return False
 
     # Bytes
@@ -804,11 +816,7 @@ class Session:
         """Return whole frames to send now as one message: about `limit` bytes at the most, none when nothing is due."""
         if not self.connected:
             return b""
-        out: list[bytes] = [encode_frame(FrameType.PONG, 0, 0, payload) for payload in self._pongs]
-        self._pongs.clear()
-        if self._ping_due:
-            out.append(encode_frame(FrameType.PING, 0, 0, bytes(8)))
-            self._ping_due = False
+        out, self._pings = self._pings, []
         room = limit
         while self._replay and room > 0:
             frame = self._replay.popleft()
@@ -817,32 +825,31 @@ class Session:
         if not self._replay:
             room = self._take_control(out, room)
             self._take_data(out, room)
-        if self._ack_due or (out and self._ack_deadline is not None):
+        if self._bytes_to_ack >= ACK_BYTES or (out and self._ack_deadline is not None):
             out.append(encode_frame(FrameType.ACK, 0, 0, self.received.to_bytes(8, "big")))
-            self._ack_due, self._ack_deadline, self._bytes_to_ack = False, None, 0
+            self._bytes_to_ack, self._ack_deadline = 0, None
         return b"".join(out)
 
     def receive_data(self, data: bytes, now: float) -> list[Frame]:
         """Take bytes from the link and return the frames for the layer above. Raises ProtocolError."""
         self._heard_at, events = now, []
-        self._ping_sent_at = None
         for frame in self._decoder.feed(data):
-            if frame.type not in LINK_LEVEL:
-                self.received += 1
-                self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
-            if self._RECEIVERS[frame.type](self, frame):
+            if frame.type in LINK_LEVEL:
+                self._receive_link_level(frame)
+                continue
+            self.received += 1
+            self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
+            if self._receive(frame):
                 events.append(frame)
-        if self._bytes_to_ack >= ACK_BYTES:
-            self._ack_due = True
-        elif self._bytes_to_ack and not self._ack_due and self._ack_deadline is None:
+        if 0 < self._bytes_to_ack < ACK_BYTES and self._ack_deadline is None:
             self._ack_deadline = now + ACK_DELAY
         return events
 
     @property
     def has_data_to_send(self) -> bool:
         """Whether `data_to_send` is worth a call."""
-        due = self._ack_due or self._ping_due
-        return due or bool(self._control or self._ready or self._credits or self._replay or self._pongs)
+        waiting = self._control or self._ready or self._credits or self._replay or self._pings
+        return bool(waiting) or self._bytes_to_ack >= ACK_BYTES
 
     @property
     def between_frames(self) -> bool:
@@ -878,13 +885,14 @@ class Session:
                 stream.ending = False
                 self._transition(stream, Input.SEND_END)
             if stream.reset and not stream.pending and stream.id in self._streams:
-                room -= self._count(out, encode_frame(*stream.reset))
+                room -= self._count(out, encode_frame(FrameType.RESET, 0, stream.id, stream.reset))
                 self._transition(stream, Input.RESET)
             self._make_ready(stream)
             if was_full and stream.buffered <= SEND_BUFFER:
                 self.drained.append(stream.id)
 
-    def _send_control(self, frame: bytes) -> None:
+    def _send_control(self, type_: FrameType, flags: int, stream_id: int, payload: bytes) -> None:
+        frame = encode_frame(type_, flags, stream_id, payload)
         self._control.append(frame)
         self._control_bytes += len(frame)
 
@@ -897,7 +905,8 @@ class Session:
         return len(frame)
 
     def _make_ready(self, stream: _SessionStream) -> None:
-        if not stream.ready and stream.id in self._streams and stream.can_send():
+        can_send = stream.send.credit > 0 if stream.pending else stream.ending or stream.reset is not None
+        if can_send and not stream.ready and stream.id in self._streams:
             stream.ready = True
             self._ready.append(stream)
 
@@ -911,18 +920,10 @@ class Session:
         return stream
 
     def _stream(self, stream_id: int) -> _SessionStream:
-        """Return a stream to send on."""
         try:
             return self._streams[stream_id]
         except KeyError:
             raise StreamReset(ErrorCode.STREAM_CLOSED) from None
-
-    def _known(self, frame: Frame) -> _SessionStream | None:
-        """Return the stream that a frame is for, or None when it is closed and the frame was still on its way."""
-        stream = self._streams.get(frame.stream_id)
-        if stream is None and frame.stream_id > self._last_id:
-            raise ProtocolError(f"{frame} before its OPEN")
-        return stream
 
     def _transition(self, stream: _SessionStream, input_: Input) -> None:
         state = TRANSITIONS.get((stream.state, input_))
@@ -942,7 +943,47 @@ class Session:
             self._unacked_bytes -= len(self._unacked.popleft())
         self._acked = received
 
-    # What is received; each returns whether the frame is an event for the layer above
+    # What is received
+
+    def _receive_link_level(self, frame: Frame) -> None:
+        if frame.type == FrameType.ACK:
+            self._acknowledge(int.from_bytes(frame.payload, "big"))
+        elif frame.type == FrameType.PING:
+            if len(self._pings) >= MAX_PENDING_PONGS:
+                raise ProtocolError(f"{MAX_PENDING_PONGS} PINGs at once")
+            self._pings.append(encode_frame(FrameType.PONG, 0, 0, frame.payload))
+        elif self._pinged_at:
+            self.round_trip = self._heard_at - self._pinged_at
+
+    def _receive(self, frame: Frame) -> bool:
+        """Take a counted frame; return whether it is an event for the layer above."""
+        if frame.type == FrameType.OPEN:
+            return self._receive_open(frame)
+        if frame.type == FrameType.GOAWAY:
+            self.goaway = decode_reason(frame.payload)
+            return True
+        stream = self._streams.get(frame.stream_id)
+        if stream is None:
+            if frame.stream_id > self._last_id:
+                raise ProtocolError(f"{frame} before its OPEN")
+            return False  # closed, and the frame was still on its way
+        if frame.type == FrameType.WINDOW:
+            stream.send.add(int.from_bytes(frame.payload, "big"))
+            self._make_ready(stream)
+            return False
+        if frame.type == FrameType.RESET:
+            self._transition(stream, Input.RESET)
+            return True
+        if frame.type == FrameType.HEAD:
+            self._check_head(stream, frame)
+        elif not stream.headed:
+            raise ProtocolError(f"DATA before the HEAD on stream {stream.id}")
+        elif not frame.payload and not frame.flags & END:
+            raise ProtocolError(f"empty DATA on stream {stream.id}")
+        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
+        if frame.type == FrameType.DATA:
+            stream.receive.receive(len(frame.payload))
+        return True
 
     def _receive_open(self, frame: Frame) -> bool:
         if self.is_server or frame.stream_id <= self._last_id:
@@ -952,7 +993,7 @@ class Session:
             self._last_id = frame.stream_id
             code = ErrorCode.SHUTDOWN if self.leaving else ErrorCode.REFUSED
             refusal = encode_reason(code, "unknown kind" if unknown else "no more streams")
-            self._send_control(encode_frame(FrameType.RESET, 0, frame.stream_id, refusal))
+            self._send_control(FrameType.RESET, 0, frame.stream_id, refusal)
             if len(self._control) > MAX_UNACKED_FRAMES:
                 raise ProtocolError("more streams than answers to them are read")
             return False
@@ -961,77 +1002,16 @@ class Session:
             self._transition(stream, Input.RECEIVE_END)
         return True
 
-    def _receive_head(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is None:
-            return False
+    @staticmethod
+    def _check_head(stream: _SessionStream, frame: Frame) -> None:
         if stream.headed:
-            raise ProtocolError(f"HEAD on stream {frame.stream_id} where none may come")
+            raise ProtocolError(f"HEAD on stream {stream.id} where none may come")
         if frame.flags & INTERIM:
             stream.interims += 1
             if stream.interims > MAX_INTERIM or frame.flags & END:
                 raise ProtocolError(f"interim response {stream.interims} of {MAX_INTERIM}")
         else:
             stream.headed = True
-        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
-        return True
-
-    def _receive_data(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is None:
-            return False
-        if not stream.headed:
-            raise ProtocolError(f"DATA before the HEAD on stream {frame.stream_id}")
-        if not frame.payload and not frame.flags & END:
-            raise ProtocolError(f"empty DATA on stream {frame.stream_id}")
-        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
-        stream.receive.receive(len(frame.payload))
-        return True
-
-    def _receive_reset(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is None:
-            return False
-        self._transition(stream, Input.RESET)
-        return True
-
-    def _receive_window(self, frame: Frame) -> bool:
-        stream = self._known(frame)
-        if stream is not None:
-            stream.send.add(int.from_bytes(frame.payload, "big"))
-            self._make_ready(stream)
-        return False
-
-    def _receive_ack(self, frame: Frame) -> bool:
-        self._acknowledge(int.from_bytes(frame.payload, "big"))
-        return False
-
-    def _receive_ping(self, frame: Frame) -> bool:
-        if len(self._pongs) >= MAX_PENDING_PONGS:
-            raise ProtocolError(f"{MAX_PENDING_PONGS} PINGs at once")
-        self._pongs.append(frame.payload)
-        return False
-
-    def _receive_pong(self, _: Frame) -> bool:
-        if self._pinged_at:
-            self.round_trip = self._heard_at - self._pinged_at
-        return False
-
-    def _receive_goaway(self, frame: Frame) -> bool:
-        self.goaway = decode_reason(frame.payload)
-        return True
-
-    _RECEIVERS: ClassVar[dict[int, Callable[[Session, Frame], bool]]] = {
-        FrameType.OPEN: _receive_open,
-        FrameType.HEAD: _receive_head,
-        FrameType.DATA: _receive_data,
-        FrameType.RESET: _receive_reset,
-        FrameType.WINDOW: _receive_window,
-        FrameType.ACK: _receive_ack,
-        FrameType.PING: _receive_ping,
-        FrameType.PONG: _receive_pong,
-        FrameType.GOAWAY: _receive_goaway,
-    }
 
 
 # ---- HTTP/1.1 messages ----------------------------------------------------------------------------------------------
@@ -1085,12 +1065,9 @@ def field_tokens(headers: Headers, name: bytes) -> set[bytes]:
 
 def end_to_end(headers: Headers, *, keep_upgrade: bool = False) -> Headers:
     """Return the fields that a proxy passes on (RFC 9110 section 7.6.1), in their order."""
-    drop: frozenset[bytes] | set[bytes] = HOP_BY_HOP
-    nominated = field_tokens(headers, b"connection")
-    if nominated:
-        drop = HOP_BY_HOP | nominated - NEVER_NOMINATED
+    drop = HOP_BY_HOP | field_tokens(headers, b"connection") - NEVER_NOMINATED
     if keep_upgrade:
-        drop = drop - {b"upgrade"}
+        drop -= {b"upgrade"}
     return [(name, value) for name, value in headers if name.lower() not in drop]
 
 
@@ -1106,15 +1083,14 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
             theirs = field_values(headers, name.lower())
             if theirs:
                 ours[name] = b", ".join([*theirs, ours[name]]) if name == b"X-Forwarded-For" else theirs[-1]
+    replaced = FORWARDED - {b"forwarded", b"x-real-ip"} if trusted else FORWARDED
     kept = []
     for name, value in headers:
         lower = name.lower()
         folded = lower.replace(b"_", b"-")
-        if folded != lower and folded in FORWARDED | FRAMING:
-            continue
-        if lower in FORWARDED and not (trusted and lower in (b"forwarded", b"x-real-ip")):
-            continue
-        kept.append((name, value))
+        imitates = folded != lower and folded in FORWARDED | FRAMING
+        if lower not in replaced and not imitates:
+            kept.append((name, value))
     return [*kept, *ours.items()]
 
 
@@ -1130,9 +1106,7 @@ def _encode_head(*start: bytes, headers: Headers) -> bytes:
     return payload
 
 
-def _decode_head(
-    payload: bytes, one: re.Pattern[bytes], two: re.Pattern[bytes]
-) -> tuple[bytes, bytes, Headers]:
+def _decode_head(payload: bytes, one: re.Pattern[bytes], two: re.Pattern[bytes]) -> tuple[bytes, bytes, Headers]:
     """Return the two parts of a start line, which match their patterns, and the fields. Raises ProtocolError."""
     first, _, rest = payload.partition(b"\0")
     second, *fields = rest.split(b"\0")
@@ -1228,48 +1202,64 @@ class ResponseParser:
         self.head: ResponseHead | None = None  # the final one
         self.done = False  # the response is complete; after a 101, what follows is not HTTP
         self.keep_alive = False  # another request may follow on this connection
-        self.excess = b""  # bytes that came after the end
+        self.excess = b""  # bytes not read yet; once done, those that came after the end
+        self._start = 0  # of those that are left
+        self._until_close = False
         self._method = method
-        self._interims = 0
-        self._remaining = 0
-        self._buffer = b""
-        self._state: Callable[[bytes, int, list[ResponseHead | bytes]], int] = self._read_head
+        self._events: list[ResponseHead | bytes] = []
+        self._reading = self._read()
 
     def receive_data(self, data: bytes) -> list[ResponseHead | bytes]:
         """Return the heads and the body's bytes, without framing, that `data` brings. Raises MessageError."""
-        if self._buffer:
-            data, self._buffer = self._buffer + data, b""
-        events: list[ResponseHead | bytes] = []
-        start = 0
-        while start < len(data) and not self.done:
-            stop = self._state(data, start, events)
-            if stop < 0:  # incomplete
-                self._buffer = data[start:]
-                return events
-            start = stop
-        self.excess += data[start:]
-        if self.excess:
-            self.keep_alive = False
-        return events
+        self._events = []
+        self.excess += data
+        next(self._reading, None)
+        self.excess, self._start = self.excess[self._start :], 0
+        self.keep_alive = self.keep_alive and not (self.done and self.excess)
+        return self._events
 
     def receive_eof(self) -> None:
         """The connection ended. Raises ConnectionError when the response is not complete."""
-        if self._state == self._read_until_close:
-            self.done = True
-        elif not self.done:
+        self.done = self.done or self._until_close
+        if not self.done:
             raise ConnectionError("the connection ended inside the response" if self.head else "no response")
 
-    def _read_head(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        end = data.find(b"\r\n\r\n", start)
-        if (end if end >= 0 else len(data) - 3) - start > MAX_HEAD:
-            raise MessageError(f"a response head over {MAX_HEAD} bytes", 502)
-        if end < 0:
-            if not b"HTTP/1.".startswith(data[start : start + 7]):
-                raise MessageError("not an HTTP/1 response", 502)
-            return -1
-        status_line, *lines = data[start:end].split(b"\r\n")
+    # A generator that is suspended wherever bytes are missing
+
+    def _read(self) -> Generator[None]:
+        for _ in range(MAX_INTERIM + 1):
+            head, http11 = yield from self._read_head()
+            self._events.append(head)
+            if not head.interim:
+                break
+        else:
+            raise MessageError(f"more than {MAX_INTERIM} interim responses", 502)
+        self.head = head
+        encodings = field_values(head.headers, b"transfer-encoding")
+        length = head.content_length()
+        if encodings and (length is not None or not http11 or [e.lower() for e in encodings] != [b"chunked"]):
+            raise MessageError("Transfer-Encoding is not just chunked", 502)
+        self.keep_alive = http11 and b"close" not in field_tokens(head.headers, b"connection") and head.status != 101
+        if head.has_body(self._method):
+            if encodings:
+                yield from self._read_chunks()
+            elif length is not None:
+                yield from self._read_content(length)
+            else:
+                self.keep_alive, self._until_close = False, True
+                while True:
+                    yield from self._read_content(len(self.excess) - self._start)
+                    yield
+        self.done = True
+
+    def _read_head(self) -> Generator[None, None, tuple[ResponseHead, bool]]:
+        while b"HTTP/1.".startswith(self.excess[self._start :]):  # anything else is refused without waiting for its end
+            yield
+        if not self.excess.startswith(b"HTTP/1.", self._start):
+            raise MessageError("not an HTTP/1 response", 502)
+        status_line, *lines = (yield from self._read_until(b"\r\n\r\n", MAX_HEAD, "response head")).split(b"\r\n")
         match = _STATUS_LINE.fullmatch(status_line)
-        if not match or data.find(b"\0", start + len(status_line), end) >= 0:
+        if not match or any(b"\0" in line for line in lines):
             raise MessageError("not an HTTP/1 response", 502)
         parts: list[bytes] = []
         for line in lines:
@@ -1280,90 +1270,46 @@ class ResponseParser:
         reason = match[3] or b""
         if not _FIELD_TEXT.fullmatch(reason) or b"\0" in reason:
             reason = b""
-        head = ResponseHead(int(match[2]), reason, check_fields(parts))
-        events.append(head)
-        if head.interim:
-            self._interims += 1
-            if self._interims > MAX_INTERIM:
-                raise MessageError(f"more than {MAX_INTERIM} interim responses", 502)
-        else:
-            self.head = head
-            self._choose_framing(head, http11=match[1] == b"1")
-        return end + 4
+        return ResponseHead(int(match[2]), reason, check_fields(parts)), match[1] == b"1"
 
-    def _choose_framing(self, head: ResponseHead, *, http11: bool) -> None:
-        encodings = field_values(head.headers, b"transfer-encoding")
-        length = head.content_length()
-        if encodings and (length is not None or not http11 or [e.lower() for e in encodings] != [b"chunked"]):
-            raise MessageError("Transfer-Encoding is not just chunked", 502)
-        self.keep_alive = http11 and b"close" not in field_tokens(head.headers, b"connection") and head.status != 101
-        if not head.has_body(self._method) or length == 0:
-            self.done = True
-        elif encodings:
-            self._state = self._read_chunk_size
-        elif length is not None:
-            self._remaining = length
-            self._state = self._read_length
-        else:
-            self.keep_alive = False
-            self._state = self._read_until_close
+    def _read_chunks(self) -> Generator[None]:
+        size = None
+        while size != 0:
+            match = _CHUNK_SIZE.fullmatch((yield from self._read_until(b"\r\n", MAX_CONTROL, "chunk size")))
+            if not match:
+                raise MessageError("not a chunk size", 502)
+            size = int(match[1], 16)
+            if size:
+                yield from self._read_content(size)
+                yield from self._read_until(b"\r\n", 0, "chunk's end")
+        # Trailers are dropped (RFC 9110 section 6.5.1 allows it); they never become header fields.
+        for _ in range(MAX_FIELDS):
+            if not (yield from self._read_until(b"\r\n", MAX_CONTROL, "trailer")):
+                return
+        raise MessageError(f"more than {MAX_FIELDS} trailers", 502)
 
-    def _read_content(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        content = data[start : start + self._remaining]
-        self._remaining -= len(content)
-        events.append(content)
-        return start + len(content)
+    def _read_content(self, length: int) -> Generator[None]:
+        while True:
+            content = self.excess[self._start : self._start + length]
+            self._start += len(content)
+            length -= len(content)
+            if content:
+                self._events.append(content)
+            if not length:
+                return
+            yield
 
-    def _read_length(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        stop = self._read_content(data, start, events)
-        self.done = not self._remaining
-        return stop
-
-    def _read_until_close(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        events.append(data[start:])
-        return len(data)
-
-    def _line_end(self, data: bytes, start: int, what: str) -> int:
-        end = data.find(b"\r\n", start)
-        if (end if end >= 0 else len(data) - 1) - start > MAX_CONTROL:
-            raise MessageError(f"a {what} over {MAX_CONTROL} bytes", 502)
-        return end
-
-    def _read_chunk_size(self, data: bytes, start: int, _: list[ResponseHead | bytes]) -> int:
-        end = self._line_end(data, start, "chunk size")
-        if end < 0:
-            return -1
-        match = _CHUNK_SIZE.fullmatch(data, start, end)
-        if not match:
-            raise MessageError("not a chunk size", 502)
-        self._remaining = int(match[1], 16)
-        self._state = self._read_chunk_data if self._remaining else self._read_trailer
-        return end + 2
-
-    def _read_chunk_data(self, data: bytes, start: int, events: list[ResponseHead | bytes]) -> int:
-        stop = self._read_content(data, start, events)
-        if not self._remaining:
-            self._state = self._read_chunk_end
-        return stop
-
-    def _read_chunk_end(self, data: bytes, start: int, _: list[ResponseHead | bytes]) -> int:
-        if data[start : start + 2] != b"\r\n":
-            if len(data) - start < 2 and data[start:] == b"\r":
-                return -1
-            raise MessageError("a chunk longer than its size", 502)
-        self._state = self._read_chunk_size
-        return start + 2
-
-    def _read_trailer(self, data: bytes, start: int, _: list[ResponseHead | bytes]) -> int:
-        """Trailers are read and dropped (RFC 9110 section 6.5.1 allows it); they never become header fields."""
-        end = self._line_end(data, start, "trailer")
-        if end < 0:
-            return -1
-        self._remaining += 1
-        if self._remaining > MAX_FIELDS:
-            raise MessageError(f"more than {MAX_FIELDS} trailers", 502)
-        self.done = end == start
-        return end + 2
+    def _read_until(self, mark: bytes, limit: int, what: str) -> Generator[None, None, bytes]:
+        while True:
+            end = self.excess.find(mark, self._start)
+            least = end if end >= 0 else len(self.excess) - len(mark) + 1
+            if least - self._start > limit:
+                raise MessageError(f"a {what} over {limit} bytes", 502)
+            if end >= 0:
+                break
+            yield
+        start, self._start = self._start, end + len(mark)
+        return self.excess[start:end]
 
 
 class ResponseEncoder:
@@ -1372,15 +1318,11 @@ class ResponseEncoder:
     def __init__(self, method: bytes, *, http11: bool, keep_alive: bool) -> None:
         self.keep_alive = keep_alive
         self.started = False  # the final head has been encoded
+        self.until_close = False  # only the connection's end tells the visitor where the content ends
         self._method, self._http11 = method, http11
         self._body = True
         self._chunked = False
         self._remaining: int | None = None
-
-    @property
-    def until_close(self) -> bool:
-        """Whether only the connection's end tells the visitor where the content ends."""
-        return self._body and not self._chunked and self._remaining is None
 
     def head(self, head: ResponseHead, date: bytes, *, end: bool = False) -> bytes:
         """Return the head on the wire; `end` says that no content will come. Raises MessageError."""
@@ -1401,7 +1343,7 @@ class ResponseEncoder:
                 self._chunked = True
                 hop.append((b"Transfer-Encoding", b"chunked"))
             else:
-                self.keep_alive = False
+                self.keep_alive, self.until_close = False, True
         if head.status == 101:
             self.keep_alive = False
         elif not self.keep_alive:
@@ -1491,8 +1433,15 @@ def _digest(key: bytes, message: bytes) -> bytes:
     return hmac.digest(key, message, "sha256")
 
 
-def _salted(token: str, salt: bytes, iterations: int) -> bytes:
-    return hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations)
+def _keys(token: str, salt: bytes, iterations: int) -> tuple[bytes, bytes, bytes]:
+    """Return ClientKey, StoredKey and ServerKey (RFC 5802 section 3); takes some milliseconds."""
+    salted = hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations)
+    client_key = _digest(salted, b"Client Key")
+    return client_key, hashlib.sha256(client_key).digest(), _digest(salted, b"Server Key")
+
+
+def _xor(one: bytes, other: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(one, other, strict=False))
 
 
 class Verifier(NamedTuple):
@@ -1505,33 +1454,25 @@ class Verifier(NamedTuple):
 
     @classmethod
     def from_token(cls, token: str, salt: bytes, iterations: int = ITERATIONS) -> Verifier:
-        """Derive it; takes some milliseconds."""
-        salted = _salted(token, salt, iterations)
-        stored_key = hashlib.sha256(_digest(salted, b"Client Key")).digest()
-        return cls(salt, iterations, stored_key, _digest(salted, b"Server Key"))
+        _, stored_key, server_key = _keys(token, salt, iterations)
+        return cls(salt, iterations, stored_key, server_key)
 
     def accepts(self, proof: bytes, auth_message: bytes) -> bool:
         """Whether the proof's maker knows the token."""
-        signature = _digest(self.stored_key, auth_message)
-        client_key = bytes(a ^ b for a, b in zip(proof, signature, strict=False))
+        client_key = _xor(proof, _digest(self.stored_key, auth_message))
         return hmac.compare_digest(hashlib.sha256(client_key).digest(), self.stored_key)
 
     def signature(self, auth_message: bytes) -> bytes:
-        """The server's own proof."""
         return _digest(self.server_key, auth_message)
 
 
 def client_proof(token: str, salt: bytes, iterations: int, auth_message: bytes) -> tuple[bytes, bytes]:
     """Return ClientProof and the ServerSignature to expect."""
-    salted = _salted(token, salt, iterations)
-    client_key = _digest(salted, b"Client Key")
-    signature = _digest(hashlib.sha256(client_key).digest(), auth_message)
-    proof = bytes(a ^ b for a, b in zip(client_key, signature, strict=True))
-    return proof, _digest(_digest(salted, b"Server Key"), auth_message)
+    client_key, stored_key, server_key = _keys(token, salt, iterations)
+    return _xor(client_key, _digest(stored_key, auth_message)), _digest(server_key, auth_message)
 
 
 def encode_message(type_: str, **fields: object) -> str:
-    """Return a handshake message."""
     return json.dumps({"type": type_, **fields}, separators=(",", ":"))
 
 
@@ -1594,24 +1535,20 @@ class Origin(NamedTuple):
 
     @classmethod
     def from_url(cls, url: str) -> Origin:
-        """Derive it from what a client dialled. Raises MessageError.
-
-        A bare address has no names below it, so sslip.io lends its own; loopback has `.localhost`.
-        """
+        """Derive it from what a client dialled. Raises MessageError."""
         scheme, _, rest = url.partition("://")
         scheme = scheme.lower()
         if scheme not in ("http", "https"):
             raise MessageError("not an http or https URL")
         host, port = parse_host(rest.partition("/")[0])
         with contextlib.suppress(ValueError):
-            address = ipaddress.ip_address(host.strip("[]"))
+            address = ipaddress.ip_address(host.strip("[]"))  # has no names below it; sslip.io lends its own
             dashed = str(address).replace(".", "-").replace(":", "-")
             dashed = "0" * dashed.startswith("-") + dashed + "0" * dashed.endswith("-")  # `::` at an end
             host = "localhost" if address.is_loopback else f"{dashed}.sslip.io"
         return cls(scheme, host, port if port != DEFAULT_PORTS[scheme] else None)
 
     def url(self, name: str) -> str:
-        """Return a tunnel's public URL."""
         return f"{self.scheme}://{name}.{self.zone}{'' if self.port is None else f':{self.port}'}"
 
 
@@ -1726,7 +1663,7 @@ class Exchange:
     bytes_in: int = 0
     bytes_out: int = 0
     error: str = ""
-    waited: float = 0.0  # seconds on the server, for a client that was away
+    waited: float = 0.0  # seconds on the server before it was sent on, as while the client was away
     round_trip: float | None = None  # seconds, of the link
     answered: float | None = None  # when the local service's response began
     ended: float | None = None
@@ -1743,12 +1680,6 @@ class Exchange:
     def path(self) -> str:
         """The target without its query."""
         return self.target.partition("?")[0]
-
-    def line(self) -> str:
-        """Return it as one line for a terminal."""
-        outcome = str(self.status) if self.status else "---"
-        error = f"  {escape(self.error)}" if self.error else ""
-        return f"{outcome} {self.method:<7} {escape(self.target, 80)}  {self.duration * 1000:.0f} ms{error}"
 
     def summary(self) -> dict[str, Any]:
         """Return it as a program sees it in a list: plain JSON values; sizes in bytes, `ms` None while it runs."""
@@ -1783,6 +1714,13 @@ class Exchange:
 
 def _size(headers: Headers) -> int:
     return sum(len(name) + len(value) for name, value in headers)
+
+
+def one_line(summary: Mapping[str, Any]) -> str:
+    """Return an exchange's summary as a line for a terminal."""
+    error = f"  {escape(summary['error'])}" if summary["error"] else ""
+    start = f"{summary['status'] or '---'} {escape(summary['method']):<7} {escape(summary['path'], 80)}"
+    return f"{start}  {summary['ms'] or 0:.0f} ms{error}"
 
 
 class ExchangeLog:
@@ -1905,13 +1843,19 @@ def human_size(size: float) -> str:
 def indent_json(text: str) -> str:
     """Return JSON with a line for each member; tokens stay as they were written, and half a text is no error."""
     out: list[str] = []
-    depth, before = 0, ""
+    depth, before, room = 0, "", 4 * MAX_VIEW
+
+    def indent() -> str:  # while there is room: a text that only opens brackets must not fill memory
+        nonlocal room
+        room -= 2 * depth
+        return "\n" + "  " * depth if room > 0 else ""
+
     for token in _JSON_TOKEN.findall(text):
         depth -= token in ("}", "]") and depth > 0
         if token in ("}", "]"):
-            out.append("" if before in ("{", "[") else "\n" + "  " * depth)
+            out.append("" if before in ("{", "[") else indent())
         elif before in ("{", "[", ",") or (before and not depth):  # at depth 0 another document begins
-            out.append("\n" + "  " * depth)
+            out.append(indent())
         elif before == ":":
             out.append(" ")
         out.append(token)
@@ -1944,7 +1888,7 @@ def unpack(coding: bytes, data: bytes) -> bytes:
     raise ValueError(f"{escape(coding)} cannot be unpacked here")
 
 
-def body_view(headers: Headers, body: bytes | bytearray, size: int) -> View:
+def body_view(headers: Headers, body: bytes | bytearray, size: int, *, reveal: bool = False) -> View:
     """Return what to show of a body of `size` bytes, of which `body` is the kept beginning."""
     data, notes = bytes(body), []
     if not size:
@@ -1969,7 +1913,7 @@ def body_view(headers: Headers, body: bytes | bytearray, size: int) -> View:
     if b"json" in content_type or text.lstrip()[:1] in ("{", "["):
         return View("json", indent_json(text), note)
     if content_type.startswith(b"application/x-www-form-urlencoded"):
-        pairs = urllib.parse.parse_qsl(mask_target(text), keep_blank_values=True)
+        pairs = urllib.parse.parse_qsl(text if reveal else mask_target(text), keep_blank_values=True)
         return View("form", "\n".join(f"{name} = {value}" for name, value in pairs), note)
     return View("text", text, note)
 
@@ -2003,14 +1947,17 @@ def as_curl(exchange: Exchange, url: str, *, reveal: bool = False) -> str:
     skipped = {"host", "content-length", *(name.decode().lower() for name in OUR_FORWARDED)}
     for name, value in text_fields(exchange.request_headers, reveal=reveal):
         if name.lower() not in skipped:
-            words += ["-H", f"{name}: {value}"]
+            words += ["-H", f"{name}: {value}" if value else f"{name};"]
     before = ""
+    if body and not field_values(exchange.request_headers, b"content-type"):
+        words += ["-H", "Content-Type:"]
     try:
-        words += ["--data-raw", body.decode()] if body and b"\0" not in body else []
-        binary = b"\0" in body
+        text = body.decode()
     except UnicodeDecodeError:
-        binary = True
-    if binary:
+        text = "\0"
+    if body and "\0" not in text and len(body) < 100 * KiB:  # an argument that a kernel takes
+        words += ["--data-raw", text]
+    elif body:
         before = f"echo {base64.b64encode(body).decode()} | base64 -d | "
         words += ["--data-binary", "@-"]
     cut = f"  # only the first {len(body)} bytes of its content" if exchange.bytes_in > len(body) else ""
@@ -2387,7 +2334,7 @@ def _target(snapshot: Snapshot, exchange: Exchange, limit: int = MAX_FIELD) -> s
     return printable(exchange.target if snapshot.screen.reveal else mask_target(exchange.target), limit)
 
 
-def _status(snapshot: Snapshot) -> Spans:
+def _link_state(snapshot: Snapshot) -> Spans:
     """Return the state of the link."""
     if not snapshot.problem:
         measured = f"  {human_time(snapshot.round_trip)}" if snapshot.round_trip is not None else ""
@@ -2427,7 +2374,7 @@ def _head(snapshot: Snapshot, width: int, height: int) -> list[Spans]:
         for name, url, target in snapshot.tunnels[: max(1, height // 8)]
     ]
     inspector = [("muted", "inspector "), ("", snapshot.inspector_url)] if snapshot.inspector_url else []
-    status = [("", " "), *_status(snapshot)]
+    status = [("", " "), *_link_state(snapshot)]
     if height < 16:
         return [status, *tunnels, *_flow(_counts(snapshot), width)[:1]]
     gap = width - sum(width_of(text) for _, text in [*status, *inspector]) - 1
@@ -2603,13 +2550,6 @@ def read_or_make(path: Path, make: Callable[[], str]) -> str:
 # event loop goes out as one message.
 
 
-class WebSocket(Protocol):
-    """What a link needs of aiohttp's two WebSockets."""
-
-    async def receive(self) -> aiohttp.WSMessage: ...
-    async def send_bytes(self, data: bytes) -> None: ...
-
-
 async def receive_message(ws: WebSocket) -> Message:
     """Return the peer's next handshake message. Raises ProtocolError, or ConnectionError when there is none."""
     from aiohttp import WSMsgType
@@ -2623,7 +2563,7 @@ async def receive_message(ws: WebSocket) -> Message:
 
 
 class Stream:
-    """One stream; a context manager that resets what is not finished when it is left.
+    """One stream; whoever has it must close it.
 
     Reading and writing are independent, one task each. All verbs raise StreamReset once either side has reset the
     stream or its session is over; what had arrived before that is read first.
@@ -2635,25 +2575,21 @@ class Stream:
         self.id, self.tunnel, self.kind, self.head = stream_id, tunnel, kind, head
         self.on_reset: Callable[[ErrorCode], object] = lambda code: None  # called when the peer resets the stream
         self._link = link
+        self.waited = 0.0  # seconds on the server, before it was opened
         self.has_content = not ended  # from the peer, even if none of it came
-        self._ended = ended  # the peer has
-        self._finished = finished  # we have
+        self.finished = finished  # our direction has been ended
+        self._ended = ended  # and the peer's
         self._error: StreamReset | None = None
         self._heads: collections.deque[bytes] = collections.deque()
         self._chunks: collections.deque[bytes] = collections.deque()
-        self._readable, self._writable = asyncio.Event(), asyncio.Event()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._readable = asyncio.Event()
+        self.writable = asyncio.Event()  # set by the link when the queue has room again
 
     def close(self) -> None:
         """Reset what is not finished, and forget the stream. May be called again."""
-        if self._finished and not self._ended and not self._link.session.is_server:
+        if self.finished and not self._ended and not self._link.session.is_server:
             self.abort(ErrorCode.NO_ERROR, flush=True)  # RFC 9113 section 8.1: the rest of the request is not wanted
-        elif not (self._finished and self._ended):
+        elif not (self.finished and self._ended):
             self.abort(ErrorCode.CANCEL)
         self._link.forget(self)
 
@@ -2663,11 +2599,6 @@ class Stream:
     def at_eof(self) -> bool:
         """Whether the peer has ended its direction and all of it has been read."""
         return self._ended and not self._chunks
-
-    @property
-    def finished(self) -> bool:
-        """Whether our direction has been ended."""
-        return self._finished
 
     @property
     def readable(self) -> bool:
@@ -2703,18 +2634,18 @@ class Stream:
         """Send a response head; `end` says that no content follows."""
         self._check()
         self._link.session.send_head(self.id, head.encode(), interim=head.interim, end=end)
-        self._finished = end
+        self.finished = end
         self._link.wake()
 
     async def write(self, data: bytes, *, end: bool = False) -> None:
         """Send a chunk; waits while more than SEND_BUFFER bytes are queued. `end` says that it is the last one."""
         self._check()
         queued = self._link.session.send_data(self.id, data, end=end)
-        self._finished = end
+        self.finished = end
         self._link.wake()
         if queued > SEND_BUFFER and not end:
-            self._writable.clear()
-            await self._writable.wait()
+            self.writable.clear()
+            await self.writable.wait()
             self._check()
 
     def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None:
@@ -2743,13 +2674,9 @@ class Stream:
         """The stream is over; wake whoever waits."""
         self._error = self._error or error
         self._readable.set()
-        self._writable.set()
+        self.writable.set()
         if by_peer:
             self.on_reset(error.code)
-
-    def resume_writing(self) -> None:
-        """The queue has room again."""
-        self._writable.set()
 
     def _check(self) -> None:
         if self._error:
@@ -2766,39 +2693,30 @@ class Link:
         self._streams: dict[int, Stream] = {}
         self._wakeup = asyncio.Event()
         self._closed = asyncio.Event()  # some stream has been
-        self._lost: asyncio.Future[str] | None = None  # while a WebSocket is in use
+        self._lost: asyncio.Future[str] | None = None  # of the WebSocket in use, or the last one
         self._free = asyncio.Event()
         self._free.set()
         self._finishing = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
+        self._timer: asyncio.TimerHandle  # fires early at worst
 
     async def run(self, ws: WebSocket, peer_received: int) -> str:
-        """Use `ws` until it is lost or finished, and return why. The caller closes it.
-
-        `peer_received` is from the handshake. Raises ProtocolError when the peer broke the protocol.
-        """
+        """Use `ws` until it is lost or finished, and return why; the caller closes it. Raises ProtocolError."""
         loop = asyncio.get_running_loop()
         self.session.resume(peer_received, loop.time())
         self._free.clear()
-        self._lost = loop.create_future()
-        self.wake()
         self._set_timer()
-        tasks = [asyncio.ensure_future(self._read(ws)), asyncio.ensure_future(self._write(ws))]
+        self._lost = loop.create_future()
+        ends = [asyncio.ensure_future(self._read(ws)), asyncio.ensure_future(self._write(ws)), self._lost]
         try:
-            await asyncio.wait([*tasks, self._lost], return_when=asyncio.FIRST_COMPLETED)
-            return next(t for t in (*tasks, self._lost) if t.done()).result()
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return next(end for end in ends if end.done()).result()
         finally:
             self.session.suspend()
-            self._lost.cancel()
-            self._lost = None
-            if self._timer:
-                self._timer.cancel()
-                self._timer = None
-            for task in tasks:
-                task.cancel()
+            self._timer.cancel()
+            for end in ends:
+                end.cancel()
             try:
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.gather(*ends, return_exceptions=True)
             finally:  # cancelled here, too, when the connection ends while it is being given up
                 self._free.set()
 
@@ -2823,12 +2741,13 @@ class Link:
         for stream in list(self._streams.values()):
             stream.fail(error, by_peer=True)
 
-    def open(self, tunnel: int, kind: Kind, head: RequestHead, *, end: bool) -> Stream:
-        """Open a stream. Raises StreamReset when the session takes no more."""
+    def open(self, tunnel: int, kind: Kind, head: RequestHead, *, end: bool, waited: float) -> Stream:
+        """Open a stream for a request that came `waited` seconds ago. Raises StreamReset when the session is full."""
         payload = head.encode()
-        stream_id = self.session.open_stream(tunnel, kind, payload, end=end)
+        id_ = self.session.open_stream(tunnel, kind, payload, end=end, waited=waited)
         self.wake()
-        return self._remember(Stream(self, stream_id, tunnel, kind, payload, ended=False, finished=end))
+        self._streams[id_] = Stream(self, id_, tunnel, kind, payload, ended=False, finished=end)
+        return self._streams[id_]
 
     def forget(self, stream: Stream) -> None:
         """A stream's owner is done with it."""
@@ -2842,12 +2761,7 @@ class Link:
             await self._closed.wait()
 
     def wake(self) -> None:
-        """Something may have to be sent."""
         self._wakeup.set()
-
-    def _remember(self, stream: Stream) -> Stream:
-        self._streams[stream.id] = stream
-        return stream
 
     async def _read(self, ws: WebSocket) -> str:
         from aiohttp import WSMsgType
@@ -2862,7 +2776,9 @@ class Link:
                     raise ProtocolError("a message that ends inside a frame")
                 if session.has_data_to_send:
                     self.wake()
-                self._set_timer()
+                if session.next_deadline() < self._timer_at:
+                    self._timer.cancel()
+                    self._set_timer()
             elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
                 return "the connection was closed"
             elif message.type is WSMsgType.ERROR:
@@ -2880,7 +2796,6 @@ class Link:
                 self._wakeup.clear()
                 await self._wakeup.wait()
                 continue
-            self._set_timer()
             try:
                 async with asyncio.timeout(WRITE_TIMEOUT):
                     await ws.send_bytes(data)
@@ -2890,38 +2805,34 @@ class Link:
                 return str(error)
             for stream_id in session.drained:
                 if stream_id in self._streams:
-                    self._streams[stream_id].resume_writing()
+                    self._streams[stream_id].writable.set()
             session.drained.clear()
             if not session.streams:
                 self._closed.set()
             await asyncio.sleep(0)  # let others add to the next message, and the reader see ACKs
 
     def _dispatch(self, frame: Frame) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("< %s", frame)
+        log.debug("< %s", frame)
         if frame.type == FrameType.OPEN:
-            tunnel, kind = OPEN_HEADER.unpack_from(frame.payload)
-            head = frame.payload[OPEN_HEADER.size :]
-            stream = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=bool(frame.flags & END))
-            self.on_stream(self._remember(stream))
+            tunnel, kind, waited = OPEN_HEADER.unpack_from(frame.payload)
+            head, ended = frame.payload[OPEN_HEADER.size :], bool(frame.flags & END)
+            stream = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=ended)
+            stream.waited = waited / 1000
+            self._streams[stream.id] = stream
+            self.on_stream(stream)
         elif frame.type == FrameType.GOAWAY:
             self.on_goaway(*decode_reason(frame.payload))
         elif frame.stream_id in self._streams:
             self._streams[frame.stream_id].feed(frame)
 
     def _set_timer(self) -> None:
-        deadline = self.session.next_deadline()
-        if self._timer and self._timer_at <= deadline:
-            return  # fires early at worst, and is set again then
-        if self._timer:
-            self._timer.cancel()
-        self._timer, self._timer_at = asyncio.get_running_loop().call_at(deadline, self._on_timer), deadline
+        self._timer_at = self.session.next_deadline()
+        self._timer = asyncio.get_running_loop().call_at(self._timer_at, self._tick)
 
-    def _on_timer(self) -> None:
-        self._timer = None
+    def _tick(self) -> None:
         if self.session.handle_timeout(asyncio.get_running_loop().time()):
             self.lose(f"no answer for {PING_TIMEOUT:g} s")
-        elif self.session.connected:
+        else:
             self.wake()
             self._set_timer()
 
@@ -2942,8 +2853,6 @@ class Registration:
 
 
 class TunnelRegistry:
-    """Who has which name. An entry lives as long as its session; whose a name is outlives even the server."""
-
     def __init__(self, path: Path, *, grace: float, hold: float) -> None:
         self.sessions: dict[str, Registration] = {}
         self.zones: list[str] = []
@@ -2953,8 +2862,16 @@ class TunnelRegistry:
         self._owners: dict[str, str] = {}
         self._latest: dict[str, str] = {}  # name -> the last session that had it, even when it is over
         self.replaced: collections.deque[str] = collections.deque(maxlen=1024)
-        self._held: dict[str, list[asyncio.Future[None]]] = collections.defaultdict(list)
-        self._load()
+        self._held: collections.Counter[str] = collections.Counter()  # requests that wait
+        self._changed = asyncio.Event()  # a fresh one after each change that they may wait for
+        try:
+            saved = parse_object(path.read_text())
+            self._owners = {str(name): str(key) for name, key in saved["names"].items()}
+            self.zones = [str(zone) for zone in saved["zones"]]
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TunnelError(f"{path} is damaged; move it away to start with no names taken") from None
         now = asyncio.get_running_loop().time()
         self._last_seen = dict.fromkeys(self._owners, now)  # their clients are about to come back
 
@@ -2973,10 +2890,7 @@ class TunnelRegistry:
             self._save()
 
     def bind(self, session: Registration, previous: str) -> None:
-        """Give a new session its names. Whoever had one of them last, with the same token, is replaced.
-
-        Unless that was the same client: `previous` is the session that it could not resume.
-        """
+        """Give a new session its names. Whoever had one last is replaced, unless it was the same client: `previous`."""
         self.replaced.extend({self._latest.get(name, previous) for name in session.names} - {previous})
         self._latest.update(dict.fromkeys(session.names, session.id))
         for other in {self._tunnels[name] for name in session.names if name in self._tunnels}:
@@ -2987,21 +2901,18 @@ class TunnelRegistry:
         self._tunnels.update(dict.fromkeys(session.names, session))
 
     def connected(self, session: Registration) -> None:
-        """A session has a link."""
         if session.expiry:
             session.expiry.cancel()
-            session.expiry = None
-        self._wake(session.names)
+        self._wake()
 
     def drain(self) -> None:
         """Let no request wait any more."""
         self.draining = True
-        self._wake(list(self._held))
+        self._wake()
 
-    def _wake(self, names: list[str]) -> None:
-        for waiter in itertools.chain.from_iterable(self._held[name] for name in names):
-            if not waiter.done():
-                waiter.set_result(None)
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def disconnected(self, session: Registration) -> None:
         """A session has lost its link; it is over after the grace, or now when its client said goodbye."""
@@ -3026,10 +2937,7 @@ class TunnelRegistry:
         session.link.end(error)
 
     async def find(self, name: str) -> Registration:
-        """Return the session that serves a tunnel, once it has a link.
-
-        Waits for a client that is away for a moment. Raises Unserved.
-        """
+        """Return the session that serves a tunnel; waits for a client that is away for a moment. Raises Unserved."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._hold
         while not ((session := self._tunnels.get(name)) and session.link.session.accepts_streams):
@@ -3040,17 +2948,16 @@ class TunnelRegistry:
             until = deadline if session else min(deadline, self._last_seen.get(name, -self._hold) + self._hold)
             if until <= loop.time():
                 raise Unserved("tunnel-offline")
-            if len(self._held[name]) >= MAX_HELD:
+            if self._held[name] >= MAX_HELD:
                 raise Unserved("busy")
-            arrival = loop.create_future()
-            self._held[name].append(arrival)
+            self._held[name] += 1
             try:
                 async with asyncio.timeout_at(until):
-                    await arrival
+                    await self._changed.wait()
             except TimeoutError:
                 pass
             finally:
-                self._held[name].remove(arrival)
+                self._held[name] -= 1
         return session
 
     def learn_zone(self, zone: str) -> None:
@@ -3058,15 +2965,6 @@ class TunnelRegistry:
         if zone not in self.zones:
             self.zones = [*self.zones, zone][-MAX_ZONES:]
             self._save()
-
-    def _load(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                saved = parse_object(self._path.read_text())
-                self._owners = {str(name): str(key) for name, key in saved["names"].items()}
-                self.zones = [str(zone) for zone in saved["zones"]]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise TunnelError(f"{self._path} is damaged; move it away to start with no names taken") from None
 
     def _save(self) -> None:
         try:
@@ -3113,8 +3011,12 @@ PROBLEM_OF = {
 }
 
 
-def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
-    """Return the response to a request that could not be served: HTML, JSON or text, without a word of the request."""
+def _date() -> bytes:
+    return email.utils.formatdate(usegmt=True).encode()
+
+
+def problem_page(problem: str, accept: str, encoder: ResponseEncoder, fields: Headers = []) -> bytes:  # noqa: B006
+    """Return the answer to a request that could not be served: HTML, JSON or text, without a word of the request."""
     status, sentence = PROBLEMS[problem]
     if "text/html" in accept:
         kind = b"text/html; charset=utf-8"
@@ -3128,26 +3030,26 @@ def problem_page(problem: str, accept: str) -> tuple[ResponseHead, bytes]:
         text = f"{status} {problem}: {sentence}\n"
     body = text.encode()
     headers = [(b"Content-Type", kind), (b"Content-Length", b"%d" % len(body)), (b"X-Pytunnel-Error", problem.encode())]
+    headers += fields
     if status == 503:
         headers.append((b"Retry-After", b"5"))
     if status == 426:
         headers.append((b"Upgrade", b"websocket"))
-    return ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers), body
+    head = ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers)
+    return encoder.head(head, _date()) + encoder.data(body) + encoder.end()
 
 
 class Delivered:
-    """What a handler returns to aiohttp: the response has been written already, or `data` is all of it."""
+    """What a handler returns to aiohttp: the response has been written already."""
 
-    def __init__(self, *, keep_alive: bool = False, data: bytes = b"") -> None:
-        self.keep_alive, self._data = keep_alive, data
+    def __init__(self, *, keep_alive: bool = False) -> None:
+        self.keep_alive = keep_alive
 
     async def prepare(self, request: web.BaseRequest) -> None:
-        """Write what is left to write."""
-        if self._data and request.transport:
-            request.transport.write(self._data)
+        """Nothing is left to write."""
 
     async def write_eof(self) -> None:
-        """Nothing is left."""
+        """Nor to end."""
 
 
 class RawPipe(asyncio.StreamReader):
@@ -3160,34 +3062,39 @@ class RawPipe(asyncio.StreamReader):
 
 
 class Visitor:
-    """One request of a visitor, and the response to it."""
-
     def __init__(self, request: web.BaseRequest, *, keep_alive: bool) -> None:
         message = request._message  # the raw head; its public accessor is deprecated in favour of parsed fields
         self.request = request
         self.method = message.method.encode()
         self.target = message.path.encode("utf-8", "surrogateescape")
         self.headers: Headers = [(name, value) for name, value in message.raw_headers]
-        self.upgrade = b""
         http11 = message.version >= (1, 1)
+        asks = http11 and b"upgrade" in field_tokens(self.headers, b"connection")
+        self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower() if asks else b""
         self.has_body = request.body_exists
         # aiohttp (3.14.5) hands the last trailer of a chunked request to the next request on the connection, as a field
         # of its head. Behind a front that may be somebody else's, so there is no next one.
         keep_alive = keep_alive and http11 and not message.should_close and not message.chunked
         self.encoder = ResponseEncoder(self.method, http11=http11, keep_alive=keep_alive)
-        if http11 and b"upgrade" in field_tokens(self.headers, b"connection"):
-            self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower()
+
+    @property
+    def unread(self) -> bool:
+        """Whether some of the request's content has not been read."""
+        return self.has_body and not self.request.content.is_eof()
 
     async def relay(self, stream: Stream) -> None:
         """Send the request's content to a stream and its response to the visitor; nothing is left running."""
-        upload = asyncio.ensure_future(self._upload(stream)) if self.has_body else None
-        if upload:
-            stream.on_reset = lambda _: upload.cancel()
+        upload: asyncio.Future[None] | None = None
+        if self.has_body:
+            upload = asyncio.ensure_future(self._upload(stream, self.request.content.readany))
+            stream.on_reset = lambda _: upload and upload.cancel()
         try:
             while (head := ResponseHead.decode(await stream.read_head())).interim:
                 self.write(self.encoder.head(head, b""))
             if head.status == 101:
-                return await self._switch_protocols(stream, head)
+                pipe = self._switch_protocols(head)
+                upload = asyncio.ensure_future(self._upload(stream, lambda: pipe.read(SEND_BUFFER)))
+                return await self._pipe(stream, upload)
             if upload and not upload.done():
                 self.encoder.keep_alive = False  # said in the head: the rest of the request may never be read
             await self._respond(stream, head)
@@ -3200,19 +3107,16 @@ class Visitor:
 
     async def fail(self, problem: str) -> None:
         """Answer with an error page, or break the connection off when a response has begun."""
-        transport = self.request.transport
-        if transport is None or self.encoder.started:
-            self.encoder.keep_alive = False
-            if transport and self.encoder.until_close:  # an orderly end would look like a complete response
+        transport, encoder = self.request.transport, self.encoder
+        if encoder.started or transport is None or self.unread:
+            encoder.keep_alive = False
+        if transport and not encoder.started:
+            transport.write(problem_page(problem, self.request.headers.get("Accept", ""), encoder))
+        elif transport:
+            if encoder.until_close:  # an orderly end would look like a complete response
                 linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
                 transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            if transport:
-                transport.abort()
-            return
-        if self.has_body and not self.request.content.is_eof():
-            self.encoder.keep_alive = False
-        head, body = problem_page(problem, self.request.headers.get("Accept", ""))
-        transport.write(self.encoder.head(head, _date()) + self.encoder.data(body) + self.encoder.end())
+            transport.abort()
 
     async def discard(self) -> None:
         """Read on a little when the response came before the request's end: closing at once would swallow it."""
@@ -3230,10 +3134,10 @@ class Visitor:
         if data:
             transport.write(data)
 
-    async def _upload(self, stream: Stream) -> None:
-        content = self.request.content
+    @staticmethod
+    async def _upload(stream: Stream, read: Callable[[], Awaitable[bytes]]) -> None:
         try:
-            while data := await content.readany():
+            while data := await read():
                 await stream.write(data)
             await stream.write(b"", end=True)
         except StreamReset:
@@ -3264,44 +3168,30 @@ class Visitor:
             await self.request.writer.drain()
             transport.set_write_buffer_limits()
 
-    async def _switch_protocols(self, stream: Stream, head: ResponseHead) -> None:
+    def _switch_protocols(self, head: ResponseHead) -> RawPipe:
         if not self.upgrade:
             raise MessageError("101 without an Upgrade", 502)
-        transport = self.request.transport
-        if transport is None:
-            raise ConnectionResetError("the visitor is gone")
+        self.write(self.encoder.head(head, b""))
         pipe = RawPipe(SEND_BUFFER)
         self.request.protocol.set_parser(pipe)  # type: ignore[arg-type]
-        pipe.set_transport(transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
-        self.write(self.encoder.head(head, b""))
+        assert self.request.transport
+        pipe.set_transport(self.request.transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
+        return pipe
 
-        async def upload() -> None:
-            with contextlib.suppress(StreamReset):
-                while data := await pipe.read(SEND_BUFFER):
-                    await stream.write(data)
-                await stream.write(b"", end=True)
-
-        uploading = asyncio.ensure_future(upload())
+    async def _pipe(self, stream: Stream, upload: asyncio.Future[None]) -> None:
         try:
             while data := await stream.read():
                 self.write(data)
                 await self.request.writer.drain()
             await self._flush()
         except asyncio.CancelledError:  # the visitor has closed the connection; what it sent before that still counts
-            await asyncio.wait([uploading], timeout=LINGER)
+            await asyncio.wait([upload], timeout=LINGER)
             stream.abort(ErrorCode.NO_ERROR, flush=True)
             raise
-        finally:
-            uploading.cancel()
-            await asyncio.gather(uploading, return_exceptions=True)
 
 
-def _date() -> bytes:
-    return email.utils.formatdate(usegmt=True).encode()
-
-
-def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]]) -> web.Server:
-    """Return aiohttp's low-level server, with our own answer to what is not HTTP."""
+def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]], fields: Headers | None = None) -> web.Server:
+    """Return aiohttp's low-level server, with our own answer, and `fields` in it, to what is not HTTP."""
     from aiohttp import http_exceptions, http_parser, web
 
     if not http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
@@ -3310,18 +3200,14 @@ def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]]) -> web
     class VisitorProtocol(web.RequestHandler):
         __slots__ = ()
 
-        def handle_error(  # type: ignore[override]
-            self,
-            request: web.BaseRequest,
-            status: int = 500,
-            exc: BaseException | None = None,
-            message: str | None = None,
-        ) -> Delivered:
+        def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
             log.info("bad request from %s: %s", request.remote, escape(str(message or exc).splitlines()[0]))
             problem = "too-large" if isinstance(exc, http_exceptions.LineTooLong) else "bad-request"
-            head, body = problem_page("internal" if status == 500 else problem, "")
             encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
-            return Delivered(data=encoder.head(head, _date()) + body)
+            if request.transport:
+                page = problem_page("internal" if status == 500 else problem, "", encoder, fields or [])
+                request.transport.write(page)
+            return Delivered()
 
     class VisitorServer(web.Server):
         def __call__(self) -> web.RequestHandler:
@@ -3368,11 +3254,7 @@ class TunnelServer:
         self._state, self._grace, self._hold = state, grace, hold
         self._host, self.port, self._domain = host, port, domain
         self._trusted = [ipaddress.ip_network(cidr) for cidr in trusted_proxies]
-        self._registry: TunnelRegistry
-        self._http: web.Server
-        self._listener: asyncio.Server
-        self._handshakes = 0
-        self._exchanges = 0
+        self._handshakes = self._exchanges = 0
         self._idle = asyncio.Event()
 
     async def start(self) -> None:
@@ -3416,7 +3298,7 @@ class TunnelServer:
             if (response := await self._route(visitor)) is not None:
                 return response
         except Unserved as error:
-            await visitor.fail(error.problem)
+            await visitor.fail(str(error))
         except StreamReset as error:
             await visitor.fail(PROBLEM_OF.get(error.code, "internal"))
         except MessageError as error:
@@ -3430,7 +3312,7 @@ class TunnelServer:
         except Exception:
             log.exception("a request failed")
             await visitor.fail("internal")
-        if visitor.has_body and not request.content.is_eof():
+        if visitor.unread:
             await visitor.discard()
         return Delivered(keep_alive=visitor.encoder.keep_alive)
 
@@ -3461,13 +3343,14 @@ class TunnelServer:
             raise Unserved("bad-request")
         if b"h2c" in visitor.upgrade:
             visitor.upgrade = b""
-        head = self._request_head(visitor, host)
+        arrived, head = time.monotonic(), self._request_head(visitor, host)
         kind = Kind.UPGRADE if visitor.upgrade else Kind.HTTP
         end = not (visitor.upgrade or visitor.has_body)
         self._exchanges += 1
         try:
             session = await self._registry.find(name)
-            with session.link.open(session.names.index(name), kind, head, end=end) as stream:
+            tunnel, waited = session.names.index(name), time.monotonic() - arrived
+            with contextlib.closing(session.link.open(tunnel, kind, head, end=end, waited=waited)) as stream:
                 await visitor.relay(stream)
         finally:
             self._exchanges -= 1
@@ -3478,7 +3361,7 @@ class TunnelServer:
         if field_values(headers, b"host") != [host]:  # absolute-form: the target wins
             headers = [(name, host if name.lower() == b"host" else value) for name, value in headers]
         peer = visitor.request.remote or ""
-        trusted = bool(self._trusted) and any(ipaddress.ip_address(peer) in network for network in self._trusted)
+        trusted = any(ipaddress.ip_address(peer) in network for network in self._trusted)
         headers = forwarded(headers, peer, visitor.request.scheme, host, trusted=trusted)
         return RequestHead(visitor.method, visitor.target, headers)
 
@@ -3502,10 +3385,15 @@ class TunnelServer:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 await ws.prepare(request)
-                handshake = await self._handshake(ws)
-        except (Refused, ProtocolError) as error:
+                hello, key, signature = await self._handshake(ws)
+            origin = self._domain or Origin.from_url(hello.get("server", str))
+            self._registry.learn_zone(origin.zone)
+            session, received = await self._session_for(hello, key)
+        except (Refused, ProtocolError, MessageError) as error:
             log.info("refused a link from %s: %s", request.remote, escape(str(error)))
-            await self._refuse(ws, error)
+            code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
+            with contextlib.suppress(ConnectionError):
+                await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
             return ws
         except (TimeoutError, ConnectionError):
             transport.abort()
@@ -3514,54 +3402,41 @@ class TunnelServer:
             raise Unserved("not-a-link") from None
         finally:
             self._handshakes -= 1
-        await self._run_link(ws, transport, *handshake)
+        ready = encode_message(
+            "ready",
+            signature=base64.b64encode(signature).decode(),
+            session=session.id,
+            resumed=session.id == hello.get("session", str, ""),
+            received=session.link.session.received,
+            tunnels=[{"name": name, "url": origin.url(name)} for name in session.names],
+            window=INITIAL_WINDOW,
+            streams=MAX_STREAMS,
+            agent=f"pytunnel/{__version__}",
+        )
+        await self._run_link(ws, transport, session, ready, received)
         return ws
 
     async def _run_link(
-        self, ws: web.WebSocketResponse, transport: asyncio.Transport, hello: Message, key: str, signature: bytes
+        self, ws: web.WebSocketResponse, transport: asyncio.Transport, session: Registration, ready: str, received: int
     ) -> None:
-        """Serve an authenticated client until its link is lost; the session is suspended or ended then."""
-        session, received = None, 0
-        reason = "the connection was closed"
+        """Serve a client until its link is lost; the session is suspended or ended then."""
+        reason, names = "the connection was closed", ", ".join(session.names)
         try:
-            origin = self._domain or self._learn_origin(hello.get("server", str))
-            session, received = await self._session_for(hello, key)
-            ready = encode_message(
-                "ready",
-                signature=base64.b64encode(signature).decode(),
-                session=session.id,
-                resumed=session.id == hello.get("session", str, ""),
-                received=session.link.session.received,
-                tunnels=[{"name": name, "url": origin.url(name)} for name in session.names],
-                window=INITIAL_WINDOW,
-                streams=MAX_STREAMS,
-                agent=f"pytunnel/{__version__}",
-            )
             await ws.send_str(ready)
             self._registry.connected(session)
-            log.info("%s: connected%s", ", ".join(session.names), " again" * bool(received))
+            log.info("%s: connected%s", names, " again" * bool(received))
             reason = await session.link.run(ws, received)
-        except (Refused, ProtocolError) as error:
+        except ProtocolError as error:
             reason = f"refused: {error}"
-            if session:
-                self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
-            else:
-                await self._refuse(ws, error)
+            self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
         finally:
-            if session:
-                self._registry.disconnected(session)
-                if reason != "finished":
-                    transport.abort()
-                stopped = session.link.session.goaway is not None
-                log.info("%s: %s", ", ".join(session.names), "its client stopped" if stopped else escape(reason))
-            else:
-                log.info("a client was %s", escape(reason))
-
-    @staticmethod
-    async def _refuse(ws: web.WebSocketResponse, error: Refused | ProtocolError) -> None:
-        code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
-        with contextlib.suppress(ConnectionError):
-            await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
+            self._registry.disconnected(session)
+            if not names:  # the client only wanted to know whether its token is good
+                self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
+            if reason != "finished":
+                transport.abort()
+            stopped = session.link.session.goaway is not None
+            log.info("%s: %s", names, "its client stopped" if stopped else escape(reason))
 
     async def _handshake(self, ws: web.WebSocketResponse) -> tuple[Message, str, bytes]:
         """Return hello, key and our signature, once the client has proved that it knows the token."""
@@ -3569,7 +3444,8 @@ class TunnelServer:
         if hello.get("version", int) != PROTOCOL_VERSION:
             raise Refused("version", f"this server (pytunnel {__version__}) speaks version {PROTOCOL_VERSION} only")
         key = hello.get("key", str)
-        verifier = self._verifiers.get(key) or self._fake_verifier(key)
+        seed = _digest(self._fake_secret, key.encode())  # accepts nothing: an unknown key looks like a wrong token
+        verifier = self._verifiers.get(key) or Verifier(self._salt, ITERATIONS, seed, seed)
         challenge = encode_message(
             "challenge",
             nonce=hello.get("nonce", str) + secrets.token_urlsafe(18),
@@ -3595,8 +3471,8 @@ class TunnelServer:
             if session.id in self._registry.sessions and session.link.session.may_resume(received):
                 return session, received
         names = [check_name(str(name)) for name in hello.get("tunnels", list)]
-        if not 0 < len(names) <= MAX_TUNNELS or len(set(names)) != len(names):
-            raise ProtocolError(f"{len(names)} tunnels, allowed 1 to {MAX_TUNNELS} with different names")
+        if len(names) > MAX_TUNNELS or len(set(names)) != len(names):
+            raise ProtocolError(f"{len(names)} tunnels, allowed are {MAX_TUNNELS} with different names")
         state = Session(
             is_server=True,
             send_window=hello.number("window", 1, MAX_WINDOW, INITIAL_WINDOW),
@@ -3606,19 +3482,6 @@ class TunnelServer:
         session = Registration(key, names, state)
         self._registry.bind(session, previous)
         return session, 0
-
-    def _fake_verifier(self, key: str) -> Verifier:
-        """Return one that accepts nothing, so that an unknown key looks like a wrong token."""
-        seed = _digest(self._fake_secret, key.encode())
-        return Verifier(self._salt, ITERATIONS, seed, seed)
-
-    def _learn_origin(self, dialled: str) -> Origin:
-        try:
-            origin = Origin.from_url(dialled)
-        except MessageError:
-            raise ProtocolError("handshake field 'server' is not a URL") from None
-        self._registry.learn_zone(origin.zone)
-        return origin
 
 
 # ---- Local service --------------------------------------------------------------------------------------------------
@@ -3650,10 +3513,16 @@ class Target(NamedTuple):
     host: str  # or the path of a Unix socket
     port: int  # 0 for a Unix socket
     tls: bool = False
+    folder: bool = False  # `host` is its path
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read `3000`, `host:port`, `http://…`, `https://…` or `unix:/path`. Raises UsageError."""
+        """Read `3000`, `host:port`, `http://…`, `https://…`, `unix:/path` or a folder's path. Raises UsageError."""
+        if text.startswith((".", "/", "~")) or (not text.isdecimal() and os.path.isdir(text)):
+            path = os.path.abspath(os.path.expanduser(text))
+            if not os.path.isdir(path):
+                raise UsageError(f"there is no folder {escape(path)}")
+            return cls(path, path, 0, folder=True)
         if text.startswith("unix:/"):
             return cls(text, text.removeprefix("unix:"), 0)
         scheme, separator, rest = text.partition("://")
@@ -3666,7 +3535,7 @@ class Target(NamedTuple):
         except MessageError:
             host, port = "", None
         if scheme not in ("http", "https") or not host or port == 0 or not (port or separator):
-            forms = "a port like 3000, host:port, http://host:port, https://host:port or unix:/path"
+            forms = "a port like 3000, host:port, http:// or https://host:port, unix:/path or a folder like ./dist"
             raise UsageError(f"{escape(text)!r} is not a target: give {forms}")
         return cls(text, host.strip("[]"), port or DEFAULT_PORTS[scheme], scheme == "https")
 
@@ -3898,8 +3767,8 @@ class Route(NamedTuple):
     response: Edits
 
     def takes(self, path: str) -> bool:
-        """Whether a path is the prefix, or below it."""
-        return path.startswith(self.prefix) and path[len(self.prefix) :][:1] in ("", "/", "?")
+        """Whether a path is the prefix, or below it; "" takes all."""
+        return not self.prefix or (path.startswith(self.prefix) and path[len(self.prefix) :][:1] in ("", "/", "?"))
 
 
 class Replay:
@@ -4070,15 +3939,22 @@ class Tunnel(NamedTuple):
     host: str = ""
     request: Edits = Edits()
     response: Edits = Edits()
+    insecure: bool = False  # do not verify the certificate of a service that is not on this machine
+    spa: bool = False  # of a folder: its index.html for paths that are no file
 
-    def open(self, *, insecure: bool) -> list[Route]:
+    @property
+    def targets(self) -> list[Target]:
+        """All its local services."""
+        return [self.target, *(target for _, target in self.routes)]
+
+    def open(self) -> list[Route]:
         """Return the routes with their local services, the longest prefix first."""
         routes = []
         for prefix, target in sorted([*self.routes, ("", self.target)], key=lambda route: -len(route[0])):
             host = target.authority if self.host == "rewrite" else self.host
             put = [(b"Host", host.encode()), *self.request.put] if host else self.request.put
             request = Edits(put, self.request.drop)
-            routes.append(Route(prefix, LocalService(target, insecure=insecure), request, self.response))
+            routes.append(Route(prefix, LocalService(target, insecure=self.insecure), request, self.response))
         return routes
 
 
@@ -4096,7 +3972,6 @@ class TunnelClient:
         token: str,
         tunnels: list[Tunnel],
         *,
-        insecure: bool = False,
         max_retries: int | None = None,
         on_event: Callable[..., None] = lambda event, **fields: None,
     ) -> None:
@@ -4106,10 +3981,11 @@ class TunnelClient:
         self.problem = "connecting"  # why there is no link; "" while there is one
         self.retry_at: float | None = None  # when the next dial is, in the event loop's time
         self._token, self._on_event, self._max_retries = token, on_event, max_retries
-        self._routes = [tunnel.open(insecure=insecure) for tunnel in tunnels]
+        self._routes = [tunnel.open() for tunnel in tunnels]
         self._changed = asyncio.Event()
         self.log.listeners.add(self._changed.set)
         self._hinted = False
+        self._round_trip: float | None = None
         self._session_id = ""
         self._link: Link | None = None
         self._forwarding: set[asyncio.Task[None]] = set()
@@ -4150,8 +4026,8 @@ class TunnelClient:
 
     @property
     def round_trip(self) -> float | None:
-        """Seconds to the server and back, when last measured."""
-        return self._link.session.round_trip if self._link else None
+        """Seconds to the server and back, when last measured: by a PING, else in the handshake."""
+        return (self._link and self._link.session.round_trip) or self._round_trip
 
     async def wait_changed(self, version: int) -> None:
         """Return when the log is no longer of this version; a change of the link counts, too."""
@@ -4160,7 +4036,14 @@ class TunnelClient:
             await self._changed.wait()
 
     async def wait_for(
-        self, *, method: str = "", path: str = "", count: int = 1, after: int = 0, timeout: float | None = 60.0
+        self,
+        *,
+        method: str = "",
+        path: str = "",
+        tunnel: str = "",
+        count: int = 1,
+        after: int = 0,
+        timeout: float | None = 60.0,
     ) -> Exchange:
         """Return the `count`th exchange that has ended and that fits; those that are in the log already count, too.
 
@@ -4168,13 +4051,13 @@ class TunnelClient:
         Raises TimeoutError after `timeout` seconds.
         """
         found: dict[int, Exchange] = {}
-        version = 0
+        version, pattern = 0, path.replace("[", "[[]") or "*"
         async with asyncio.timeout(timeout):
             while True:
                 changed, version = self.log.since(version), self.log.version
                 for e in changed:
-                    fits = not path or fnmatch.fnmatchcase(e.path, path)
-                    if fits and e.ended is not None and e.id > after and method.upper() in ("", e.method):
+                    fits = method.upper() in ("", e.method) and tunnel in ("", e.tunnel) and e.replay_of is None
+                    if fits and e.ended is not None and e.id > after and fnmatch.fnmatchcase(e.path, pattern):
                         found[e.id] = e
                 if len(found) >= count:
                     return list(found.values())[count - 1]
@@ -4215,6 +4098,17 @@ class TunnelClient:
     def _emit(self, event: str, **fields: Any) -> None:
         self._on_event(event, **fields)
         self.log.touch()
+
+    async def log_in(self) -> None:
+        """Shake hands with the server once, and leave. Raises Unreachable or Refused."""
+        import aiohttp
+
+        until = asyncio.get_running_loop().time() + DIAL_TIMEOUT
+        try:
+            async with self._dial(until) as ws, asyncio.timeout_at(until):
+                await self._handshake(ws)
+        except (OSError, aiohttp.ClientError, TimeoutError, ProtocolError) as error:
+            raise Unreachable(f"no server at {self.server}: {_describe(error)}; check the address") from None
 
     # The link
 
@@ -4258,7 +4152,7 @@ class TunnelClient:
                 delays = backoff()
             if self._connected_at < float("inf"):
                 retries = 0
-            if self.urls and self._max_retries is not None and retries >= self._max_retries:
+            if self._max_retries is not None and retries >= self._max_retries:
                 raise Unreachable(f"no server at {self.server}: {reason}; gave up after {retries} retries")
             retries += 1
             delay = next(delays) if self.urls else min(next(delays), 1.0)
@@ -4343,8 +4237,10 @@ class TunnelClient:
             streams=MAX_STREAMS,
             agent=f"pytunnel/{__version__}",
         )
+        sent = time.monotonic()
         await ws.send_str(hello)
         challenge = await self._answer(ws)
+        self._round_trip = time.monotonic() - sent
         if not challenge.get("nonce", str).startswith(nonce):
             raise ProtocolError("the server's nonce is not ours")
         auth_message = f"{hello}\n{challenge.text}".encode()
@@ -4453,12 +4349,12 @@ class TunnelClient:
     async def _forward(self, stream: Stream) -> None:
         try:
             head = RequestHead.decode(stream.head)
-            exchange = self._begin(stream.tunnel, head)
+            exchange = self._begin(stream.tunnel, head, waited=stream.waited)
         except (ProtocolError, IndexError):
             return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
         await self._exchange(stream, stream.tunnel, head, exchange)
 
-    def _begin(self, tunnel: int, head: RequestHead, replay_of: int | None = None) -> Exchange:
+    def _begin(self, tunnel: int, head: RequestHead, **fields: Any) -> Exchange:
         exchange = Exchange(
             self.tunnels[tunnel].name,
             head.method.decode(),
@@ -4467,7 +4363,7 @@ class TunnelClient:
             time=time.time(),
             request_headers=head.headers,
             round_trip=self.round_trip,
-            replay_of=replay_of,
+            **fields,
         )
         self.log.begin(exchange)
         return exchange
@@ -4493,6 +4389,924 @@ class TunnelClient:
             if exchange.status in (400, 403) and not self._hinted and REFUSED_HOST.search(exchange.response_body):
                 self._hinted = True
                 self._emit("hint", message="the local service refuses this host name; add --host-header rewrite")
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+# A folder as a local service. Nothing is served but what lies in it: a target is cut at its slashes before it is
+# decoded, its names are checked, and what they lead to is checked again, symbolic links followed.
+
+FILE_NAME = re.compile(r"[^./\\\0][^/\\\0]*")  # dotfiles (.env, .git) are nobody's business, and `..` is one of them
+LISTING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>%(title)s</title>
+<style>
+body{font:16px/1.7 system-ui;margin:2rem auto;max-width:50rem;padding:0 1rem;color-scheme:light dark}
+h1{font-size:1.2rem}table{width:100%%}td:last-child{text-align:right;font-variant-numeric:tabular-nums}
+td{overflow-wrap:anywhere}
+</style>
+<h1>%(title)s</h1>
+<table>%(rows)s
+</table>
+"""
+
+
+class Found(NamedTuple):
+    """A file or folder that may be served."""
+
+    path: Path
+    status: os.stat_result
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder; else it is a regular file."""
+        return stat.S_ISDIR(self.status.st_mode)
+
+
+def _find(root: Path, names: list[str]) -> Found | None:
+    """Return what the names lead to, None when it does not exist or is not to be served; `root` is resolved already."""
+    if not all(map(FILE_NAME.fullmatch, names)):
+        return None
+    try:
+        path = root.joinpath(*names).resolve(strict=True)
+        found = Found(path, path.stat())
+    except (OSError, RuntimeError):  # the latter for a loop of links, before Python 3.13
+        return None
+    inside = path.is_relative_to(root) and all(map(FILE_NAME.fullmatch, path.relative_to(root).parts))
+    return found if inside and (found.is_folder or stat.S_ISREG(found.status.st_mode)) else None  # no FIFO, no device
+
+
+def _listing(root: Path, names: list[str]) -> str:
+    """Return a folder's page. Raises OSError."""
+    entries = [(name, found) for name in os.listdir(root.joinpath(*names)) if (found := _find(root, [*names, name]))]
+    rows = ['\n<tr><td><a href="../">../</a><td>'] if names else []
+    for name, found in sorted(entries, key=lambda entry: (not entry[1].is_folder, entry[0].casefold(), entry[0])):
+        slash, size = ("/", "") if found.is_folder else ("", f"{found.status.st_size:,}")
+        link = "./" + urllib.parse.quote(os.fsencode(name)) + slash
+        rows.append(f'\n<tr><td><a href="{link}">{html.escape(escape(name, 255))}{slash}</a><td>{size}')
+    return LISTING % {"title": html.escape(escape("/".join(["", *names, ""]))), "rows": "".join(rows)}
+
+
+def _folder_app(root: Path, *, spa: bool) -> web.Application:
+    from aiohttp import web, web_fileresponse
+
+    root = root.resolve()
+    fresh = {"Cache-Control": "no-cache"}  # kept, but asked about each time: what is being worked on changes
+
+    class FileResponse(web.FileResponse):
+        """aiohttp's, which knows ranges and conditions, without two of its habits."""
+
+        def __init__(self, found: Found) -> None:
+            super().__init__(found.path, headers=fresh)
+            self.validator = f'"{found.status.st_mtime_ns:x}-{found.status.st_size:x}"'  # the ETag that aiohttp makes
+            self.content_type = web_fileresponse.CONTENT_TYPES.guess_type(found.path)[0] or "application/octet-stream"
+            if self.content_type.startswith("text/") or self.content_type.endswith("javascript"):
+                self.charset = "utf-8"
+
+        async def prepare(self, request: web.BaseRequest) -> Any:
+            # It would send a sibling `.gz`, however old, to who accepts that, and a Range whatever ETag If-Range has.
+            conditions = ("If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since", "If-Range", "Range")
+            headers = {name: request.headers[name] for name in conditions if request.headers.get(name, "é").isascii()}
+            if '"' in headers.get("If-Range", "") and headers["If-Range"] != self.validator:
+                headers.pop("Range", None)
+            return await super().prepare(request.clone(headers=headers))
+
+    def answer(request: web.Request) -> web.StreamResponse:
+        path, mark, query = request.raw_path.partition("?")
+        names = [urllib.parse.unquote(name, errors="surrogateescape") for name in path.split("/")[1:]]
+        if slash := names[-1:] == [""]:
+            names.pop()
+        wants_page = spa and "text/html" in request.headers.get("Accept", "") and all(map(FILE_NAME.fullmatch, names))
+        found = _find(root, names)
+        if found and found.is_folder:
+            index = _find(root, [*names, "index.html"])
+            if not slash and (index or not spa):
+                raise web.HTTPFound(path + "/" + mark + query)
+            if not index and not spa:
+                return web.Response(text=_listing(root, names), content_type="text/html", headers=fresh)
+            found = index
+        elif slash:
+            found = None
+        if not found and wants_page:
+            found = _find(root, ["index.html"])
+        if not found or found.is_folder:
+            raise web.HTTPNotFound
+        return FileResponse(found)
+
+    async def serve(request: web.Request) -> web.StreamResponse:
+        try:
+            return await asyncio.to_thread(answer, request)
+        except OSError:
+            raise web.HTTPForbidden from None
+
+    app = web.Application()
+    app.router.add_get("/{path:(?s:.*)}", serve)  # which answers 405 to other methods
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _running(app: web.Application) -> AsyncIterator[int]:
+    """Run an application on a free port of 127.0.0.1, which is what the context gives."""
+    from aiohttp import web
+
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def folder_service(root: Path, *, spa: bool = False) -> AsyncIterator[int]:
+    """Serve a folder on a free port of 127.0.0.1, which is what the context gives.
+
+    With `spa`, a browser gets the root's index.html for each path that has no file.
+    """
+    async with _running(_folder_app(root, spa=spa)) as port:
+        yield port
+# ---- Inspector ------------------------------------------------------------------------------------------------------
+# The client's log as a page in the developer's browser. What it shows was written by strangers, so it is only ever set
+# as text; and every other page in that browser can reach its port, so each request has to show that it is our own.
+
+INSPECTOR_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="token" content="%TOKEN%">
+<title>pytunnel</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'><path
+ d='M2 14V8a6 6 0 0 1 12 0v6h-3V8a3 3 0 0 0-6 0v6z' fill='%236366f1'/></svg>">
+<style>
+:root {
+  --back: light-dark(#fff, #0f0f12); --raised: light-dark(#f6f6f8, #18181c); --tint: light-dark(#eef0ff, #22233a);
+  --line: light-dark(#e3e3e8, #2b2b32); --edge: light-dark(#8b8b96, #6c6c78); --text: light-dark(#17171c, #ececf1);
+  --soft: light-dark(#595964, #a3a3af); --accent: light-dark(#4338ca, #a5b4fc); --good: light-dark(#116932, #6ee7a0);
+  --moved: light-dark(#1d5fae, #8ec5ff); --warn: light-dark(#8a4b08, #fbbf60); --bad: light-dark(#b3261e, #ff9a92);
+  --mono: ui-monospace, "SF Mono", "Cascadia Code", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  color-scheme: light dark; color: var(--text); background: var(--back); font: 14px/1.5 system-ui, sans-serif;
+}
+* { box-sizing: border-box; margin: 0; padding: 0; font-size: inherit }
+[hidden] { display: none !important }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+a { color: var(--accent); text-underline-offset: 3px }
+li { list-style: none }
+pre, code, kbd, td, tbody th, h2, textarea, input, #notes, .fields { font-family: var(--mono); unicode-bidi: plaintext }
+pre, code, kbd, td, tbody th, textarea, input, #notes, .fields { font-size: 12.5px }
+button, input, textarea { color: var(--text); background: var(--back); border: 1px solid var(--edge); border-radius: 6px }
+button { font: 13px system-ui, sans-serif; border-color: var(--line); padding: 0 10px; min-height: 30px }
+button:hover { background: var(--raised); border-color: var(--edge) }
+button[aria-pressed=true] { color: var(--accent); background: var(--tint); border-color: var(--accent) }
+button.main { color: var(--back); background: var(--accent); font-weight: 600 }
+.small button, button.small { min-height: 26px; padding: 0 8px; font-size: 12px }
+input, textarea { width: 100%; padding: 5px 10px; line-height: 1.6; resize: vertical; display: block }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+.soft, dt, thead th, label { color: var(--soft); font-weight: 400 }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 8px }
+.last { margin-left: auto }
+.grid { display: grid; gap: 12px; align-items: start }
+.grid > * { min-width: 0 }
+.box, pre { padding: 10px 12px; background: var(--raised); border: 1px solid var(--line); border-radius: 8px }
+dl.row, #facts { gap: 2px 18px; font-variant-numeric: tabular-nums }
+dl.row > div { display: flex; gap: 6px }
+
+body > header { padding: 10px 16px; gap: 4px 20px; border-bottom: 1px solid var(--line) }
+#state::before, #legend dt::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 8px }
+#state::before { background: var(--good); border-radius: 50% }
+#state[data-bad]::before { background: none; box-shadow: inset 0 0 0 2px var(--bad) }
+.tools { position: sticky; top: 0; padding: 10px 16px; background: var(--back); border-bottom: 1px solid var(--line) }
+table { width: 100%; table-layout: fixed; border-collapse: collapse; font-variant-numeric: tabular-nums }
+tr > * { padding: 6px 8px; text-align: left; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
+tr > .status { padding-left: 16px; width: 74px }
+tr > .method { width: 68px }
+tr > .time, tr > .size, tr > .at { width: 84px; text-align: right }
+tr > .at { width: 92px; padding-right: 16px }
+thead th { font-size: 12px; border-bottom: 1px solid var(--line) }
+tbody th { font-weight: 400 }
+tbody tr { cursor: pointer }
+tbody tr:hover { background: var(--raised) }
+tr:has([aria-current]) { background: var(--tint); box-shadow: inset 3px 0 var(--accent) }
+tr a { display: block; overflow: hidden; text-overflow: ellipsis; color: inherit; text-decoration: none }
+td.status, span.status { font-weight: 600 }
+.s1, .s3 { color: var(--moved) }
+.s2, .down, .string { color: var(--good) }
+.s4, .atom { color: var(--warn) }
+.s5, .error { color: var(--bad) }
+.key, .up { color: var(--accent) }
+.empty { padding: 48px 16px; justify-items: center; text-align: center }
+#more { display: block; margin: 12px auto }
+
+#list, #detail { container-type: inline-size; min-width: 0 }
+#detail { padding: 14px 16px 32px; overflow-wrap: anywhere; outline-offset: -2px }
+h2 { font-size: 16px; line-height: 1.4 }
+#bar { display: flex; height: 8px }
+#bar span { border-radius: 2px; background: var(--part) }
+#legend dt::before { border-radius: 2px; background: var(--part) }
+.server { --part: light-dark(#a5a5b1, #6b6b78) }
+.link { --part: light-dark(#0e8a8a, #4fd1c5) }
+.local { --part: light-dark(#4338ca, #818cf8) }
+.content { --part: light-dark(#c2650c, #f0a95b) }
+.fields { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 14px }
+.fields dt { max-width: 20ch }
+pre { white-space: pre-wrap; overflow: auto; max-height: 60vh; line-height: 1.6 }
+pre.hex { white-space: pre }
+img { max-width: 100%; max-height: 50vh; margin: auto }
+#notes { max-height: 50vh; overflow: auto }
+#notes li { display: grid; grid-template-columns: 1em 7ch minmax(8ch, auto) 1fr; gap: 12px; line-height: 1.9 }
+#diff span { display: block; min-height: 1.6em }
+#diff .add { color: var(--good); background: light-dark(#e2f4e8, #12291c) }
+#diff .del { color: var(--bad); background: light-dark(#fdeceb, #331a1a) }
+#toast { position: fixed; inset: auto 16px 16px; width: fit-content; margin-left: auto; padding: 8px 14px;
+  color: var(--back); background: var(--text); border-radius: 8px; overflow-wrap: anywhere }
+#toast:empty { visibility: hidden }
+dialog { margin: auto; padding: 20px; color: inherit; background: var(--back); border: 1px solid var(--edge) }
+dialog .fields { font: inherit; margin: 12px 0 }
+kbd { padding: 1px 6px; color: var(--text); border: 1px solid var(--edge); border-radius: 4px }
+
+@container (max-width: 600px) { tr > .size, tr > .at { display: none } tr > .time { padding-right: 16px; width: 92px } }
+@container (min-width: 860px) { .sides { grid-template-columns: 1fr 1fr; gap: 20px } }
+@media (max-width: 899px) {
+  .open #list, .open #stats, body:not(.open) #detail { display: none }
+  #stats { margin: 0; font-size: 13px }
+}
+@media (min-width: 900px) {
+  body { display: flex; flex-direction: column; height: 100vh }
+  main { flex: 1; min-height: 0; display: grid; grid-template-columns: 2fr 3fr }
+  #list, #detail { overflow-y: auto }
+  #list { border-right: 1px solid var(--line) }
+  #back { display: none }
+}
+</style>
+<header class="row">
+  <h1>pytunnel</h1>
+  <p><span id="state" role="status" data-bad>Connecting</span> <span id="retry" class="soft"></span></p>
+  <div id="tunnels" class="row"></div>
+  <dl id="stats" class="row last"></dl>
+</header>
+<main>
+  <section id="list" aria-label="Exchanges">
+    <div class="tools grid">
+      <input id="filter" type="search" aria-label="Filter" aria-keyshortcuts="/" placeholder="5xx post /path body:text">
+      <div class="row">
+        <div id="chips" class="row small" role="group" aria-label="Quick filters"></div>
+        <div class="row last">
+          <button id="pause" aria-pressed="false" aria-keyshortcuts="p">Pause</button> <button id="clear">Clear</button>
+          <button id="export">Export HAR</button> <button id="ask" aria-label="Help" aria-keyshortcuts="?">?</button>
+        </div>
+      </div>
+    </div>
+    <table>
+      <caption class="unseen">Requests and their responses, the newest first</caption>
+      <thead><tr><th class="status">Status<th class="method">Method<th>Path
+        <th class="time">Time<th class="size">Size<th class="at">At</thead>
+      <tbody id="rows"></tbody>
+    </table>
+    <div id="none" class="empty grid" hidden></div>
+    <button id="more" hidden>Show older ones</button>
+  </section>
+  <section id="detail" aria-labelledby="title" tabindex="-1">
+    <p id="nothing" class="empty soft">Choose an exchange to see its header fields, bodies and timings.</p>
+    <div id="exchange" class="grid" hidden>
+      <div class="row">
+        <button id="back">← All</button>
+        <button id="replay" class="main" aria-keyshortcuts="r">Replay</button>
+        <button id="change" aria-keyshortcuts="e" aria-expanded="false" aria-controls="edit">Edit and replay</button>
+        <button id="curl">Copy as curl</button> <button id="har">HAR</button>
+        <button id="reveal" aria-pressed="false">Show secrets</button>
+      </div>
+      <h2 id="title"></h2>
+      <div id="facts" class="row soft"></div>
+      <form id="edit" class="box grid" hidden>
+        <label>Method <input name="method" required></label>
+        <label>Target <input name="target" required></label>
+        <label>Header fields, one a line <textarea name="headers" rows="6" spellcheck="false"></textarea></label>
+        <label>Body <textarea name="body" rows="6" spellcheck="false"></textarea></label>
+        <div class="row"><button class="main">Send</button> <button id="cancel" type="button">Cancel</button></div>
+      </form>
+      <section id="result" class="grid" aria-label="Replay" hidden></section>
+      <div id="bar"></div> <dl id="legend" class="row" aria-label="Timings"></dl>
+      <section id="messages" class="grid" aria-label="Messages" hidden>
+        <h3>Messages</h3> <ol id="notes" class="box" tabindex="0" aria-label="The last messages"></ol>
+      </section>
+      <div class="sides grid">
+        <section id="request" class="grid" aria-label="Request"></section>
+        <section id="response" class="grid" aria-label="Response"></section>
+      </div>
+    </div>
+  </section>
+</main>
+<p id="news" class="unseen" role="status"></p>
+<output id="toast"></output>
+<dialog id="help" aria-labelledby="keys">
+  <h2 id="keys">Keyboard</h2>
+  <dl class="fields">
+    <dt><kbd>j</kbd> <kbd>k</kbd> or arrows<dd>next and previous <dt><kbd>Enter</kbd><dd>open <dt><kbd>Esc</kbd><dd>back
+    <dt><kbd>/</kbd><dd>filter: <code>404 5xx post body:text</code> or part of a path
+    <dt><kbd>r</kbd> <kbd>e</kbd><dd>replay as it was, or edited <dt><kbd>p</kbd><dd>pause, and go on
+  </dl>
+  <form method="dialog"><button class="main">Close</button></form>
+</dialog>
+<script>
+"use strict"
+const $ = id => document.getElementById(id)
+const STEP = 100, PACE = 500  // rows shown at first and added each time; milliseconds from one poll to the next
+let token = document.querySelector("meta[name=token]").content
+let version = 0, limit = STEP, selected = 0, loaded = 0, exchange, status, retryAt = 0
+let paused = false, reveal = "", abort = new AbortController(), wake = () => {}
+
+// Strangers wrote this text: control and direction characters in it are shown as escapes, and it never becomes markup.
+const visible = text => String(text).replace(/[^\P{C}\n\t\u200d]/gu, c => `\\u{${c.codePointAt(0).toString(16)}}`)
+const put = (node, ...parts) => node.replaceChildren(...parts.map(part => part instanceof Node ? part : visible(part)))
+function h(tag, properties, ...parts) {
+  const node = Object.assign(document.createElement(tag), properties)
+  put(node, ...parts)
+  return node
+}
+const span = (className, ...parts) => h("span", {className}, ...parts)
+const pair = (className, name, value) => h("div", {className}, h("dt", {}, name), h("dd", {}, value))
+const changed = (node, data) => node.shown !== (node.shown = JSON.stringify(data))
+const seconds = s => s === null ? "–" : s < 1 ? `${(s * 1000).toFixed(s < 0.01 ? 1 : 0)} ms` : `${s.toFixed(2)} s`
+const clock = time => new Date(time * 1000).toLocaleTimeString([], {hour12: false})
+const duration = e => e.ms === null ? "…" : seconds(e.ms / 1000)
+const outcome = e => e.status ?? (e.ms === null ? "…" : "none")
+const kindOf = e => e.status ? "status s" + String(e.status)[0] : "status error"
+function size(n) {
+  let unit = 0
+  for (; n >= 1000 && unit < 4; unit++) n /= 1024
+  return `${n.toFixed(unit && n < 100 ? 1 : 0)} ${["B", "KiB", "MiB", "GiB", "TiB"][unit]}`
+}
+function toast(text) {
+  put($("toast"), text)
+  clearTimeout(toast.timer)
+  toast.timer = setTimeout(() => put($("toast")), 4000)
+}
+async function copy(text) {
+  await navigator.clipboard.writeText(text)
+  toast("Copied")
+}
+async function api(path, options) {
+  const response = await fetch("/api/" + path, {...options, headers: {"X-Pytunnel-Token": token}})
+  if (response.ok) return response
+  throw Object.assign(Error((await response.json()).error), {status: response.status})
+}
+const json = async (path, options) => (await api(path, options)).json()
+const bodyOf = (e, which) => api(`exchanges/${e.id}/body?which=${which}`)
+async function save(path, name) {
+  const link = h("a", {href: URL.createObjectURL(await (await api(path)).blob()), download: name})
+  link.click()
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000)
+}
+
+// What is new, about twice a second at the most; nothing while nobody looks
+
+const sleep = ms => new Promise(resolve => { wake = resolve; if (ms !== undefined) setTimeout(resolve, ms) })
+async function poll() {
+  for (;;) {
+    while (document.hidden || paused && version) await sleep()
+    const {signal} = abort = new AbortController()
+    const query = {since: version, filter: $("filter").value, limit, id: selected, wait: version ? 20 : 0}
+    const next = performance.now() + PACE
+    try {
+      const news = await json("exchanges?" + new URLSearchParams(query), {signal})
+      if (signal.aborted) continue
+      update(news)
+      await sleep(next - performance.now())
+    } catch (error) {
+      if (!signal.aborted) await lost(error)
+    }
+  }
+}
+const pollNow = (since = version) => { version = since; abort.abort(); wake() }
+const restart = () => { put($("rows")); pollNow(0) }
+async function lost(error) {
+  showState(error.status ? error.message : "The client has ended; this page waits for the next one")
+  await sleep(2000)
+  if (error.status !== 403) return
+  const page = await fetch("/").then(response => response.text(), () => "")  // of another client, with its own token
+  token = /name="token" content="([^"]*)"/.exec(page)?.[1] ?? token
+  restart()
+}
+function update(news) {
+  status = news
+  version = news.version
+  const rows = $("rows")
+  for (const e of news.exchanges.reverse()) putRow(e)
+  for (let last; (last = rows.lastChild) && (rows.rows.length > limit || last.number < news.oldest);) last.remove()
+  if (rows.firstChild && !rows.querySelector("[tabindex='0']")) linkOf(rows.firstChild).tabIndex = 0
+  $("more").hidden = rows.rows.length < limit
+  retryAt = news.retry_in && performance.now() + news.retry_in * 1000
+  showState(news.problem && `Reconnecting: ${news.problem}`)
+  showHeader(news)
+  showNone()
+  if (news.exchanges.length) announce()
+  if (selected && news.selected > loaded) load()
+}
+function announce() {  // for those who hear the page: once in a while, however many there are
+  announce.timer ??= setTimeout(() => {
+    put($("news"), `${status.total} requests so far`)
+    announce.timer = undefined
+  }, 10000)
+}
+function showState(problem) {
+  $("state").toggleAttribute("data-bad", problem)
+  if (changed($("state"), problem)) put($("state"), problem || "Connected")
+  countDown()
+}
+function countDown() {
+  const left = Math.ceil((retryAt - performance.now()) / 1000)
+  put($("retry"), left > 0 ? `again in ${left} s` : "")
+}
+function showHeader({tunnels, total, in_flight, p50, p90, bytes_in, bytes_out}) {
+  if (changed($("tunnels"), tunnels)) {
+    put($("tunnels"), ...tunnels.map(publicLink))
+    document.title = visible(`${tunnels[0].name} · pytunnel`)
+  }
+  const facts = {Requests: total, Running: in_flight, p50: seconds(p50), p90: seconds(p90), In: size(bytes_in),
+    Out: size(bytes_out)}
+  put($("stats"), ...Object.entries(facts).map(([name, value]) => pair("", name, value)))
+}
+function publicLink({url, name, target}) {
+  if (!/^https?:\/\//.test(url)) return span("soft", name)
+  const link = h("a", {href: url, target: "_blank", rel: "noreferrer"}, url)
+  const button = h("button", {className: "small", ariaLabel: `Copy ${url}`, onclick: () => copy(url)}, "Copy")
+  return span("row", link, button, span("soft", `→ ${target}`))
+}
+
+// The list
+
+const linkOf = row => row.querySelector("a")
+function putRow(e) {
+  let row = $("rows").firstChild
+  while (row && row.number > e.id) row = row.nextSibling
+  if (row?.number !== e.id) {
+    const names = ["status", "method", "path", "time", "size", "at"]
+    const cells = names.map(className => h(className === "path" ? "th" : "td", {className}))
+    put(cells[2], h("a", {href: "#" + e.id, tabIndex: -1, ariaCurrent: e.id === selected ? "true" : null}))
+    row = $("rows").insertBefore(h("tr", {number: e.id}, ...cells), row)
+  }
+  const texts = [outcome(e), e.method, e.path, duration(e), size(e.bytes_out), clock(e.time)]
+  texts.forEach((text, n) => put(n === 2 ? linkOf(row) : row.cells[n], text))
+  row.cells[0].className = kindOf(e)
+  row.title = visible(e.error ?? e.path)
+}
+function showNone() {
+  const words = $("filter").value, none = $("none")
+  none.hidden = $("rows").rows.length > 0
+  if (none.hidden || !changed(none, [words, status.tunnels])) return
+  const all = h("button", {onclick: () => setFilter("")}, "Show all")
+  const hint = words ? [all] : ["Open this address, or have it called:", ...status.tunnels.map(publicLink)]
+  put(none, h("strong", {}, words ? `Nothing matches “${words}”` : "Waiting for the first request"), ...hint)
+}
+function setFilter(words) {
+  $("filter").value = words
+  for (const chip of $("chips").children) chip.ariaPressed = chip.words === words.trim()
+  restart()
+}
+function focusRow(row) {
+  for (const link of $("rows").querySelectorAll("[tabindex='0']")) link.tabIndex = -1
+  linkOf(row).tabIndex = 0
+  linkOf(row).focus()
+}
+function move(step) {
+  const rows = [...$("rows").rows], link = $("rows").querySelector("[tabindex='0']")
+  const row = rows[rows.findIndex(row => row.contains(link)) + (document.activeElement === link ? step : 0)]
+  if (row) focusRow(row)
+  if (row && selected) location.replace("#" + row.number)
+}
+
+// One exchange: its number is the address's fragment, so that the browser's Back leads to the list
+
+function choose() {
+  const left = selected
+  selected = Number(location.hash.slice(1)) || 0
+  loaded = 0
+  exchange = undefined
+  showEdit(false)
+  $("result").hidden = true
+  for (const row of $("rows").rows) {
+    linkOf(row).ariaCurrent = row.number === selected ? "true" : null
+    if (left && row.number === left && !selected) focusRow(row)
+  }
+  document.body.classList.toggle("open", selected)
+  $("nothing").hidden = selected
+  $("exchange").hidden = !selected
+  if (selected) load()
+}
+async function load() {
+  const e = await json(`exchanges/${selected}?${reveal}`)
+  if (e.id !== selected) return
+  exchange = e
+  loaded = e.version
+  put($("title"), `${e.method} ${e.target}`)
+  const facts = [duration(e), `${size(e.bytes_in)} in, ${size(e.bytes_out)} out`, `#${e.id} at ${clock(e.time)}`]
+  put($("facts"), span(kindOf(e), `${outcome(e)} ${e.reason}`), ...facts.map(fact => span("", fact)))
+  if (e.error) $("facts").append(span("error", e.error))
+  if (e.replay_of) $("facts").append(h("a", {href: "#" + e.replay_of}, `replay of #${e.replay_of}`))
+  const names = {server: "wait on the server", link: "link", local: "local service", content: "content"}
+  const times = Object.entries(e.timings)
+  put($("bar"), ...times.map(([name, value]) => span(name)))
+  times.forEach(([name, value], n) => Object.assign($("bar").children[n].style, {flexGrow: value * 1000}))
+  put($("legend"), ...times.map(([name, value]) => pair(name, names[name], seconds(value))))
+  $("messages").hidden = !e.notes.length
+  if (changed($("notes"), e.notes)) put($("notes"), ...e.notes.map(showNote))
+  for (const which of ["request", "response"]) if (changed($(which), [e.id, e[which]])) showSide(which, e)
+}
+function showNote({from_visitor, at, kind, size, data}) {
+  const arrow = h("span", {role: "img", className: from_visitor ? "up" : "down"}, from_visitor ? "↑" : "↓")
+  arrow.ariaLabel = from_visitor ? "from the visitor" : "to the visitor"
+  const text = span("", data, size > 512 ? ` … ${size} bytes` : "")
+  return h("li", {}, arrow, span("soft", `${at.toFixed(2)} s`), span("soft", kind), text)
+}
+function showSide(which, e) {
+  const {headers, body, kept} = e[which], name = which[0].toUpperCase() + which.slice(1)
+  const fields = headers.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])
+  put($(which), h("h3", {}, name), h("dl", {className: "fields"}, ...fields))
+  if (!kept || e.status === 101) return  // what follows a 101 are the messages
+  const download = h("button", {className: "small last"}, "Download")
+  download.onclick = () => save(`exchanges/${e.id}/body?which=${which}`, `${which}-${e.id}`)
+  const kind = span("soft", [body.kind, body.note].filter(Boolean).join(", "))
+  $(which).append(h("div", {className: "row"}, h("h3", {}, "Body"), kind, download), showBody(which, e))
+}
+function showBody(which, e) {
+  const {headers, body} = e[which], ariaLabel = `Body of the ${which}`
+  if (body.kind === "image") {
+    const image = h("img", {alt: ariaLabel}), type = headers.find(([name]) => /^content-type$/i.test(name))[1]
+    bodyOf(e, which).then(response => response.arrayBuffer()).then(bytes => {
+      image.src = URL.createObjectURL(new Blob([bytes], {type}))
+      image.onload = image.onerror = () => URL.revokeObjectURL(image.src)
+    })
+    return h("div", {className: "box grid"}, image)
+  }
+  const parts = body.kind === "json" && body.text.length < 50000 ? paint(body.text) : [body.text]
+  return h("pre", {className: body.kind, tabIndex: 0, role: "region", ariaLabel}, ...parts)
+}
+function paint(json) {
+  const tokens = json.split(/("(?:[^"\\]|\\.)*"(?::)?|[\w.+-]+)/)  // those at odd places are not punctuation
+  const kind = token => token.endsWith(":") ? "key" : token[0] === '"' ? "string" : "atom"
+  return tokens.map((token, n) => n % 2 ? span(kind(token), token) : token)
+}
+
+// Replay
+
+async function replay(edits = {}) {
+  const {id} = exchange
+  toast("Replaying…")
+  const again = await json(`exchanges/${id}/replay`, {method: "POST", body: JSON.stringify(edits)})
+  toast(`Replayed as #${again.id}: ${again.diff.length ? "the response differs" : "the same response"}`)
+  if (id !== selected) return
+  showEdit(false)
+  const lines = again.diff.slice(2).map(line => span({"+": "add", "-": "del", "@": "soft"}[line[0]] ?? "", line))
+  put($("result"), h("h3", {}, "Replayed as ", h("a", {href: "#" + again.id}, `#${again.id}`),
+    lines.length ? ", whose response differs:" : ", with the same response"))
+  const diff = h("pre", {id: "diff", tabIndex: 0, role: "region", ariaLabel: "Differences"}, ...lines)
+  if (lines.length) $("result").append(diff)
+  $("result").hidden = false
+}
+async function openEdit() {
+  const {method, target, request} = exchange, fields = $("edit").elements
+  const values = {method, target, headers: request.headers.map(field => field.join(": ")).join("\n"), body: ""}
+  const bytes = await (await bodyOf(exchange, "request")).arrayBuffer()
+  fields.body.disabled = request.size > request.kept
+  try {
+    values.body = new TextDecoder("utf-8", {fatal: true, ignoreBOM: true}).decode(bytes)
+  } catch {
+    fields.body.disabled = true  // not text: it is sent as it was
+  }
+  for (const name in values) {
+    fields[name].value = values[name]
+    fields[name].before = fields[name].value  // with the line ends of a form
+  }
+  showEdit(true)
+  fields.method.focus()
+}
+function showEdit(open) {
+  if (!open && $("edit").contains(document.activeElement)) $("change").focus()
+  $("edit").hidden = !open
+  $("change").ariaExpanded = open
+}
+function sendEdit() {
+  const changed = [...$("edit").elements].filter(field => field.name && field.value !== field.before)
+  const edits = Object.fromEntries(changed.map(field => [field.name, field.value]))
+  const lines = edits.headers?.split("\n").filter(line => line.trim())
+  if (lines) edits.headers = lines.map(line => [line.split(":")[0], line.slice(line.split(":")[0].length + 1).trim()])
+  replay(edits)
+}
+
+// Buttons and keys
+
+function press(id, on) {
+  $(id).ariaPressed = on
+  return on
+}
+const har = query => save(`har?${query}&${reveal}`, `pytunnel${query.replace("id=", "-")}.har`)
+const actions = {
+  pause: () => { paused = press("pause", !paused); pollNow() },
+  clear: () => api("clear", {method: "POST"}).then(restart),
+  export: () => har(""),
+  ask: () => $("help").showModal(),
+  more: () => { limit += STEP; pollNow(0) },
+  back: () => { location.hash = "" },
+  replay: () => replay(),
+  change: () => $("edit").hidden ? openEdit() : showEdit(false),
+  cancel: () => showEdit(false),
+  curl: () => copy(exchange.curl),
+  har: () => har(`id=${selected}`),
+  reveal: () => { reveal = press("reveal", !reveal) ? "reveal=1" : ""; load() },
+  rows: event => { location.hash = event.target.closest("tr").number },
+}
+for (const id in actions) $(id).onclick = actions[id]
+for (const words of ["", "2xx", "3xx", "4xx", "5xx", "101"]) {
+  const properties = {words, ariaPressed: !words, onclick: () => setFilter(words)}
+  $("chips").append(h("button", properties, {"": "All", 101: "WebSocket"}[words] ?? words))
+}
+$("filter").oninput = () => setFilter($("filter").value)
+$("edit").onsubmit = event => { event.preventDefault(); sendEdit() }
+function escape(field) {
+  if (!$("edit").hidden) showEdit(false)
+  else if (field === $("filter") && field.value) setFilter("")
+  else if (selected) actions.back()
+}
+onkeydown = event => {
+  const {key, target} = event
+  if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return
+  if (key === "Escape") escape(target)
+  if (target.matches("input, textarea")) return
+  const step = {j: 1, k: -1, ...$("detail").contains(target) ? {} : {ArrowDown: 1, ArrowUp: -1}}[key]
+  const control = [...document.querySelectorAll("[aria-keyshortcuts]")].find(node => node.ariaKeyShortcuts === key)
+  if (step) move(step)
+  else if (!control?.checkVisibility()) return
+  else if (control === $("filter")) control.focus()
+  else control.click()
+  event.preventDefault()
+}
+onunhandledrejection = event => { event.preventDefault(); toast(event.reason.message) }
+document.onvisibilitychange = () => pollNow()
+onhashchange = choose
+setInterval(countDown, 1000)
+choose()
+poll()
+</script>
+"""
+
+
+def _source_hash(tag: str) -> str:
+    """Return the page's only script or style as a source that a content security policy allows."""
+    source = INSPECTOR_PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+
+INSPECTOR_FIELDS = {  # of every response: nobody else may frame it, read it, keep it, or take it for something else
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src blob: data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'; "
+    f"script-src {_source_hash('script')}; style-src {_source_hash('style')}",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class Inspector:
+    """Shows a client's log at `url`, and lets those who know `token` replay, clear and stop."""
+
+    def __init__(
+        self,
+        client: TunnelClient,
+        *,
+        host: str = "127.0.0.1",
+        port: int = INSPECTOR_PORT,
+        on_stop: Callable[[], None],
+    ) -> None:
+        self.host, self.port = host, port
+        self.token = secrets.token_urlsafe(32)
+        self._client, self._log, self._on_stop = client, client.log, on_stop
+        self._http: web.Server
+        self._listeners: list[asyncio.Server] = []
+
+    async def start(self) -> None:
+        """Listen; `port` is then the real one. Raises TunnelError when no port can be had."""
+        loop = asyncio.get_running_loop()
+        fields = [(name.encode(), value.encode()) for name, value in INSPECTOR_FIELDS.items()]
+        self._http = _visitor_server(self._handle, fields)
+        last = self.port + (INSPECTOR_PORTS if self.port == INSPECTOR_PORT else 1) - 1
+        while not self._listeners:
+            try:
+                self._listeners.append(await loop.create_server(self._http, self.host, self.port))
+            except OSError as error:
+                if self.port == last:
+                    reason = f"the inspector cannot listen on {self.host}:{self.port}: {error.strerror}"
+                    raise TunnelError(f"{reason}; choose another port") from None
+                self.port += 1
+        self.port = self._listeners[0].sockets[0].getsockname()[1]
+        with contextlib.suppress(OSError):  # for browsers that take localhost for ::1
+            self._listeners.append(await loop.create_server(self._http, "::1", self.port))
+
+    @property
+    def url(self) -> str:
+        """Where to point a browser on this machine."""
+        return f"http://127.0.0.1:{self.port}"
+
+    async def close(self) -> None:
+        """Stop listening, and end the requests that wait for something to show."""
+        for listener in self._listeners:
+            listener.close()
+        if self._listeners:
+            await self._http.shutdown(0.2)
+
+    # Requests
+
+    async def _handle(self, request: web.BaseRequest) -> web.Response:
+        from aiohttp import web
+
+        try:
+            self._admit(request)
+            response = await self._route(request)
+        except MessageError as error:
+            response = web.json_response({"error": str(error)}, status=error.status)
+        except web.HTTPRequestEntityTooLarge:
+            response = web.json_response({"error": "the request is too large"}, status=413)
+        except Exception:
+            log.exception("the inspector failed")
+            response = web.json_response({"error": "a bug in pytunnel"}, status=500)
+        for name, value in INSPECTOR_FIELDS.items():
+            response.headers.setdefault(name, value)
+        return response
+
+    def _admit(self, request: web.BaseRequest) -> None:
+        """Let only our own page and command in. Raises MessageError.
+
+        A foreign page shows by its Origin or Sec-Fetch-Site, one whose name was pointed here (DNS rebinding) by Host.
+        """
+        hosts = request.headers.getall("Host", [])
+        if len(hosts) != 1:
+            raise MessageError("not one Host")
+        host, port = parse_host(hosts[0])
+        if host not in ("127.0.0.1", "localhost", "[::1]") or (port or 80) != self.port:
+            raise MessageError("not this host", 403)
+        if request.headers.get("Origin", f"http://{hosts[0]}") != f"http://{hosts[0]}":
+            raise MessageError("not from this page", 403)
+        if request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+            raise MessageError("not from another page", 403)
+        if any(name.lower().encode() in FORWARDED | {b"via"} for name in request.headers):
+            raise MessageError("not through a tunnel", 403)
+        token = request.headers.get("X-Pytunnel-Token", "").encode()
+        if request.path != "/" and not hmac.compare_digest(token, self.token.encode()):
+            raise MessageError("not without the token", 403)
+
+    async def _route(self, request: web.BaseRequest) -> web.Response:
+        from aiohttp import web
+
+        query = request.query
+        match request.method, *request.path.split("/")[1:]:
+            case "GET", "":
+                return web.Response(text=INSPECTOR_PAGE.replace("%TOKEN%", self.token), content_type="text/html")
+            case "GET", "api", "status":
+                return web.json_response(self._status())
+            case "GET", "api", "exchanges":
+                return web.json_response(await self._changes(query))
+            case "GET", "api", "exchanges", number:
+                return web.json_response(self._detail(self._find(number), reveal="reveal" in query))
+            case "GET", "api", "exchanges", number, "body":
+                exchange, of_request = self._find(number), query.get("which") == "request"
+                body = bytes(exchange.request_body if of_request else exchange.response_body)
+                name = f"{'request' if of_request else 'response'}-{exchange.id}"
+                safe = {"Content-Disposition": f'attachment; filename="{name}"'}
+                safe["Content-Security-Policy"] = "default-src 'none'; sandbox"
+                return web.Response(body=body, content_type="application/octet-stream", headers=safe)
+            case "GET", "api", "har":
+                exchanges = [self._find(query["id"])] if "id" in query else list(self._log.exchanges.values())
+                return web.json_response(as_har(exchanges, self._urls(), reveal="reveal" in query))
+            case "GET", "api", "wait":
+                return web.json_response(await self._wait(query))
+            case "POST", "api", "exchanges", number, "replay":
+                return web.json_response(await self._replay(self._find(number), await request.read()))
+            case "POST", "api", "clear":
+                self._log.clear()
+                return web.json_response(self._status())
+            case "POST", "api", "stop":
+                self._on_stop()
+                return web.json_response(self._status())
+        raise MessageError("nothing here", 404)
+
+    def _urls(self) -> dict[str, str]:
+        return {tunnel.name: url for tunnel, url in zip(self._client.tunnels, self._client.urls, strict=False)}
+
+    def _find(self, number: str) -> Exchange:
+        exchange = self._log.exchanges.get(int(number)) if re.fullmatch("[0-9]{1,15}", number) else None
+        if exchange is None:
+            raise MessageError("no such exchange: it was cleared, or it made room for newer ones", 404)
+        return exchange
+
+    def _status(self) -> dict[str, Any]:
+        client, log, urls = self._client, self._log, self._urls()
+        retry_in = (client.retry_at or 0.0) - asyncio.get_running_loop().time()
+        p50, p90 = log.percentiles() or (None, None)
+        return {
+            "tunnels": [{"name": t.name, "url": urls.get(t.name, ""), "target": t.target.text} for t in client.tunnels],
+            "problem": client.problem,
+            "retry_in": max(0.0, retry_in) if client.problem else None,
+            "round_trip": client.round_trip,
+            **{name: getattr(log, name) for name in ("total", "in_flight", "classes", "bytes_in", "bytes_out")},
+            "p50": p50,
+            "p90": p90,
+            "version": log.version,
+            "pid": os.getpid(),
+            "pytunnel": __version__,
+        }
+
+    async def _changes(self, query: Mapping[str, str]) -> dict[str, Any]:
+        """What is newer than version `since`, the newest first; waits up to `wait` seconds until there is something."""
+        since, words = int(_number(query, "since", 0, 2**53)), query.get("filter", "")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_number(query, "wait", 0, MAX_POLL)):
+                await self._client.wait_changed(since)
+        changed = (e for e in reversed(self._log.since(since)) if e.matches(words))
+        rows = itertools.islice(changed, int(_number(query, "limit", MAX_EXCHANGES, MAX_EXCHANGES)))
+        selected = self._log.exchanges.get(int(_number(query, "id", 0, 2**53)))
+        return {
+            **self._status(),
+            "exchanges": [self._row(exchange) for exchange in rows],
+            "oldest": next(iter(self._log.exchanges), self._log.total + 1),  # those before it are gone
+            "selected": selected and selected.version,
+        }
+
+    @staticmethod
+    def _row(exchange: Exchange) -> dict[str, Any]:
+        path = mask_target(exchange.target)[:MAX_NOTE]
+        return {**exchange.summary(), "path": path, "time": exchange.time, "replay_of": exchange.replay_of}
+
+    def _detail(self, e: Exchange, *, reveal: bool) -> dict[str, Any]:
+        def message(headers: Headers, body: bytearray, size: int) -> dict[str, Any]:
+            fields, view = text_fields(headers, reveal=reveal), body_view(headers, body, size, reveal=reveal)
+            return {"headers": fields, "body": view._asdict(), "size": size, "kept": len(body)}
+
+        url = self._urls().get(e.tunnel, "")
+        return {
+            **self._row(e),
+            "version": e.version,
+            "target": e.target if reveal else mask_target(e.target),
+            "reason": e.reason,
+            "timings": timings(e),
+            "request": message(e.request_headers, e.request_body, e.bytes_in),
+            "response": message(e.response_headers, e.response_body, e.bytes_out),
+            "notes": [{**note._asdict(), "data": note.data.decode("utf-8", "backslashreplace")} for note in e.notes],
+            "curl": as_curl(e, url, reveal=reveal),
+        }
+
+    async def _wait(self, query: Mapping[str, str]) -> dict[str, Any]:
+        wanted = {name: query.get(name, "") for name in ("method", "path", "tunnel")}
+        count, after = int(_number(query, "count", 1, 2**53)), int(_number(query, "after", 0, 2**53))
+        try:
+            timeout = _number(query, "timeout", 60, 2**31)
+            return self._row(await self._client.wait_for(**wanted, count=max(count, 1), after=after, timeout=timeout))
+        except TimeoutError:
+            what = " ".join(filter(None, wanted.values())) or "requests"
+            raise MessageError(f"fewer than {count} {what} within {timeout:g} s", 408) from None
+
+    async def _replay(self, exchange: Exchange, text: bytes) -> dict[str, Any]:
+        try:
+            edits = _edits(exchange, parse_object(text.decode()))
+            again = await self._client.replay(exchange, **edits)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise MessageError(f"not a request: {error}") from None
+        return {**self._row(again), "diff": diff(exchange, again)}
+
+
+def _number(query: Mapping[str, str], name: str, default: float, most: float) -> float:
+    """Return a parameter between 0 and `most`. Raises MessageError."""
+    try:
+        return max(0.0, min(float(query.get(name, default)), most))
+    except ValueError:
+        raise MessageError(f"{name} is not a number") from None
+
+
+def _edits(exchange: Exchange, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return what `replay` takes of an edited request. What was left as it was shown, masked or not, stays as it was.
+
+    Raises ValueError or TypeError.
+    """
+    edits: dict[str, Any] = {name: str(wanted[name]) for name in ("method", "target") if name in wanted}
+    if edits.get("target") == mask_target(exchange.target):
+        del edits["target"]
+    new = [edits.get("target", "")]
+    if "headers" in wanted:
+        headers = exchange.request_headers
+        left = list(zip(headers, text_fields(headers), text_fields(headers, reveal=True), strict=True))
+        edits["headers"] = []
+        for name, value in wanted["headers"]:
+            same = next((item for item in left if (name, value) in item[1:]), None)
+            if same:
+                left.remove(same)
+            else:
+                new.append(value)
+            edits["headers"].append(same[0] if same else (name.encode(), value.encode()))
+    if MASK in "".join(new):
+        raise ValueError(f"it holds {MASK}, show the secrets before you edit them")
+    if "body" in wanted:
+        edits["body"] = str(wanted["body"]).encode()
+    return edits
 
 
 # ---- Terminal -------------------------------------------------------------------------------------------------------
@@ -4891,7 +5705,9 @@ $("file").onchange = async () => {
 """
 
 
-def _demo_app() -> web.Application:
+@contextlib.asynccontextmanager
+async def demo_service() -> AsyncIterator[int]:
+    """Run the sample service on a free port of 127.0.0.1, which is what the context gives."""
     from aiohttp import WSMsgType, web
 
     async def page(_: web.Request) -> web.Response:
@@ -4922,26 +5738,12 @@ def _demo_app() -> web.Application:
 
     app = web.Application()
     app.add_routes([web.get("/", page), web.get("/events", events), web.get("/ws", echo), web.post("/upload", upload)])
-    return app
-
-
-@contextlib.asynccontextmanager
-async def demo_service() -> AsyncIterator[int]:
-    """Run the sample service on a free port of 127.0.0.1, which is what the context gives."""
-    from aiohttp import web
-
-    runner = web.AppRunner(_demo_app(), access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
+    async with _running(app) as port:
+        yield port
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
-# Where values come from: a flag, else the environment, else what a former run remembered, else a default.
+# Where values come from, and what is remembered between runs.
 
 
 def state_directory() -> Path:
@@ -5024,13 +5826,6 @@ class Memory:
             with contextlib.suppress(OSError):
                 write_private(self._path, json.dumps({"server": server, "tokens": self.tokens}, indent=1))
 
-    def token_for(self, server: str) -> str:
-        """Return the token for a server: the one that worked, on this machine else the one that serve keeps."""
-        if server not in self.tokens and Origin.from_url(server).zone == "localhost":
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                return (self.directory / "token").read_text().strip()
-        return self.tokens.get(server, "")
-
     def machine(self) -> str:
         """Return what tells this machine from the user's others, so that its tunnels' names stay."""
         try:
@@ -5039,105 +5834,634 @@ class Memory:
             return platform.node()
 
 
-def client_settings(options: argparse.Namespace, memory: Memory) -> tuple[str, str, list[Tunnel]]:
-    """Return server, token and tunnels. Raises UsageError or Refused."""
-    server = parse_server(options.server or os.environ.get("PYTUNNEL_SERVER") or memory.server or "localhost")
-    token = options.token or os.environ.get("PYTUNNEL_TOKEN") or memory.token_for(server)
-    if not token:
-        raise UsageError(f"no token for {server}: add --token with what `pytunnel serve` printed there")
-    check_token(token, "copy the whole of what `pytunnel serve` printed")
-    if len(options.name) > 1:
-        raise UsageError("--name was given twice; write NAME=TARGET for each, like web=3000 api=8080")
-    name = options.name[0] if options.name else os.environ.get("PYTUNNEL_NAME", "")
-    tunnels = []
-    for text in options.targets:
-        label, separator, rest = text.partition("=") if not text.startswith("unix:") else ("", "", "")
-        target = Target.parse(rest if separator else text)
-        if name and (separator or len(options.targets) > 1):
-            raise UsageError("--name and PYTUNNEL_NAME are for one target; write NAME=TARGET, like web=3000 api=8080")
-        wanted = label if separator else name
-        if wanted:
-            check_name(wanted)
-        tunnels.append(Tunnel(wanted or default_name(token, memory.machine(), target.text), target))
-    if len({tunnel.name for tunnel in tunnels}) < len(tunnels):
-        raise UsageError("two targets with one name; give each its own, like web=3000 api=8080")
-    return server, token, tunnels
+class Setting(NamedTuple):
+    """A value and where it comes from."""
+
+    value: str
+    source: str
+
+    @classmethod
+    def first(cls, *candidates: tuple[str | None, str]) -> Setting:
+        """Return the first of the candidates that has a value, else nothing from nowhere."""
+        return next((cls(value, source) for value, source in candidates if value), cls("", "not set"))
 
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
-# Parse, wire things together, turn signals into stops and errors into one line and an exit status.
-# stdout is for programs: the public URL on a line of its own, or with --json one object a line. stderr is for people.
-
-EXAMPLES = {
-    "": """\
-  pytunnel serve                      on a host that visitors can reach; prints the line to paste at home
-  pytunnel connect 3000               at home: gives localhost:3000 a public URL
-  pytunnel connect web=3000 api=8080  two tunnels, with names of your choice
-  pytunnel demo                       all of it on this machine, with a sample page
-""",
-    "serve": """\
-  pytunnel serve                           port 8080, URLs from the address that clients dial
-  pytunnel serve --domain t.example.com    tunnels at NAME.t.example.com, whatever they dial
-  pytunnel serve --listen 127.0.0.1:8080 --domain https://t.example.com --trusted-proxy 127.0.0.1
-                                           behind Caddy or nginx on the same host
-""",
-    "connect": """\
-  pytunnel connect 3000                            localhost:3000, under a name that stays the same
-  pytunnel connect 3000 --name web                 https://web.t.example.com
-  pytunnel connect web=3000 api=https://10.0.0.7   two tunnels
-  pytunnel connect unix:/run/app.sock              a Unix socket
-  pytunnel connect 3000 >url &                     stdout is the URL, when it works, and nothing else
-""",
-    "demo": """\
-  pytunnel demo                        a server, a sample page and a tunnel to it, on this machine alone
-  pytunnel demo --listen 127.0.0.1:80  on another port
-""",
+SETTINGS = {"server": str, "token": str, "tunnels": dict}  # of a settings file
+TUNNEL_SETTINGS = {  # of each of its tunnels; also flags of `connect`
+    "target": str,
+    "host-header": str,
+    "header": list,
+    "remove-header": list,
+    "response-header": list,
+    "remove-response-header": list,
+    "route": list,
+    "spa": bool,
+    "insecure": bool,
 }
 
 
-class CommandParser(argparse.ArgumentParser):
-    """argparse, with examples before everything else and errors in one line."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return what a settings file (TOML) says, {} when there is none. Raises UsageError that says what is wrong."""
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {escape(str(error))}") from None
+    _check_settings(settings, SETTINGS, f"{path}: ")
+    for name, tunnel in settings.get("tunnels", {}).items():
+        where = f"{path}: tunnel {escape(name)}: "
+        if not isinstance(tunnel, dict):
+            raise UsageError(f"{where}it is not a table; write [tunnels.{escape(name)}] and below it target = \"3000\"")
+        _check_settings(tunnel, TUNNEL_SETTINGS, where)
+        if "target" not in tunnel:
+            raise UsageError(f"{where}it has no target; add one, like target = \"3000\"")
+    return settings
 
-    def format_help(self) -> str:
-        """Return the examples, then what argparse has to say."""
-        _, _, rest = super().format_help().partition(f"{self.description}\n\n")
-        return f"{self.description}\n\n{EXAMPLES[self.prog.partition(' ')[2]]}\n{self.format_usage()}\n{rest}"
 
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and one line."""
-        self.exit(ExitStatus.USAGE, f"error: {message}; see {self.prog} --help\n")
+def _check_settings(settings: dict[str, Any], known: Mapping[str, type], where: str) -> None:
+    for key, value in settings.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, 1, 0.0)[0]
+            raise UsageError(f"{where}unknown setting {escape(key)!r}; did you mean {nearest!r}?")
+        items = value if isinstance(value, list) else []
+        if type(value) is not known[key] or any(not isinstance(item, str) for item in items):
+            kind = {str: "text in quotes", list: "a list of texts", bool: "true or false", dict: "a table"}[known[key]]
+            raise UsageError(f"{where}{key} is not {kind}")
 
 
-def _parser() -> CommandParser:
-    common = CommandParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="events on stdout, one JSON object a line")
-    common.add_argument("-v", "--verbose", action="store_true", help="more about links on stderr")
-    common.add_argument("--debug", action="store_true", help="frames that arrive, and tracebacks")
-    parser = CommandParser(prog="pytunnel", description="A public URL for a service on your machine.")
-    parser.add_argument("--version", action="version", version=f"pytunnel {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+class Settings:
+    """What a client uses: a flag, else the environment, else a file, else what worked before, else a default."""
 
-    def add(name: str, summary: str) -> CommandParser:
-        what = summary[0].lower() + summary[1:]
-        return commands.add_parser(name, parents=[common], help=what, description=f"{summary}.")
+    def __init__(self, flags: Mapping[str, Any], *, project: bool = False) -> None:
+        """Read them; `project` says that ./pytunnel.toml counts. Raises UsageError."""
+        import platformdirs
 
-    serve = add("serve", "Serve visitors and tunnels")
-    serve.add_argument("--listen", default=f":{DEFAULT_PORT}", metavar="HOST:PORT", help="default: 8080, everywhere")
-    serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
-    serve.add_argument("--token", metavar="T", help="default: one that is made once and kept")
-    serve.add_argument("--trusted-proxy", action="append", default=[], metavar="CIDR", help="believe its X-Forwarded-*")
-    serve.add_argument("--grace", type=float, default=GRACE, metavar="S", help=f"sessions outlive links by {GRACE:g} s")
-    serve.add_argument("--hold", type=float, default=HOLD, metavar="S", help=f"requests wait {HOLD:g} s for a client")
-    serve.add_argument("--drain", type=float, default=DRAIN, metavar="S", help=f"exchanges get {DRAIN:g} s on SIGTERM")
-    connect = add("connect", "Give local services public URLs")
-    connect.add_argument("targets", nargs="+", metavar="TARGET", help="[NAME=] port, host:port, URL or unix:/path")
-    connect.add_argument("--server", metavar="URL", help="default: the last one that worked, else localhost:8080")
-    connect.add_argument("--token", metavar="T", help="default: the one remembered for that server")
-    connect.add_argument("--name", action="append", default=[], metavar="N", help="default: one that stays the same")
-    connect.add_argument("--insecure", action="store_true", help="do not verify a local service's certificate")
-    demo = add("demo", "Try it on this machine")
-    demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
-    return parser
+        self._flags = flags
+        self.memory = Memory(state_directory())
+        own = os.environ.get("PYTUNNEL_CONFIG") or Path(platformdirs.user_config_dir("pytunnel")) / "config.toml"
+        self.files = {path: read_settings(path) for path in [Path("pytunnel.toml")] * project + [Path(own)]}
+        candidates = [*self._given("server", "PYTUNNEL_SERVER"), *((file.get("server"), str(path)) for path, file in self.files.items())]
+        last = (self.memory.server, "the last one that worked")
+        server, source = Setting.first(*candidates, last, ("localhost", "default"))
+        try:
+            self.server = Setting(parse_server(server), source)
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from None
+        self.token = Setting.first(*self._given("token", "PYTUNNEL_TOKEN"), *self._kept_tokens())
+
+    def _given(self, key: str, variable: str) -> list[tuple[str | None, str]]:
+        return [(self._flags.get(key), f"--{key}"), (os.environ.get(variable), f"${variable}")]
+
+    def _kept_tokens(self) -> Iterator[tuple[str | None, str]]:
+        for path, file in self.files.items():
+            if parse_server(file.get("server") or self.server.value) == self.server.value:  # else it is another's
+                yield file.get("token"), str(path)
+        yield self.memory.tokens.get(self.server.value), "the one that worked for this server"
+        if Origin.from_url(self.server.value).zone == "localhost":
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                path = self.memory.directory / "token"
+                yield path.read_text(encoding="utf-8").strip(), str(path)
+
+    def checked_token(self) -> str:
+        """Return the token. Raises UsageError when there is none."""
+        if not self.token.value:
+            raise UsageError(f"no token for {self.server.value}: add --token with what `pytunnel serve` printed there")
+        return check_token(self.token.value, "copy the whole of what `pytunnel serve` printed")
+
+    def from_targets(self, texts: Sequence[str]) -> list[Tunnel]:
+        """Return the tunnels of targets like `3000` or `web=3000`. Raises UsageError or Refused."""
+        name = Setting.first(*self._given("name", "PYTUNNEL_NAME")).value
+        tunnels = []
+        for text in texts:
+            label, separator, rest = text.partition("=") if re.match(r"[^:/\\]+=", text) else ("", "", text)
+            if name and (separator or len(texts) > 1):
+                raise UsageError("--name and PYTUNNEL_NAME are for one target; write NAME=TARGET, like web=3000")
+            tunnels.append(self._tunnel(label if separator else name, rest, self._flags))
+        if len({tunnel.name for tunnel in tunnels}) < len(tunnels):
+            raise UsageError("two targets with one name; give each its own, like web=3000 api=8080")
+        return tunnels
+
+    def named(self) -> dict[str, Tunnel]:
+        """Return the tunnels of the settings files, by name; those of ./pytunnel.toml first."""
+        tables: dict[str, dict[str, Any]] = {}
+        for file in self.files.values():
+            for name, table in file.get("tunnels", {}).items():
+                tables.setdefault(name, {key.replace("-", "_"): value for key, value in table.items()})
+        return {name: self._tunnel(name, table["target"], table) for name, table in tables.items()}
+
+    def _tunnel(self, name: str, target: str, options: Mapping[str, Any]) -> Tunnel:
+        parsed = Target.parse(target)
+        routes = []
+        for text in options.get("route") or ():
+            prefix, separator, rest = text.partition("=")
+            if not separator or not prefix.startswith("/"):
+                raise UsageError(f"{escape(text)!r} is not a route: write PATH=TARGET, like /api=8080")
+            routes.append((prefix.rstrip("/"), Target.parse(rest)))
+        host = options.get("host_header") or ""
+        if host and host != "rewrite":
+            try:
+                parse_host(host)
+            except MessageError:
+                raise UsageError(f"{escape(host)!r} is not a host; give one, or `rewrite` for the target's") from None
+        return Tunnel(
+            check_name(name) if name else default_name(self.checked_token(), self.memory.machine(), parsed.text),
+            parsed,
+            tuple(routes),
+            host,
+            Edits.parse(options.get("header") or (), options.get("remove_header") or ()),
+            Edits.parse(options.get("response_header") or (), options.get("remove_response_header") or ()),
+            bool(options.get("insecure")),
+            bool(options.get("spa")),
+        )
+
+
+# ---- Running clients ------------------------------------------------------------------------------------------------
+# A client leaves a private note of itself, so that other commands find it and talk to it through its inspector.
+
+
+class Run:
+    """A client that runs on this machine: its tunnels, and the way to its inspector."""
+
+    def __init__(self, path: Path, note: Mapping[str, Any]) -> None:
+        self.path, self.tunnels = path, list(note["tunnels"])  # of each: name, url, target
+        self.pid, self.inspector, self._token = int(note["pid"]), str(note["inspector"]), str(note["token"])
+
+    @staticmethod
+    @contextlib.contextmanager
+    def noted(inspector: Inspector) -> Iterator[Callable[[TunnelClient], None]]:
+        """Give a function that leaves the note of a client; it is removed when the context ends."""
+        path = state_directory() / "run" / f"{os.getpid()}.json"
+
+        def leave(client: TunnelClient) -> None:
+            pairs = zip(client.tunnels, client.urls, strict=True)
+            tunnels = [{"name": tunnel.name, "url": url, "target": tunnel.target.text} for tunnel, url in pairs]
+            note = {"pid": os.getpid(), "inspector": inspector.url, "token": inspector.token, "tunnels": tunnels}
+            with contextlib.suppress(OSError):  # a full disk is no reason to stop
+                write_private(path, json.dumps(note))
+
+        try:
+            yield leave
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # unless there is more in them
+                path.parent.rmdir()
+                path.parent.parent.rmdir()
+
+    @classmethod
+    def all(cls) -> list[Run]:
+        """Return the clients that run here; what killed ones have left is removed."""
+        runs = []
+        for path in sorted((state_directory() / "run").glob("*.json")):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                run = cls(path, parse_object(path.read_text(encoding="utf-8")))
+                if run.status():
+                    runs.append(run)
+                    continue
+                if os.name == "posix":  # it may only be stopped, or busy
+                    os.kill(run.pid, 0)
+                    continue
+            path.unlink(missing_ok=True)
+        return runs
+
+    def status(self) -> dict[str, Any]:
+        """Return what its inspector says of it, {} when it does not answer."""
+        with contextlib.suppress(TunnelError):
+            return dict(self.ask("/api/status", within=2.0))
+        return {}
+
+    @classmethod
+    def find(cls, name: str | None) -> Run:
+        """Return the client that has a tunnel of this name, without one the only client. Raises TunnelError."""
+        runs = cls.all()
+        fitting = [run for run in runs if not name or name in run.names]
+        if len(fitting) == 1:
+            return fitting[0]
+        names = ", ".join(name for run in runs for name in run.names)
+        if not runs:
+            raise TunnelError("no client runs here; start one with pytunnel connect")
+        raise TunnelError(f"which tunnel? these run here: {escape(names)}")
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its tunnels."""
+        return [str(tunnel["name"]) for tunnel in self.tunnels]
+
+    def ask(self, path: str, /, *, post: bool = False, within: float = 10.0, **query: object) -> Any:
+        """Return the inspector's answer: an object, or bytes that are no JSON. Raises TunnelError with its reason."""
+        import urllib.request
+
+        url = self.inspector + path + ("?" + urllib.parse.urlencode(query) if query else "")
+        request = urllib.request.Request(url, b"{}" if post else None, {"X-Pytunnel-Token": self._token})
+        request.add_header("Content-Type", "application/json")
+        try:
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(request, timeout=within) as response:
+                data: bytes = response.read()
+                return parse_object(data.decode()) if "json" in response.headers["Content-Type"] else data
+        except urllib.error.HTTPError as error:
+            with error, contextlib.suppress(ValueError):
+                raise TunnelError(escape(str(parse_object(error.read().decode()).get("error")))) from None
+            raise TunnelError(f"the client answered with HTTP status {error.code}") from None
+        except (OSError, ValueError) as error:
+            raise TunnelError(f"the client at {self.inspector} does not answer: {_describe(error)}") from None
+
+
+# ---- Python API -----------------------------------------------------------------------------------------------------
+# What the commands do, for a test suite or a notebook.
+
+
+@contextlib.asynccontextmanager
+async def open_folders(tunnels: Iterable[Tunnel]) -> AsyncIterator[list[Tunnel]]:
+    """Serve the folders among the targets while the context lasts, and give the tunnels that lead there."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def opened(target: Target, spa: bool) -> Target:
+            if not target.folder:
+                return target
+            port = await stack.enter_async_context(folder_service(Path(target.host), spa=spa))
+            return target._replace(host="127.0.0.1", port=port, folder=False)
+
+        yield [
+            tunnel._replace(
+                target=await opened(tunnel.target, tunnel.spa),
+                routes=tuple([(prefix, await opened(target, tunnel.spa)) for prefix, target in tunnel.routes]),
+            )
+            for tunnel in tunnels
+        ]
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    *targets: int | str,
+    server: str = "",
+    token: str = "",
+    name: str = "",
+    host_header: str = "",
+    header: Sequence[str] = (),
+    remove_header: Sequence[str] = (),
+    response_header: Sequence[str] = (),
+    remove_response_header: Sequence[str] = (),
+    route: Sequence[str] = (),
+    spa: bool = False,
+    insecure: bool = False,
+) -> AsyncIterator[TunnelClient]:
+    """Give local services public URLs while the context lasts; it is entered when they work.
+
+    The arguments are those of the command line, like `connect(3000, name="web")`, `connect("web=3000", "api=8080")`
+    or `connect("./dist", spa=True)`. The client has `url` and `urls`, `wait_for`, `replay`, and the exchanges in its
+    `log`. Raises TunnelError, also at the end when the session was lost for good.
+    """
+    settings = Settings(locals())
+    async with open_folders(settings.from_targets([str(target) for target in targets])) as tunnels:
+        client = TunnelClient(settings.server.value, settings.checked_token(), tunnels)
+        running = asyncio.ensure_future(client.run())
+        try:
+            while client.problem and not running.done():
+                changed = asyncio.ensure_future(client.wait_changed(client.log.version))
+                await asyncio.wait([running, changed], return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+            if running.done():
+                running.result()
+            yield client
+        finally:
+            client.stop()
+            client.stop()
+            await running
+
+
+def _dialled(host: str | None, everywhere: str) -> str:
+    """Return the host of a URL that reaches what listens on `host`; `everywhere` stands for all addresses."""
+    if host in (None, "0.0.0.0", "::"):
+        return everywhere
+    return f"[{host}]" if ":" in host else host
+
+
+class Served(NamedTuple):
+    """A server that runs, and what a client needs to use it."""
+
+    url: str
+    token: str
+    server: TunnelServer
+
+
+@contextlib.asynccontextmanager
+async def serve(listen: str = "127.0.0.1:0", *, token: str = "", state: Path | None = None) -> AsyncIterator[Served]:
+    """Run a server while the context lasts, with `url` and `token` for clients. Raises TunnelError.
+
+    Which name belongs to which token is kept in the directory `state`, else nowhere.
+    """
+    import tempfile
+
+    host, port = parse_listen(listen)
+    token = check_token(token or make_token())
+    with tempfile.TemporaryDirectory(prefix="pytunnel-") as directory:
+        server = TunnelServer(tokens=[token], state=state or Path(directory), host=host, port=port)
+        await server.start()
+        try:
+            yield Served(f"http://{_dialled(host, '127.0.0.1')}:{server.port}", token, server)
+        finally:
+            await server.close()
+
+
+# ---- Doctor ---------------------------------------------------------------------------------------------------------
+# The way from here to the server and a visitor's way back, checked one step after another: what was found, and what to
+# do about it. No check raises, and none takes longer than CHECK_TIMEOUT.
+
+Verdict = tuple[bool | None, str, str]  # of a check: all but the first field of a Finding, in order
+UPGRADE_ADVICE = {  # what stands in front, as its Server or Via field says -> how WebSockets get through it
+    "cloudflare": "Turn on WebSockets in Cloudflare's dashboard, under Network.",
+    "caddy": """Caddy passes WebSockets on when nothing else in the site's block is in the way of this:
+    reverse_proxy 127.0.0.1:8080 {
+        flush_interval -1
+    }""",
+    "": """What stands in front has to pass Upgrade on. In nginx that takes a map, and three lines in the location:
+map $http_upgrade $connection_upgrade {
+    default upgrade;
+    ''      '';
+}
+        proxy_http_version 1.1;
+        proxy_set_header Upgrade $http_upgrade;
+        proxy_set_header Connection $connection_upgrade;""",
+}
+SERVER_ADVICE = "See that pytunnel serve runs there, and that the firewall and what stands in front lead to its port."
+CERTIFICATE_ADVICE = "Renew it; or when its authority is your own, put that one's certificate into SSL_CERT_FILE."
+HOST_ADVICE = """What stands in front has to pass Host on as it is. Caddy does; in nginx's location that takes:
+        proxy_set_header Host $http_host;"""
+IDLE_ADVICE = f"""What stands in front has to bear {PING_INTERVAL:g} s of silence. In nginx's location that takes:
+        proxy_read_timeout 1d;
+        proxy_send_timeout 1d;"""
+
+
+class Finding(NamedTuple):
+    """What a check has found: `ok` is None when it cannot tell, or when what it found may be on purpose."""
+
+    what: str
+    ok: bool | None
+    detail: str
+    advice: str  # a sentence, and below it what to write into a configuration; or nothing
+
+
+class Doctor:
+    """The checks of a server, in their order; later ones go by what earlier ones have found."""
+
+    def __init__(self, server: str, token: str, http: aiohttp.ClientSession) -> None:
+        self._server, self._token, self._http = server, token, http
+        self._at = urllib.parse.urlsplit(server)
+        self._url = Origin.from_url(server).url(f"doctor-{secrets.token_hex(4)}")  # until the login gives a real one
+        self.through = self._front = self._date = ""  # the proxy on this side; what stands in front on the other
+        self._addresses: set[str] = set()
+        self.is_ours = self.upgrades = self.connected = False
+        self._client: TunnelClient | None = None
+        self._running: asyncio.Future[None]
+        self._events: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+
+    async def close(self) -> None:
+        """Take down the tunnel that the login made."""
+        if self._client:
+            self._client.stop()
+            await asyncio.gather(self._running, return_exceptions=True)
+
+    async def proxy(self) -> Verdict:
+        """Whether a proxy stands between this machine and the server."""
+        import urllib.request
+
+        if not urllib.request.proxy_bypass(str(self._at.hostname)):
+            self.through = urllib.request.getproxies().get(self._at.scheme, "")
+        detail = f"{self.through.rpartition('@')[2]}, as {self._at.scheme.upper()}_PROXY says"
+        if self.through and not self.through.startswith("http://"):
+            return False, detail, "Only a proxy at http:// can be used; or name the server's host in NO_PROXY."
+        return True, detail if self.through else "none on the way to this server", ""
+
+    async def address(self) -> Verdict:
+        """Whether the server's host has an address."""
+        host = str(self._at.hostname)
+        try:
+            self._addresses = await self._resolve(host)
+        except socket.gaierror:
+            advice = f"Check the spelling, or add a DNS record for {host} with the server's address."
+            return None if self.through else False, f"{host} has no address", advice
+        return True, f"{host} is at {', '.join(sorted(self._addresses))}", ""
+
+    async def certificate(self) -> Verdict:
+        """Whether the server's certificate is trusted, and for how long."""
+        host, context = self._at.hostname, ssl.create_default_context()
+        _, writer = await asyncio.open_connection(host, self._at.port or 443, ssl=context, server_hostname=host)
+        certificate = writer.get_extra_info("peercert")
+        writer.transport.abort()
+        left = ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()
+        names = ", ".join(name for _, name in certificate.get("subjectAltName", ()))
+        advice = "See why nothing has renewed it: `certbot renew`, or Caddy's log." if left < EXPIRES_SOON else ""
+        return None if advice else True, f"trusted until {certificate['notAfter']}, for {names}", advice
+
+    async def answers(self) -> Verdict:
+        """Whether it is pytunnel that answers."""
+        status, headers = await self._get(self._server)
+        self._front = f"{headers.get('Server', '')} {headers.get('Via', '')}".strip()
+        self._date, problem, location = (headers.get(name, "") for name in ("Date", "X-Pytunnel-Error", "Location"))
+        self.is_ours = problem == "not-a-link"
+        if self.is_ours:
+            return True, f"pytunnel answers{' through ' * bool(self._front)}{self._front}", ""
+        if problem:
+            return False, f"pytunnel answers {status} {problem}", "Dial the server's own host, not a tunnel's."
+        if location:
+            return False, f"a redirect to {location}", "Give --server the address that it leads to."
+        return False, f"something else answers: status {status}, {self._front or 'with no Server field'}", SERVER_ADVICE
+
+    async def clock(self) -> Verdict:
+        """Whether this machine and the server agree on the time."""
+        ahead = time.time() - email.utils.parsedate_to_datetime(self._date).timestamp()
+        if abs(ahead) <= MAX_SKEW:
+            return True, "this machine and the server agree", ""
+        detail = f"this machine is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server"
+        return False, detail, "Set the one that is wrong, as by `timedatectl set-ntp true`: certificates depend on it."
+
+    async def upgrade(self) -> Verdict:
+        """Whether a WebSocket gets through to the server."""
+        import aiohttp
+
+        url, patience = self._server + LINK_PATH, aiohttp.ClientWSTimeout(ws_close=1.0)
+        try:
+            async with self._http.ws_connect(url, protocols=(SUBPROTOCOL,), compress=0, timeout=patience) as ws:
+                self.upgrades = ws.protocol == SUBPROTOCOL
+        except aiohttp.WSServerHandshakeError as error:
+            advice = next(text for front, text in UPGRADE_ADVICE.items() if front in self._front.lower())
+            return False, f"refused with status {error.status}", advice
+        if not self.upgrades:
+            return False, f"opened, but without {SUBPROTOCOL}", "Sec-WebSocket-Protocol has to be passed on, too."
+        return True, "gets through", ""
+
+    async def login(self) -> Verdict:
+        """Whether the server knows the token; from here on there is a tunnel for the checks that follow."""
+        name = default_name(self._token, platform.node(), "doctor")  # one and the same, for the server keeps names
+        tunnel = Tunnel(name, Target.parse("127.0.0.1:1"))  # where nothing listens, so that visitors get to hear that
+        self._client = TunnelClient(self._server, self._token, [tunnel], on_event=self._note)
+        self._running = asyncio.ensure_future(self._client.run())
+        self._running.add_done_callback(lambda _: self._note("ended"))
+        event, fields = await self._events.get()
+        self.connected = event == "ready"
+        if self.connected:
+            self._url = fields["url"]
+            return True, "the server knows the token, and gives tunnels", ""
+        return False, str(fields.get("reason") or self._running.exception()), ""
+
+    async def names(self) -> Verdict:
+        """Whether any name below the server's leads to the same place."""
+        host = str(urllib.parse.urlsplit(self._url).hostname)
+        wildcard = f"*.{host.partition('.')[2]}"
+        records = "".join(f"\n    {wildcard}. {'AAAA' if ':' in ip else 'A'} {ip}" for ip in sorted(self._addresses))
+        try:
+            found = await self._resolve(self._dialled(host))
+        except socket.gaierror:
+            advice = f"Add the DNS record that leads all names to the server:{records}"
+            if host.endswith(".sslip.io"):
+                advice = "Your resolver does not answer for sslip.io: use another one, or a domain of your own."
+            return None if self.through else False, f"{host} has no address", advice
+        if self._addresses and not self._addresses & found:
+            advice = f"If that is not on purpose, change the DNS record:{records}"
+            return None, f"{wildcard} is elsewhere, at {', '.join(sorted(found))}", advice
+        return True, f"{wildcard} is in the same place", ""
+
+    async def visitor(self) -> Verdict:
+        """Whether a visitor gets to a tunnel."""
+        import aiohttp
+
+        name = urllib.parse.urlsplit(self._url).netloc
+        wildcard = f"*.{name.partition('.')[2]}"
+        try:
+            status, headers = await self._get(self._url)
+        except aiohttp.ClientSSLError as error:
+            advice = f"It takes a certificate for {wildcard}, or a tunnel with a --name that has one."
+            return None, f"{name}: {_describe(error)}", advice
+        problem = headers.get("X-Pytunnel-Error", "")
+        if problem.startswith("local-"):
+            return True, f"a request to {name} arrives here", ""
+        if problem == "unknown-tunnel" and not self.connected:
+            return True, f"a request to {name} arrives at the server", ""
+        if problem == "not-a-link":  # so it is the server's own host that the server has seen
+            return False if self.connected else None, f"Host is not {name} any more when it arrives", HOST_ADVICE
+        advice = f"What stands in front has to take {wildcard} as well; in nginx server_name says so."
+        return False, f"something else answers {name}: status {status} {problem or headers.get('Server', '')}", advice
+
+    async def idle(self, seconds: float) -> Verdict:
+        """Whether a link that carries nothing is left alone."""
+        with contextlib.suppress(TimeoutError):
+            event, fields = await asyncio.wait_for(self._events.get(), seconds)
+            return False, f"lost: {fields.get('reason', event)}", IDLE_ADVICE
+        return True, f"left alone for {seconds:g} s", ""
+
+    def _note(self, event: str, **fields: Any) -> None:
+        if event != "request":
+            self._events.put_nowait((event, fields))
+
+    def _dialled(self, host: str) -> str:
+        return str(self._at.hostname) if host.endswith(".localhost") else host  # browsers know it, resolvers do not
+
+    async def _resolve(self, host: str) -> set[str]:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return {str(address[0]) for *_, address in found}
+
+    async def _get(self, url: str) -> tuple[int, Mapping[str, str]]:
+        """Return status and headers of LINK_PATH, which tells the server's own host from a tunnel."""
+        at = urllib.parse.urlsplit(url)
+        url = url if self._dialled(str(at.hostname)) == at.hostname else self._server
+        async with self._http.get(url + LINK_PATH, headers={"Host": at.netloc}, allow_redirects=False) as response:
+            return response.status, response.headers
+
+
+async def _local_answer(target: Target) -> str:
+    """Return what a local service answers, at one address. Raises what keeps it from that."""
+    connection = await LocalService(target, insecure=True).connect()
+    parser, fields = ResponseParser(b"GET"), [(b"Host", b"localhost"), (b"Connection", b"close")]
+    try:
+        await connection.write(RequestHead(b"GET", b"/", fields).to_wire(chunked=False, upgrade=False))
+        while data := await connection.read():
+            for event in parser.receive_data(data):
+                if isinstance(event, ResponseHead) and not event.interim:
+                    return f"HTTP status {event.status}"
+        raise StreamReset(ErrorCode.LOCAL_RESET, "it closed the connection without an answer")
+    except MessageError as error:
+        raise StreamReset(ErrorCode.LOCAL_INVALID, f"its answer is not HTTP: {error}") from None
+    finally:
+        connection.abort()
+
+
+async def check_target(target: Target) -> Verdict:
+    """Whether a local service listens, at which of localhost's addresses, and speaks HTTP."""
+    ok, details = False, []
+    for address in target.addresses:
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT / len(target.addresses)):
+                detail, ok = await _local_answer(target._replace(host=address)), True
+        except (StreamReset, OSError, TimeoutError) as error:
+            detail = error.reason if isinstance(error, StreamReset) else f"connected, but {_describe(error)}"
+        details.append(f"{address}: {detail}")
+    return ok, "; ".join(details), "" if ok else "Start the service, or see which port it says it listens on."
+
+
+async def _checked(what: str, verdict: Awaitable[Verdict], advice: str = "", *, extra: float = 0) -> Finding:
+    """Return what a check found, or what kept it from finding anything, with this advice."""
+    import aiohttp
+
+    try:
+        return Finding(what, *await asyncio.wait_for(verdict, CHECK_TIMEOUT + extra))
+    except (OSError, aiohttp.ClientError, TimeoutError, ValueError) as error:
+        return Finding(what, False, _describe(error), advice)
+
+
+async def diagnose(server: str, token: str, targets: list[Target], *, idle: float = 0) -> AsyncGenerator[Finding, None]:
+    """Check everything between visitors and local services, one thing after another; `idle` is in seconds."""
+    import aiohttp
+
+    async with aiohttp.ClientSession(trust_env=True, headers={"User-Agent": f"pytunnel/{__version__}"}) as http:
+        checks = Doctor(server, token, http)
+        try:
+            yield await _checked("proxy", checks.proxy())
+            address = await _checked("address", checks.address())
+            yield address
+            if address.ok and server.startswith("https:") and not checks.through:
+                yield await _checked("certificate", checks.certificate(), CERTIFICATE_ADVICE)
+            if address.ok is not False:
+                yield await _checked("server", checks.answers(), SERVER_ADVICE)
+            if checks.is_ours:
+                yield await _checked("clock", checks.clock())
+                yield await _checked("WebSocket", checks.upgrade())
+            if checks.upgrades:
+                yield await _checked("login", checks.login())
+            if address.ok is not False:
+                yield await _checked("names", checks.names())
+            if checks.is_ours:
+                yield await _checked("visitor", checks.visitor())
+            if checks.connected and idle:
+                yield await _checked("idle link", checks.idle(idle), extra=idle)
+        finally:
+            await checks.close()
+    for target in targets:
+        yield await _checked(f"local service {target.text}", check_target(target), extra=1)
+
+
+def _doctor_lines(finding: Finding) -> Iterator[str]:
+    """Render a finding for a terminal; what is in it may come from the network."""
+    mark = {True: "ok", False: "no", None: "??"}[finding.ok]
+    wrapper = textwrap.TextWrapper(100, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False)
+    for line in [f"{mark}  {finding.what}: {finding.detail}", *textwrap.indent(finding.advice, "      ").splitlines()]:
+        yield from wrapper.wrap(escape(line, 1000))
+
+
+async def doctor(server: str, token: str, targets: list[Target], idle: float, write: Callable[[str], None]) -> int:
+    """Write down what is found, line by line as it is found; return 0 when nothing is wrong, else 1."""
+    status = ExitStatus.OK
+    async with contextlib.aclosing(diagnose(server, token, targets, idle=idle)) as findings:
+        async for finding in findings:
+            for line in _doctor_lines(finding):
+                write(line)
+            if finding.ok is False:
+                status = ExitStatus.UNEXPECTED
+    return status
+
+
+# ---- Console --------------------------------------------------------------------------------------------------------
+# stdout is for programs: the public URL on a line of its own, or with --json one object a line. stderr is for people.
 
 
 class Output(threading.Thread):
@@ -5169,31 +6493,35 @@ class Output(threading.Thread):
 class Console:
     """Tells programs and people what happens."""
 
-    def __init__(self, *, as_json: bool) -> None:
-        self._json = as_json
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Report as the options say: `json`, `run`, and for clients `format` and `detached`."""
+        self.as_json: bool = options.json
+        self.format: str = getattr(options, "format", None) or ("" if options.run else "{url}")  # stdout is COMMAND's
+        self.quiet = bool(getattr(options, "detached", False))  # about requests
         self.stdout, self.stderr = Output(1), Output(2)
+        self.say: Callable[[str], None] = self.stderr.write  # a line for people; the terminal view takes its place
         self._last_line = ""
 
     def emit(self, event: str, **fields: Any) -> None:
         """Report an event."""
         exchange = fields.pop("exchange", None)
-        if exchange and self._json:
+        if exchange:
             fields = exchange.summary()
-        line = exchange.line() if exchange else self._line(event, fields)
-        if self._json:
+        line = one_line(fields) if exchange else self._line(event, fields)
+        if self.as_json:
             self.stdout.write(json.dumps({"event": event, **fields}))
         else:
-            if event == "ready":
-                self.stdout.write(fields["url"])
-            if line and line != self._last_line:  # an outage is reported once, not at every dial
-                self.stderr.write(line)
-            self._last_line = line if event == "disconnected" else ""
+            if event == "ready" and self.format:
+                self.stdout.write(self.format.format(**fields))
+            if line and line != self._last_line and not (exchange and self.quiet):
+                self.say(line)
+            self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
 
     def fail(self, error: TunnelError) -> None:
         """Report what a command ends with."""
-        if self._json:
+        if self.as_json:
             self.emit("error", code=error.code, message=str(error))
-        self.stderr.write(f"error: {error}")
+        self.say(f"error: {error}")
 
     def close(self) -> None:
         """Let everything out."""
@@ -5213,8 +6541,12 @@ class Console:
         return ""
 
 
+# ---- Commands -------------------------------------------------------------------------------------------------------
+# Each subcommand wires things together, turns signals into stops, and returns an exit status.
+
+
 @contextlib.contextmanager
-def _signals(handler: Callable[[], None]) -> Iterator[None]:
+def _signals(handler: Callable[[int], object]) -> Iterator[None]:
     """Call `handler` on SIGINT, SIGTERM, and when the terminal is closed."""
     loop = asyncio.get_running_loop()
     caught = [signal.SIGINT, signal.SIGTERM]
@@ -5222,15 +6554,89 @@ def _signals(handler: Callable[[], None]) -> Iterator[None]:
         caught.append(signal.SIGHUP)
     for number in caught:
         try:
-            loop.add_signal_handler(number, handler)
+            loop.add_signal_handler(number, handler, number)
         except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(handler))
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(handler, number))
     try:
         yield
     finally:
         for number in caught:
             with contextlib.suppress(NotImplementedError):
                 loop.remove_signal_handler(number)
+
+
+PACKAGES = "aiohttp zstandard platformdirs"
+
+
+def _run(command: Coroutine[Any, Any, int]) -> int:
+    """Run a command on uvloop when it is installed, else on asyncio's own loop."""
+    factory = None
+    if os.environ.get("PYTUNNEL_LOOP") != "asyncio":
+        with contextlib.suppress(ImportError):
+            import uvloop
+
+            factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(command)
+
+
+class Command:
+    """What `connect … -- COMMAND` runs, in a process group of its own that has the terminal meanwhile."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Run it with these variables, too. Raises NotRun."""
+        group: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {"creationflags": 0x200}
+        try:
+            self._process = subprocess.Popen(self._words, env={**os.environ, **environment}, **group)
+        except OSError as error:
+            raise NotRun(f"cannot run {escape(self._words[0])}: {_describe(error)}") from None
+
+    async def wait(self) -> int:
+        """Return its exit status, as a shell tells it; what it has started ends with it."""
+        assert self._process
+        wait = self._wait if os.name == "posix" else self._process.wait
+        waiting = asyncio.ensure_future(asyncio.to_thread(wait))
+        try:
+            status = await asyncio.shield(waiting)
+        finally:
+            self.send_signal(signal.SIGTERM)
+            if not waiting.done():
+                await asyncio.wait([waiting], timeout=GOODBYE)
+                if not waiting.done():
+                    self.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+                    await waiting
+        return status if status >= 0 else 128 - status
+
+    def send_signal(self, number: int) -> bool:
+        """Pass a signal on to its process group; False before there is one."""
+        if self._process:
+            with contextlib.suppress(OSError):
+                if os.name == "posix":
+                    os.killpg(self._process.pid, number)
+                else:
+                    self._process.terminate()
+        return self._process is not None
+
+    def _wait(self) -> int:
+        assert self._process
+        group, own_group = self._process.pid, os.getpgrp()
+        has_terminal = os.isatty(0) and os.tcgetpgrp(0) == own_group
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})  # of this thread; else it may not take it back
+        while True:
+            if has_terminal:
+                os.tcsetpgrp(0, group)
+                self.send_signal(signal.SIGCONT)  # it may have been stopped when it read before it had the terminal
+            _, status = os.waitpid(group, os.WUNTRACED)
+            if has_terminal:
+                os.tcsetpgrp(0, own_group)
+            if not os.WIFSTOPPED(status):
+                self._process.returncode = os.waitstatus_to_exitcode(status)
+                return self._process.returncode
+            os.kill(os.getpid(), signal.SIGSTOP)  # Ctrl-Z is for both, and so is the shell's `fg`
 
 
 async def _serve(options: argparse.Namespace, console: Console) -> int:
@@ -5255,11 +6661,11 @@ async def _serve(options: argparse.Namespace, console: Console) -> int:
     except ValueError as error:
         raise UsageError(f"--trusted-proxy: {error}; give an address or a network, like 10.0.0.0/8") from None
     await server.start()
-    signals: asyncio.Queue[None] = asyncio.Queue()
-    with _signals(lambda: signals.put_nowait(None)):
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    with _signals(signals.put_nowait):
         console.emit("listening", host=host or "*", port=server.port)
         if not options.json:
-            console.stderr.write(_invitation(host, server.port, domain, token if not given else "", state / "token"))
+            console.say(_invitation(host, server.port, domain, token if not given else "", state / "token"))
         await signals.get()
         log.info("stopping; running requests have %g s, a second signal ends them", options.drain)
         drained = asyncio.ensure_future(server.drain())
@@ -5285,13 +6691,6 @@ def _invitation(host: str | None, port: int, domain: Origin | None, token: str, 
     return f"listening on port {port}; on the machine with your service, run{where}:\n\n  {line}\n"
 
 
-def _dialled(host: str | None, everywhere: str) -> str:
-    """Return the host of a URL that reaches what listens on `host`; `everywhere` stands for all addresses."""
-    if host in (None, "0.0.0.0", "::"):
-        return everywhere
-    return f"[{host}]" if ":" in host else host
-
-
 def _own_address() -> str:
     """Return the address that this machine has towards the internet; nothing is sent to find out."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -5300,97 +6699,514 @@ def _own_address() -> str:
     return "localhost"
 
 
-async def _run_client(client: TunnelClient, console: Console) -> int:
-    def stop() -> None:
-        if client.log.in_flight:
-            console.stderr.write(f"finishing what still runs ({client.log.in_flight}); once more to stop now")
-        client.stop()
+def _connect(options: argparse.Namespace, console: Console) -> int:
+    if len(options.name) > 1:
+        raise UsageError("--name was given twice; write NAME=TARGET for each, like web=3000 api=8080")
+    settings = Settings({**vars(options), "name": "".join(options.name)})
+    return _share(settings, settings.from_targets(options.targets), options, console)
 
+
+def _start(options: argparse.Namespace, console: Console) -> int:
+    settings = Settings(vars(options), project=True)
+    tunnels = settings.named()
+    if not tunnels:
+        raise UsageError(f"no tunnels are set up in {' or '.join(map(str, settings.files))}; see pytunnel start --help")
+    names = list(tunnels) if options.all or (len(tunnels) == 1 and not options.names) else dict.fromkeys(options.names)
+    for name in names:
+        if name not in tunnels:
+            nearest = difflib.get_close_matches(name, tunnels, 1, 0.0)[0]
+            raise UsageError(f"no tunnel is called {escape(name)!r}; did you mean {nearest!r}?")
+    if not names:
+        raise UsageError(f"which tunnel? give --all, or some of: {', '.join(tunnels)}")
+    return _share(settings, [tunnels[name] for name in names], options, console)
+
+
+def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespace, console: Console) -> int:
+    settings.checked_token()
+    try:
+        console.format.format(url="", name="", target="")
+    except (LookupError, ValueError, AttributeError):
+        raise UsageError(f"--format {escape(console.format)!r}: the fields are {{url}}, {{name}} and {{target}}") from None
+    inspectors = {urllib.parse.urlsplit(run.inspector).port for run in Run.all()}
+    for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
+        if target.is_loopback and target.port in inspectors:
+            raise UsageError(f"port {target.port} is a pytunnel inspector; it stays on this machine")
+    if options.detach and not options.detached:
+        return _detach(options, console)
+
+    def remember() -> None:
+        settings.memory.remember(settings.server.value, settings.token.value)
+
+    status = _run(_share_here(settings.server.value, settings.token.value, tunnels, options, console, remember))
+    if options.detached:
+        Path(options.detached).unlink(missing_ok=True)  # nothing went wrong
+    return status
+
+
+def write_url(path: Path, urls: Iterable[str]) -> None:
+    """Write public URLs, a line for each, in one step. Raises TunnelError, as only a TunnelError ends the client."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text("\n".join(urls) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise TunnelError(f"cannot write {path}: {_describe(error)}") from None
+
+
+LIVE = b"\0"  # what ends stdout of a client in the background, when its tunnels are live
+
+
+def _detach(options: argparse.Namespace, console: Console) -> int:
+    """Run the same command in the background; return when its tunnels are live, or when it has failed."""
+    path = state_directory() / "run" / f"{secrets.token_hex(8)}.log"
+    write_private(path, "")
+    words = [sys.executable, os.path.abspath(__file__), *options.argv, "--detached", str(path)]
+    with open(path, "ab") as errors:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        )
+    assert process.stdout
+    try:
+        output, live, _ = process.stdout.read().partition(LIVE)
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
+    for line in output.decode().splitlines():
+        console.stdout.write(line)
+    if live:
+        process.returncode = 0  # it goes on without us
+        return ExitStatus.OK
+    status = process.wait()
+    for problem in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        console.say(problem)
+    path.unlink(missing_ok=True)
+    return status if status >= 0 else 128 - status
+
+
+async def _share_here(
+    server: str,
+    token: str,
+    tunnels: list[Tunnel],
+    options: argparse.Namespace,
+    console: Console,
+    on_live: Callable[[], None] = lambda: None,
+) -> int:
+    """Run a client with all that the command line offers around it."""
+    if server.startswith("http:") and Origin.from_url(server).zone != "localhost":
+        console.say("warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://")
+    if options.wait_local is not None:
+        await _wait_local(tunnels, options.wait_local)
+    live = asyncio.Event()
+
+    def emit(event: str, **fields: Any) -> None:
+        if event == "ready" and fields["url"] == client.urls[-1]:
+            on_live()
+            leave_note(client)
+            if options.url_file:
+                write_url(Path(options.url_file), client.urls)
+            live.set()
+        console.emit(event, **fields)
+        if live.is_set() and options.detached and console.stdout.is_alive():
+            console.stdout.write(LIVE.decode())
+            console.stdout.close()
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+
+    async with contextlib.AsyncExitStack() as stack:
+        tunnels = await stack.enter_async_context(open_folders(tunnels))
+        client = TunnelClient(server, token, tunnels, max_retries=options.max_retries, on_event=emit)
+        inspector = Inspector(client, on_stop=client.stop)
+        await inspector.start()
+        stack.push_async_callback(inspector.close)
+        leave_note = stack.enter_context(Run.noted(inspector))
+        if options.url_file:
+            stack.callback(Path(options.url_file).unlink, missing_ok=True)
+        if options.run:
+            command = Command(options.run)
+
+            async def run_command() -> int:
+                await live.wait()
+                command.start({"PYTUNNEL_URL": client.url})
+                return await command.wait()
+
+            return await _run_client(client, console, run_command(), command.send_signal)
+        on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
+        if on_terminal and not (options.no_tui or options.json or os.environ.get("CI")):
+            stack.callback(setattr, console, "say", console.say)
+            view = Terminal(client, client.stop, inspector_url=inspector.url)
+            console.say, console.format, console.quiet = view.notice, "", True
+            await stack.enter_async_context(view)
+        return await _run_client(client, console)
+
+
+async def _wait_local(tunnels: Iterable[Tunnel], seconds: float) -> None:
+    """Return when all local services take connections. Raises LocalDown."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
+        while not target.folder:
+            try:
+                (await LocalService(target, insecure=True).connect()).abort()
+                break
+            except StreamReset as error:
+                if loop.time() > until:
+                    raise LocalDown(f"{error.reason}; it did not come up within {seconds:g} s") from None
+            await asyncio.sleep(0.1)
+
+
+async def _run_client(
+    client: TunnelClient,
+    console: Console,
+    companion: Coroutine[Any, Any, int] | None = None,
+    on_signal: Callable[[int], bool] = lambda number: False,
+) -> int:
+    """Run a client until it is stopped, or until its companion ends, whose result is the exit status then."""
+
+    def stop(number: int) -> None:
+        if not on_signal(number):
+            if client.log.in_flight:
+                console.say(f"finishing what still runs ({client.log.in_flight}); once more to stop now")
+            client.stop()
+
+    running = asyncio.ensure_future(client.run())
+    tasks: list[asyncio.Future[Any]] = [running, *([asyncio.ensure_future(companion)] if companion else [])]
     with _signals(stop):
-        await client.run()
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                client.stop()
+            await running
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     console.emit("closed")
+    if companion and not tasks[1].cancelled():
+        return int(tasks[1].result())
     return ExitStatus.OK if client.urls else ExitStatus.INTERRUPTED
 
 
-async def _connect(options: argparse.Namespace, console: Console) -> int:
-    memory = Memory(state_directory())
-    server, token, tunnels = client_settings(options, memory)
-
-    def emit(event: str, **fields: Any) -> None:
-        if event == "ready":
-            memory.remember(server, token)
-        console.emit(event, **fields)
-
-    if server.startswith("http:") and Origin.from_url(server).zone != "localhost":
-        console.stderr.write("warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://")
-    return await _run_client(TunnelClient(server, token, tunnels, insecure=options.insecure, on_event=emit), console)
-
-
 async def _demo(options: argparse.Namespace, console: Console) -> int:
-    import tempfile
-
-    token = make_token()
-    host, port = parse_listen(options.listen or f"127.0.0.1:{DEFAULT_PORT}")
-    with tempfile.TemporaryDirectory(prefix="pytunnel-demo-") as directory:
-        server = TunnelServer(tokens=[token], state=Path(directory), host=host, port=port)
+    async with contextlib.AsyncExitStack() as stack:
         try:
-            await server.start()
+            server = await stack.enter_async_context(serve(options.listen or f"127.0.0.1:{DEFAULT_PORT}"))
         except TunnelError:
             if options.listen:
                 raise
-            server.port = 0
-            await server.start()
-        try:
-            async with demo_service() as local:
-                tunnel = Tunnel("demo", Target.parse(f"127.0.0.1:{local}"))
-                url = f"http://{_dialled(host, '127.0.0.1')}:{server.port}"
-                client = TunnelClient(url, token, [tunnel], on_event=console.emit)
-                return await _run_client(client, console)
-        finally:
-            await server.close()
+            server = await stack.enter_async_context(serve())
+        local = await stack.enter_async_context(demo_service())
+        tunnel = Tunnel("demo", Target.parse(f"127.0.0.1:{local}"))
+        return await _share_here(server.url, server.token, [tunnel], options, console)
 
 
-def _run(command: Callable[[argparse.Namespace, Console], Any], options: argparse.Namespace, console: Console) -> int:
-    """Run a command on uvloop when it is installed, else on asyncio's own loop. Raises TunnelError."""
-    factory = None
-    if os.environ.get("PYTUNNEL_LOOP") != "asyncio":
-        with contextlib.suppress(ImportError):
-            import uvloop
+def _status(options: argparse.Namespace, console: Console) -> int:
+    runs = Run.all()
+    for run in runs:
+        status = run.status() or {"problem": "it does not answer", "total": 0}
+        for tunnel in run.tunnels:
+            state = status["problem"] or "connected"
+            if options.json:
+                fields = {"connected": not status["problem"], "requests": status["total"], "inspector": run.inspector}
+                console.stdout.write(json.dumps({**tunnel, **fields, "pid": run.pid}))
+            else:
+                line = f"{tunnel['url']} -> {tunnel['target']}  {state}, {status['total']} requests  {run.inspector}"
+                console.stdout.write(escape(f"{tunnel['name']}  {line}", 500))
+    if not runs:
+        console.say("no client runs here")
+    return ExitStatus.OK
 
-            factory = uvloop.new_event_loop
-    try:
-        with asyncio.Runner(loop_factory=factory) as runner:
-            return int(runner.run(command(options, console)))
-    except ModuleNotFoundError as error:
-        packages = "aiohttp zstandard platformdirs"
-        raise TunnelError(f"the package {error.name} is missing; run: python3 -m pip install {packages}") from error
-    except OSError as error:
-        raise TunnelError(f"{_describe(error)}: {error.filename or ''}".rstrip(": ")) from error
+
+def _stop(options: argparse.Namespace, console: Console) -> int:
+    for run in Run.all() if options.all else [Run.find(options.name)]:
+        run.ask("/api/stop", post=True)
+        until = time.monotonic() + 2 * GOODBYE
+        while run.path.exists():
+            if time.monotonic() > until:
+                raise TunnelError(f"process {run.pid} does not stop; end it with kill {run.pid}")
+            time.sleep(0.02)
+        console.say(f"stopped {', '.join(run.names)}")
+    return ExitStatus.OK
+
+
+def _expect(options: argparse.Namespace, console: Console) -> int:
+    run = Run.find(options.name)
+    wanted = {"method": options.method.upper(), "path": options.path, "tunnel": options.name or ""}
+    wanted |= {"count": options.count, "timeout": options.timeout}
+    summary = run.ask("/api/wait", within=options.timeout + 10.0, **wanted)
+    if options.save:
+        body = run.ask(f"/api/exchanges/{summary['id']}/body", which="request")
+        if len(body) < summary["bytes_in"]:
+            raise TunnelError(f"only {len(body)} of its {summary['bytes_in']} bytes were kept")
+        Path(options.save).write_bytes(body)
+    console.stdout.write(json.dumps(summary) if options.json else one_line(summary))
+    return ExitStatus.OK
+
+
+def _replay(options: argparse.Namespace, console: Console) -> int:
+    run, failed = Run.find(options.name), False
+    for _ in range(options.times):
+        summary = run.ask(f"/api/exchanges/{options.id}/replay", post=True, within=REPLAY_TIMEOUT + 10.0)
+        summary.pop("diff")
+        console.stdout.write(json.dumps(summary) if options.json else one_line(summary))
+        failed = failed or bool(summary["error"]) or (summary["status"] or 500) >= 500
+    return ExitStatus.UNEXPECTED if failed else ExitStatus.OK
+
+
+def _config(options: argparse.Namespace, console: Console) -> int:
+    settings = Settings(vars(options), project=True)
+    token = settings.token
+    if token.value:
+        token = Setting(f"{token.value[:4]}…", token.source)
+    rows = {"server": settings.server, "token": token}
+    for name, tunnel in settings.named().items():
+        source = next(path for path, file in settings.files.items() if name in file.get("tunnels", {}))
+        rows[f"tunnels.{name}"] = Setting(tunnel.target.text, str(source))
+    for key, setting in rows.items():
+        fields = {"setting": key, "value": setting.value or None, "source": setting.source}
+        console.stdout.write(json.dumps(fields) if options.json else f"{key} = {setting.value}  ({setting.source})")
+    return ExitStatus.OK
+
+
+def _login(options: argparse.Namespace, console: Console) -> int:
+    import getpass
+
+    server = parse_server(options.server)
+    token = options.token or os.environ.get("PYTUNNEL_TOKEN")
+    if not token:
+        token = getpass.getpass("token: ") if sys.stdin.isatty() else sys.stdin.readline()
+    token = check_token(token.strip(), "copy the whole of what `pytunnel serve` printed")
+
+    async def log_in() -> int:
+        await TunnelClient(server, token, []).log_in()
+        return ExitStatus.OK
+
+    _run(log_in())
+    Memory(state_directory()).remember(server, token)
+    console.say(f"{server} knows this token; from now on `pytunnel connect 3000` uses both")
+    return ExitStatus.OK
+
+
+def _doctor(options: argparse.Namespace, console: Console) -> int:
+    settings = Settings(vars(options))
+    targets = [target for text in options.targets if not (target := Target.parse(text)).folder]
+    server, token = settings.server.value, settings.token.value
+    return _run(doctor(server, token, targets, options.idle, console.stdout.write))
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+# Flags, help and exit statuses.
+
+EXAMPLES = {
+    "": """\
+  pytunnel serve                      on a host that visitors can reach; prints the line to paste at home
+  pytunnel connect 3000               at home: gives localhost:3000 a public URL
+  pytunnel connect web=3000 api=8080  two tunnels, with names of your choice
+  pytunnel demo                       all of it on this machine, with a sample page
+""",
+    "serve": """\
+  pytunnel serve                           port 8080, URLs from the address that clients dial
+  pytunnel serve --domain t.example.com    tunnels at NAME.t.example.com, whatever they dial
+  pytunnel serve --listen 127.0.0.1:8080 --domain https://t.example.com --trusted-proxy 127.0.0.1
+                                           behind Caddy or nginx on the same host
+""",
+    "connect": """\
+  pytunnel connect 3000                            localhost:3000, under a name that stays the same
+  pytunnel connect 3000 --name web                 https://web.t.example.com
+  pytunnel connect web=3000 api=https://10.0.0.7   two tunnels
+  pytunnel connect 3000 --route /api=8080          one tunnel, /api goes to another port
+  pytunnel connect ./dist --spa                    a folder
+  pytunnel connect 5173 --host-header rewrite      for a development server that refuses unknown hosts
+  pytunnel connect 3000 -- npm test                run a command with $PYTUNNEL_URL, exit with its status
+  URL=$(pytunnel connect 3000 --detach)            go on in the background; see status, stop, expect
+""",
+    "start": """\
+  pytunnel start            the only tunnel of ./pytunnel.toml or of your config.toml
+  pytunnel start web api    some of them
+  pytunnel start --all      all, in one process
+
+  pytunnel.toml:            server = "https://t.example.com"
+
+                            [tunnels.web]
+                            target = "5173"
+                            host-header = "rewrite"
+""",
+    "status": """\
+  pytunnel status           a line for each tunnel of this machine
+  pytunnel status --json    the same for programs
+""",
+    "stop": """\
+  pytunnel stop             the only client of this machine
+  pytunnel stop web         the client that has the tunnel web, with all its tunnels
+  pytunnel stop --all       all clients of this machine
+""",
+    "expect": """\
+  pytunnel expect --method POST --path /hook          wait until such a request has arrived; earlier ones count
+  pytunnel expect --path '/hook/*' --count 3 --timeout 10
+  pytunnel expect --path /hook --save body.json       keep its content
+""",
+    "replay": """\
+  pytunnel replay 12                send request 12 to the local service again
+  pytunnel replay 12 --times 10
+""",
+    "login": """\
+  pytunnel login https://t.example.com             asks for the token and keeps it
+  pytunnel login https://t.example.com <token.txt  in a script
+""",
+    "config": """\
+  pytunnel config           the values in force for `start`, and where each comes from
+""",
+    "doctor": """\
+  pytunnel doctor           the server used last, and the way there
+  pytunnel doctor 3000 --server https://t.example.com
+""",
+    "demo": """\
+  pytunnel demo                        a server, a sample page and a tunnel to it, on this machine alone
+  pytunnel demo --listen 127.0.0.1:80  on another port
+""",
+}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, with examples before everything else and errors in one line."""
+
+    def format_help(self) -> str:
+        """Return the examples, then what argparse has to say."""
+        _, _, rest = super().format_help().partition(f"{self.description}\n\n")
+        return f"{self.description}\n\n{EXAMPLES[self.prog.partition(' ')[2]]}\n{self.format_usage()}\n{rest}"
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and one line."""
+        self.exit(ExitStatus.USAGE, f"error: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> CommandParser:
+    common = CommandParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="events on stdout, one JSON object a line")
+    common.add_argument("-v", "--verbose", action="store_true", help="more about links on stderr")
+    common.add_argument("--debug", action="store_true", help="frames that arrive, and tracebacks")
+    parser = CommandParser(prog="pytunnel", description="A public URL for a service on your machine.")
+    parser.add_argument("--version", action="version", version=f"pytunnel {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, summary: str, *parents: CommandParser) -> CommandParser:
+        what = summary[0].lower() + summary[1:]
+        return commands.add_parser(name, parents=[*parents, common], help=what, description=f"{summary}.")
+
+    link = CommandParser(add_help=False)
+    link.add_argument("--server", metavar="URL", help="default: the last one that worked, else localhost:8080")
+    link.add_argument("--token", metavar="T", help="default: the one remembered for that server")
+    client = CommandParser(add_help=False)
+    client.add_argument("--detach", action="store_true", help="go on in the background once the tunnels work")
+    client.add_argument("--detached", help=argparse.SUPPRESS)  # what --detach starts; the file its stderr goes to
+    client.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
+    client.add_argument("--wait-local", type=float, metavar="S", help="wait for the local service first; default: 60 s")
+    client.add_argument("--max-retries", type=int, metavar="N", help="give up after N dials; default: never")
+    client.add_argument("--url-file", metavar="FILE", help="write the public URL there while it works")
+    client.add_argument("--format", metavar="F", help="what stdout gets instead of the URL, like 'url={url}'")
+
+    serve = add("serve", "Serve visitors and tunnels")
+    serve.add_argument("--listen", default=f":{DEFAULT_PORT}", metavar="HOST:PORT", help="default: 8080, everywhere")
+    serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
+    serve.add_argument("--token", metavar="T", help="default: one that is made once and kept")
+    serve.add_argument("--trusted-proxy", action="append", default=[], metavar="CIDR", help="believe its X-Forwarded-*")
+    serve.add_argument("--grace", type=float, default=GRACE, metavar="S", help=f"sessions outlive links by {GRACE:g} s")
+    serve.add_argument("--hold", type=float, default=HOLD, metavar="S", help=f"requests wait {HOLD:g} s for a client")
+    serve.add_argument("--drain", type=float, default=DRAIN, metavar="S", help=f"exchanges get {DRAIN:g} s on SIGTERM")
+    connect = add("connect", "Give local services public URLs", link, client)
+    connect.usage = "pytunnel connect [OPTION...] TARGET... [-- COMMAND...]"
+    what = "[NAME=] port, host:port, URL, unix:/path or ./folder"
+    connect.add_argument("targets", nargs="+", metavar="TARGET", help=what)
+    connect.add_argument("--name", action="append", default=[], metavar="N", help="default: one that stays the same")
+    connect.add_argument("--route", action="append", metavar="P=TARGET", help="where requests below a path go")
+    connect.add_argument("--host-header", metavar="H", help="the Host for the local service; `rewrite`: its own")
+    connect.add_argument("--header", action="append", metavar="'K: V'", help="put a field into each request")
+    connect.add_argument("--remove-header", action="append", metavar="K", help="drop a field from each request")
+    connect.add_argument("--response-header", action="append", metavar="'K: V'", help="the same for responses")
+    connect.add_argument("--remove-response-header", action="append", metavar="K", help="the same for responses")
+    connect.add_argument("--spa", action="store_true", help="a folder's index.html for paths that are no file")
+    connect.add_argument("--insecure", action="store_true", help="do not verify a local service's certificate")
+    start = add("start", "Start tunnels that are set up in a file", link, client)
+    start.add_argument("names", nargs="*", metavar="NAME", help="default: the only one there is")
+    start.add_argument("--all", action="store_true", help="all of them")
+    add("status", "Show the tunnels of this machine")
+    stop = add("stop", "Stop a client")
+    stop.add_argument("name", nargs="?", metavar="NAME", help="one of its tunnels; default: the only client")
+    stop.add_argument("--all", action="store_true", help="all clients of this machine")
+    running = CommandParser(add_help=False)
+    running.add_argument("--name", metavar="N", help="the tunnel; default: those of the only client")
+    expect = add("expect", "Wait until a request has arrived", running)
+    expect.add_argument("--method", default="", metavar="M", help="default: any")
+    expect.add_argument("--path", default="", metavar="P", help="* and ? are wildcards; default: any")
+    expect.add_argument("--count", type=int, default=1, metavar="N", help="this many of them; default: 1")
+    expect.add_argument("--timeout", type=float, default=60.0, metavar="S", help="default: 60 s")
+    expect.add_argument("--save", metavar="FILE", help="write the content of the last one there")
+    replay = add("replay", "Send a recorded request to the local service again", running)
+    replay.add_argument("id", type=int, metavar="ID", help="its number in the terminal view, the inspector or --json")
+    replay.add_argument("--times", type=int, default=1, metavar="N", help="this often; default: once")
+    login = add("login", "Keep a server's token")
+    login.add_argument("server", metavar="SERVER", help="its URL")
+    login.add_argument("--token", metavar="T", help="default: asked for, or read from stdin")
+    add("config", "Show which values are in force, and where they come from", link)
+    doctor = add("doctor", "Find out what is wrong on the way", link)
+    doctor.add_argument("targets", nargs="*", metavar="TARGET", help="local services to look at, too")
+    doctor.add_argument("--idle", type=float, default=0.0, metavar="S", help="see whether an idle link lasts this long")
+    demo = add("demo", "Try it on this machine")
+    demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
+    demo.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
+    demo.set_defaults(wait_local=None, max_retries=None, url_file=None)
+    return parser
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
+    "serve": lambda options, console: _run(_serve(options, console)),
+    "connect": _connect,
+    "start": _start,
+    "status": _status,
+    "stop": _stop,
+    "expect": _expect,
+    "replay": _replay,
+    "login": _login,
+    "config": _config,
+    "doctor": _doctor,
+    "demo": lambda options, console: _run(_demo(options, console)),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = _parser()
-    options, unknown = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    end = words.index("--") if "--" in words else len(words)
+    known = ["--wait-local=60" if word == "--wait-local" else word for word in words[:end]]  # its value needs a `=`
+    options, unknown = parser.parse_known_args(known)
+    parser.prog = f"pytunnel {options.command}"
     if unknown:
-        parser.prog = f"pytunnel {options.command}"
         parser.error(f"unrecognized arguments: {escape(' '.join(unknown))}")
-    console = Console(as_json=options.json)
+    options.argv, options.run = words, words[end + 1 :]
+    if options.run and (options.command not in ("connect", "start") or options.detach):
+        parser.error("a command after -- is for connect and start, without --detach")
+    console = Console(options)
     handler = logging.Handler()
-    handler.emit = lambda record: console.stderr.write(handler.format(record))  # type: ignore[method-assign]
+    handler.emit = lambda record: console.say(handler.format(record))  # type: ignore[method-assign]
     logging.basicConfig(handlers=[handler], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     chatty = options.verbose or options.command == "serve"
     log.setLevel(logging.DEBUG if options.debug else logging.INFO if chatty else logging.WARNING)
     try:
-        return _run({"serve": _serve, "connect": _connect, "demo": _demo}[options.command], options, console)
+        return COMMANDS[options.command](options, console)
     except TunnelError as error:
         log.debug("stopped", exc_info=True)
         console.fail(error)
         return error.exit_status
+    except ModuleNotFoundError as error:
+        console.fail(TunnelError(f"the package {error.name} is missing; run: python3 -m pip install {PACKAGES}"))
+    except OSError as error:
+        log.debug("stopped", exc_info=True)
+        console.fail(TunnelError(f"{_describe(error)}: {error.filename or ''}".rstrip(": ")))
     except KeyboardInterrupt:
         return ExitStatus.INTERRUPTED
     finally:
         console.close()
+    return ExitStatus.UNEXPECTED
 
 
 if __name__ == "__main__":

@@ -360,6 +360,13 @@ def test_content_comes_as_soon_as_it_is_there() -> None:
     assert not parser.done
 
 
+@pytest.mark.parametrize("first", [0, 1, 40])
+def test_content_until_close_comes_whole_whatever_came_with_the_head(first: int) -> None:
+    content = bytes(range(256)) * 4
+    parsed = Parsed(b"GET", [OK + b"\r\n" + content[:first], content[first:]], eof=True)
+    assert parsed.outcome == ([200], content, True, False, b"")
+
+
 # The response parser: bad responses
 
 # fmt: off

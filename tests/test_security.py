@@ -491,7 +491,6 @@ async def test_names_that_no_encoding_can_hold_are_refused_like_others() -> None
 
 
 WISHES: dict[str, dict[str, Any]] = {
-    "no tunnel": {"tunnels": []},
     "tunnels that are no list": {"tunnels": "web"},
     "one name twice": {"tunnels": ["web", "web"]},
     "too many tunnels": {"tunnels": [f"web{n}" for n in range(MAX_TUNNELS + 1)]},
@@ -549,7 +548,7 @@ GARBAGE: dict[str, str | bytes] = {
     "DATA on stream 0": encode_frame(FrameType.DATA, 0, 0, b"x"),
     "DATA on a stream that is not open": encode_frame(FrameType.DATA, 0, 99, b"x"),
     "HEAD on a stream that is not open": encode_frame(FrameType.HEAD, 0, 1, b"200\0OK"),
-    "an OPEN": encode_frame(FrameType.OPEN, 0, 1, OPEN_HEADER.pack(0, 0) + b"GET\0/"),
+    "an OPEN": encode_frame(FrameType.OPEN, 0, 1, OPEN_HEADER.pack(0, 0, 0) + b"GET\0/"),
     "an ACK of what was never sent": encode_frame(FrameType.ACK, 0, 0, (10**6).to_bytes(8, "big")),
     "a message that is too long": encode_frame(200, 0, 0, bytes(1000)) * (MAX_MESSAGE // 1000 + 10),
 }

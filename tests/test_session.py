@@ -181,7 +181,7 @@ def test_a_request_and_its_response() -> None:
     at_server, at_client = pair.exchange()
     assert at_server == []
     assert at_client == [
-        Frame(FrameType.OPEN, 0, stream, b"\0\3\1" + REQUEST),
+        Frame(FrameType.OPEN, 0, stream, b"\0\3\1\0\0\0\0" + REQUEST),
         Frame(FrameType.DATA, END, stream, b"upload"),
     ]
     pair.client.send_head(stream, b"103\0Early", interim=True)
@@ -578,9 +578,9 @@ def test_a_replay_that_is_cut_starts_again_where_the_peer_is() -> None:
     pair.send(pair.server)
     pair.cut()
     pair.link()
-    pair.send(pair.server, 40)  # three of the ten
+    pair.send(pair.server, 50)  # three of the ten
     assert [event.stream_id for event in pair.deliver(pair.client)] == [1, 2, 3]
-    pair.send(pair.server, 40)
+    pair.send(pair.server, 50)
     pair.cut()
     pair.link()
     assert [event.stream_id for event in pair.exchange()[1]] == [4, 5, 6, 7, 8, 9, 10]

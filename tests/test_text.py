@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytunnel import Exchange, escape, parse_object
+from pytunnel import Exchange, escape, one_line, parse_object
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,6 @@ def test_what_is_no_object(text: str) -> None:
 
 def test_an_exchange_as_a_line() -> None:
     exchange = Exchange("web", "GET", "/\x1b[2J", started=10.0, status=200, ended=10.25)
-    assert exchange.line() == "200 GET     /\\x1b[2J  250 ms"
-    exchange = Exchange("web", "POST", "/", started=10.0, error="nobody \x07 there")
-    assert exchange.line() == "--- POST    /  0 ms  nobody \\x07 there"
+    assert one_line(exchange.summary()) == "200 GET     /\\x1b[2J  250 ms"
+    exchange = Exchange("web", "POST", "/", started=10.0, ended=10.0, error="nobody \x07 there")
+    assert one_line(exchange.summary()) == "--- POST    /  0 ms  nobody \\x07 there"
