@@ -2068,11 +2068,6 @@ class KeyReader:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._text = ""
 
-    @property
-    def waiting(self) -> bool:
-        """Whether more is to come, unless it was the key Escape: then `flush` tells."""
-        return bool(self._text)
-
     def feed(self, data: bytes) -> Iterator[str]:
         """Yield the keys; a character is its own name."""
         self._text += self._decoder.decode(data)
@@ -2231,10 +2226,10 @@ class Screen:
         """How many exchanges have come above the first row."""
         return sum(exchange.id > self.seen for exchange in self.shown)
 
-    def select(self, exchange: Exchange) -> None:
-        """Go to an exchange."""
+    def select(self, exchange: Exchange, *, opened: bool = False) -> None:
+        """Go to an exchange, and into its details when those of another one are open."""
         self.selected, self.following = exchange.id, False
-        if self.opened:
+        if opened or self.opened:
             self.opened, self.scroll = exchange, 0
 
     def key(self, name: str) -> Action | None:
@@ -2245,18 +2240,19 @@ class Screen:
         elif name in self.MOVES:
             rows, pages = self.MOVES[name]
             self._move(rows + pages * max(1, self.rows - 1))
-        elif name == "q" and self.opened:
-            self.opened = None  # as in a pager: who leaves the details does not mean to end the tunnel
-        elif name in self.ACTIONS:
-            return self.ACTIONS[name]
         elif name == "s":
             self.reveal = not self.reveal
-        elif self.opened:
-            self._key_in_details(name)
+        elif self.opened and name in ("q", "escape", "enter"):  # q as in a pager: it does not mean to end the tunnel
+            self.opened = None
+        elif self.opened and name in ("left", "right"):
+            self.tab, self.scroll = (self.tab + (1 if name == "right" else -1)) % len(self.TABS), 0
+        elif self.opened and name in ("1", "2", "3", "4"):
+            self.tab, self.scroll = int(name) - 1, 0
+        elif name in self.ACTIONS:
+            return self.ACTIONS[name]
         elif name == "enter" and self.exchange:
-            self.select(self.exchange)
-            self.opened, self.scroll = self.exchange, 0
-        elif name == "/":
+            self.select(self.exchange, opened=True)
+        elif name == "/" and not self.opened:
             self.typing = True
         elif name == "escape":
             self.filter = ""
@@ -2267,7 +2263,7 @@ class Screen:
         self.shown = [e for e in reversed(snapshot.exchanges) if e.matches(self.filter)]
         self.rows = max(1, height - len(_head(snapshot, width, height)) - 1)
         if self.opened:
-            self.lines = _details(snapshot, self.opened, width)
+            self.lines = list(_details(snapshot, self.opened, width))
             self.scroll = max(0, min(self.scroll, len(self.lines) - self.rows))
         elif self.shown:
             if self.following:
@@ -2291,14 +2287,6 @@ class Screen:
             index = max(0, min(self.cursor + rows, len(self.shown) - 1))
             self.selected, self.following = self.shown[index].id, index == 0
 
-    def _key_in_details(self, name: str) -> None:
-        if name in ("escape", "enter"):
-            self.opened = None
-        elif name in ("left", "right"):
-            self.tab, self.scroll = (self.tab + (1 if name == "right" else -1)) % len(self.TABS), 0
-        elif name in ("1", "2", "3", "4"):
-            self.tab, self.scroll = int(name) - 1, 0
-
     def _type(self, name: str) -> None:
         if name in ("enter", "escape"):
             self.typing = False
@@ -2321,7 +2309,8 @@ def render(snapshot: Snapshot, width: int, height: int) -> list[str]:
         for index, exchange in enumerate(screen.shown[top : top + screen.rows], top):
             lines.append(paint(_row(snapshot, exchange, width), width, palette, selected=index == cursor))
         if not screen.shown:
-            lines += ["", paint(_nothing(snapshot), width, palette)]
+            text = " nothing fits the filter" if snapshot.exchanges else " no requests yet"
+            lines += ["", paint([("muted", text)], width, palette)]
     lines = lines[: height - 1]
     return [*lines, *[""] * (height - 1 - len(lines)), paint(_foot(screen, width), width, palette)][-height:]
 
@@ -2419,13 +2408,6 @@ def _row(snapshot: Snapshot, exchange: Exchange, width: int) -> Spans:
     return [*spans, ("", path), ("5xx", f"  {error}" if error else "")]
 
 
-def _nothing(snapshot: Snapshot) -> Spans:
-    if snapshot.exchanges:
-        return [("muted", " nothing fits the filter")]
-    url = next((url for _, url, _ in snapshot.tunnels if url), "")
-    return [("muted", " no requests yet"), ("muted", "; open " if url else ""), ("", printable(url))]
-
-
 def _foot(screen: Screen, width: int) -> Spans:
     """Return the last line: a notice, the filter, or as much of the help as fits."""
     if screen.typing:
@@ -2447,63 +2429,47 @@ def _foot(screen: Screen, width: int) -> Spans:
     return next(iter(_flow([*groups, *([("key", key), ("muted", f" {what}")] for key, _, what in keys)], width)))
 
 
-# The details of an exchange
+def _labelled(rows: Iterable[tuple[str, str]], width: int) -> Iterator[Spans]:
+    """Yield rows of a label and a text, which goes on below itself."""
+    for label, text in rows:
+        label = fit(f" {label}  ", width // 2)
+        for number, line in enumerate(wrap(text, max(1, width - width_of(label)))):
+            yield [("muted", " " * width_of(label) if number else label), ("", line)]
 
 
-def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> list[Spans]:
-    """Return all lines of the tab that is open."""
+def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spans]:
+    """Yield all lines of the tab that is open."""
     e, screen = exchange, snapshot.screen
     tab = screen.TABS[screen.tab]
     if tab == "Info":
-        return list(_info(snapshot, e, width))
-    if tab == "Headers":
-        return list(_headers(e, width, reveal=screen.reveal))
-    if tab == "Response" and e.notes:
-        return [line for note in list(e.notes) for line in _note(note, width)]
-    of_request = tab == "Body"
-    size = e.bytes_in if of_request else e.bytes_out
-    return _body(e, of_request, size, width)
-
-
-def _info(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spans]:
-    e = exchange
-    url, local = next(((url, local) for name, url, local in snapshot.tunnels if name == e.tunnel), ("", ""))
-    moment = datetime.datetime.fromtimestamp(e.time + snapshot.utc_offset, datetime.UTC)
-    duration = e.duration if e.ended else snapshot.now - e.started
-    fields = {
-        "URL": printable(url) + _target(snapshot, e),
-        "Target": f"{e.tunnel} → {printable(local)}",
-        "Time": f"{moment:%Y-%m-%d %H:%M:%S}",
-        "Duration": human_time(duration) + ("" if e.ended else " so far"),
-        "Content": f"request {human_size(e.bytes_in)}, response {human_size(e.bytes_out)}",
-        "Replay of": f"number {e.replay_of}" if e.replay_of else "",
-        "Error": printable(e.error),
-    }
-    for label, text in fields.items():
-        for number, line in enumerate(wrap(text, max(1, width - 14)) if text else ()):
-            yield [("muted", f" {'' if number else label:<12} "), ("5xx" if label == "Error" else "", line)]
-    labels = {"server": "held", "link": "link", "local": "local service", "content": "content"}
-    yield []
-    for name, seconds in timings(e).items():
-        bar = "█" * round((seconds or 0.0) / max(duration, 1e-6) * max(0, width - 28))
-        yield [("muted", f" {labels[name]:<13}"), ("", f"{human_time(seconds) if seconds else '–':>9}  "), ("3xx", bar)]
-
-
-def _headers(exchange: Exchange, width: int, *, reveal: bool) -> Iterator[Spans]:
-    for title, headers in ("Request", exchange.request_headers), ("Response", exchange.response_headers):
-        yield [("bold", f" {title}")]
-        for name, value in text_fields(headers, reveal=reveal):
-            for number, line in enumerate(wrap(printable(f"{name}: {value}"), max(1, width - 2))):
-                at = 0 if number else len(name) + 1
-                yield [("muted", f"  {line[:at]}"), ("", line[at:])]
-        yield []
-
-
-def _note(note: Note, width: int) -> Iterator[Spans]:
-    head = f" {human_time(note.at):>9} {'→' if note.from_visitor else '←'} {note.kind} {human_size(note.size)}  "
-    data = printable(note.data)
-    for number, line in enumerate(wrap(data, max(1, width - len(head)))):
-        yield [("muted", " " * len(head) if number else head), ("", line)]
+        url, local = next(((url, local) for name, url, local in snapshot.tunnels if name == e.tunnel), ("", ""))
+        moment = datetime.datetime.fromtimestamp(e.time + snapshot.utc_offset, datetime.UTC)
+        duration = snapshot.now - e.started if e.ended is None else e.duration
+        rows = {
+            "URL": printable(url) + _target(snapshot, e),
+            "Target": f"{e.tunnel} → {printable(local)}",
+            "Time": f"{moment:%Y-%m-%d %H:%M:%S}" + (f", a replay of number {e.replay_of}" if e.replay_of else ""),
+            "Content": f"request {human_size(e.bytes_in)}, response {human_size(e.bytes_out)}",
+            "Error": printable(e.error),
+            "Duration": human_time(duration) + (" so far" if e.ended is None else ""),
+        }
+        yield from _labelled(((f"{label:<8}", text) for label, text in rows.items() if text), width)
+        longest = max(0, width - 24)
+        for name, seconds in timings(e).items():
+            if seconds is not None:
+                bar = "█" * min(longest, round(seconds / max(duration, 1e-6) * longest))
+                yield from _labelled([(f"  {name:<8}", f"{human_time(seconds):>8}  {bar}")], width)
+    elif tab == "Headers":
+        for title, headers in (" Request", e.request_headers), ("", []), (" Response", e.response_headers):
+            yield [("bold", title)]
+            fields = text_fields(headers, reveal=screen.reveal)
+            yield from _labelled(((printable(name), printable(value)) for name, value in fields), width)
+    elif tab == "Response" and e.notes:
+        for note in list(e.notes):
+            head = f"{human_time(note.at):>9} {'→' if note.from_visitor else '←'} {human_size(note.size):>8}"
+            yield from _labelled([(head, printable(note.data))], width)
+    else:
+        yield from _body(e, tab == "Body", e.bytes_in if tab == "Body" else e.bytes_out, width)
 
 
 @functools.lru_cache(maxsize=4)  # what has not changed is not read again; sizes only grow
@@ -5443,15 +5409,9 @@ else:
                 self._loop.remove_reader(self._fd)
                 self._loop.remove_writer(self._fd)
             with contextlib.suppress(OSError, self._termios.error):  # it is gone
-                try:
-                    whole = os.write(self._fd, _LEAVE.encode()) == len(_LEAVE)
-                except BlockingIOError:
-                    whole = False
-                if not whole:
-                    self._termios.tcflush(self._fd, self._termios.TCOFLUSH)
-                    os.write(self._fd, _LEAVE.encode())
-            with contextlib.suppress(OSError, self._termios.error):
                 self._termios.tcsetattr(self._fd, self._termios.TCSANOW, self._saved)
+                self._termios.tcflush(self._fd, self._termios.TCOFLUSH)
+                os.write(self._fd, _LEAVE.encode())
 
         def close(self) -> None:
             """Leave for good."""
@@ -5604,8 +5564,7 @@ class Terminal:
         if self._escape:
             self._escape.cancel()
         self._press(self._reader.feed(data))
-        if self._reader.waiting:
-            self._escape = self._loop.call_later(ESCAPE, lambda: self._press(self._reader.flush()))
+        self._escape = self._loop.call_later(ESCAPE, lambda: self._press(self._reader.flush()))
 
     def _press(self, keys: Iterator[str]) -> None:
         self._keys += keys
