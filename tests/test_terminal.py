@@ -75,7 +75,7 @@ def sample() -> ExchangeLog:
             headers = [(b"Content-Type", b"application/json"), (b"Set-Cookie", b"session=secret")]
             exchange.answered = exchange.started + seconds * 0.8
             log.respond(exchange, ResponseHead(status, b"OK" if status == 200 else b"", headers))
-            log.send(exchange, b'{"ok":true}'.ljust(size), exchange.started)
+            log.send(exchange, b'{"ok":true}'.ljust(size)[:size], exchange.started)
             exchange.error = "nothing listens on localhost:3000" if status == 502 else ""
             log.finish(exchange, exchange.started + seconds)
     return log
@@ -98,6 +98,7 @@ def snapshot(log: ExchangeLog | None = None, **fields: Any) -> Snapshot:
     return Snapshot(**given | fields)
 
 
+TWO = [("web", "https://web.t.example.com", "localhost:3000"), ("api", "https://api.t.example.com", "localhost:8080")]
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -117,6 +118,159 @@ def show(snap: Snapshot, width: int = 80, height: int = 24, *keys: str) -> list[
         snap.screen.key(key)
         snap.screen.arrange(snap, width, height)
     return render(snap, width, height)
+
+
+# Golden screens, without colours
+
+TABLE_80x24 = """\
+ ● connected  23 ms                             inspector http://127.0.0.1:4040
+ https://web.t.example.com → localhost:3000
+
+ 11 requests  1 in flight   2xx 6  3xx 1  4xx 1  5xx 2   p50 31 ms  p90 1.31 s
+ in 59 B  out 208 KiB
+
+ Time      Status  Method   Duration      Size  Path
+ 10:19:14  500     GET        402 ms   2.0 KiB  /api/search?q=caf%C3%A9
+ 10:19:09  …       PUT        8.00 s       0 B  /api/files/holiday.mp4
+ 10:19:05  200     GET        1.31 s  50.8 KiB  /日本語/ページ
+ 10:18:56  502     GET          0 ms       0 B  /api/report  nothing listens on…
+ 10:18:47  204     DELETE      22 ms       0 B  /api/users/17
+ 10:18:32  200     GET         83 ms   9.0 KiB  /api/users?page=2&per_page=50
+ 10:18:16  200     POST       187 ms      15 B  /webhooks/stripe?token=•••
+ 10:17:43  404     GET          6 ms     153 B  /favicon.ico
+ 10:17:42  304     GET          4 ms       0 B  /static/style.css
+ 10:17:42  200     GET         31 ms   145 KiB  /static/app.js
+ 10:17:42  200     GET         12 ms   1.8 KiB  /
+
+
+
+
+
+ q quit   ↵ open   / filter   r replay   c copy URL   e export   ↑↓ select
+"""
+
+TABLE_40x10 = """\
+ ● reconnecting in 3 s: no route to host
+ https://web.t.example.com → localhost:…
+ 11 requests  1 in flight
+ 500    GET       402 ms /api/search?q=…
+ …      PUT       8.00 s /api/files/hol…
+ 200    GET       1.31 s /日本語/ページ
+ 502    GET         0 ms /api/r…  nothi…
+ 204    DELETE     22 ms /api/users/17
+ 200    GET        83 ms /api/users?pag…
+ q quit   ↵ open   / filter   r replay
+"""
+
+TABLE_120x30 = """\
+ ● connected  23 ms                                                                     inspector http://127.0.0.1:4040
+ https://web.t.example.com → localhost:3000
+ https://api.t.example.com → localhost:8080
+
+ 11 requests  1 in flight   2xx 6  3xx 1  4xx 1  5xx 2   p50 31 ms  p90 1.31 s   in 59 B  out 208 KiB
+
+ Time      Status  Method   Duration      Size  Tunnel        Path
+ 10:19:14  500     GET        402 ms   2.0 KiB  web           /api/search?q=caf%C3%A9
+ 10:19:09  …       PUT        8.00 s       0 B  web           /api/files/holiday.mp4
+ 10:19:05  200     GET        1.31 s  50.8 KiB  web           /日本語/ページ
+ 10:18:56  502     GET          0 ms       0 B  web           /api/report  nothing listens on localhost:3000
+ 10:18:47  204     DELETE      22 ms       0 B  web           /api/users/17
+ 10:18:32  200     GET         83 ms   9.0 KiB  web           /api/users?page=2&per_page=50
+ 10:18:16  200     POST       187 ms      15 B  web           /webhooks/stripe?token=•••
+ 10:17:43  404     GET          6 ms     153 B  web           /favicon.ico
+ 10:17:42  304     GET          4 ms       0 B  web           /static/style.css
+ 10:17:42  200     GET         31 ms   145 KiB  web           /static/app.js
+ 10:17:42  200     GET         12 ms   1.8 KiB  web           /
+
+
+
+
+
+
+
+
+
+
+
+ q quit   ↵ open   / filter   r replay   c copy URL   e export   ↑↓ select   s secrets
+"""
+
+DETAILS_80x24 = """\
+ 200 OK  POST /webhooks/stripe?token=•••
+ Info  Headers  Body  Response
+
+ URL       https://web.t.example.com/webhooks/stripe?token=•••
+ Target    web → localhost:3000
+ Time      2025-07-22 10:18:16
+ Content   request 59 B, response 15 B
+ Duration  187 ms
+   server        0 ms
+   link         23 ms  ███████
+   local       150 ms  █████████████████████████████████████████████
+   content      37 ms  ███████████
+
+
+
+
+
+
+
+
+
+
+
+ q back   tab next   ↑↓ scroll   r replay   c copy as curl   e export
+"""
+
+HEADERS_40x10 = """\
+ 200 OK  POST /webhooks/stripe?token=•••
+ Info  Headers  Body  Response
+
+ Request
+ Host  web.t.example.com
+ Authorization  •••
+
+ Response
+ Content-Type  application/json
+ q back   tab next   ↑↓ scroll
+"""
+
+
+@pytest.mark.parametrize(
+    ("golden", "width", "height", "keys", "fields"),
+    [
+        (TABLE_80x24, 80, 24, [], {}),
+        (TABLE_40x10, 40, 10, ["down"] * 3, {"problem": "no route to host", "retry_at": NOW + 2.2}),
+        (TABLE_120x30, 120, 30, [], {"tunnels": TWO}),
+        (DETAILS_80x24, 80, 24, [*["down"] * 6, "enter"], {}),
+        (HEADERS_40x10, 40, 10, [*["down"] * 6, "enter", "right"], {}),
+    ],
+)
+@pytest.mark.parametrize("number", sorted(PALETTES))
+def test_golden_screens(
+    golden: str, width: int, height: int, keys: list[str], fields: dict[str, Any], number: int
+) -> None:
+    text = plain(show(snapshot(colours=number, **fields), width, height, *keys))
+    assert text.rstrip("\n") + "\n" == golden
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (0, " 10:17:43  404     GET          6 ms     153 B  /favicon.ico"),
+        (16, " ^[2m10:17:43^[m  ^[33m404   ^[m  GET          6 ms  ^[2m   153 B^[m  /favicon.ico"),
+        (256, " ^[38;5;244m10:17:43^[m  ^[38;5;166m404   ^[m  GET          6 ms  ^[38;5;244m   153 B^[m  /favicon.ico"),
+    ],
+)
+def test_a_line_in_each_number_of_colours(number: int, line: str) -> None:
+    assert line.replace("^", "\x1b") in show(snapshot(colours=number))
+
+
+def test_the_selected_line_is_reversed_whatever_the_colours() -> None:
+    for number in PALETTES:
+        selected = [line for line in show(snapshot(colours=number)) if line.startswith("\x1b[7m")]
+        assert [SGR.sub("", line).split()[-1] for line in selected] == ["/api/search?q=caf%C3%A9"]
+        assert cells(SGR.sub("", selected[0])) == 80
 
 
 # Text from the network
