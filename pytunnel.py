@@ -6465,16 +6465,17 @@ class Console:
         """Report an event."""
         exchange = fields.pop("exchange", None)
         if exchange:
+            if self.quiet and not self.as_json:
+                return
             fields = exchange.summary()
-        line = one_line(fields) if exchange else self._line(event, fields)
         if self.as_json:
-            self.stdout.write(json.dumps({"event": event, **fields}))
-        else:
-            if event == "ready" and self.format:
-                self.stdout.write(self.format.format(**fields))
-            if line and line != self._last_line and not (exchange and self.quiet):
-                self.say(line)
-            self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
+            return self.stdout.write(json.dumps({"event": event, **fields}))
+        if event == "ready" and self.format:
+            self.stdout.write(self.format.format(**fields))
+        line = one_line(fields) if exchange else self._line(event, fields)
+        if line and line != self._last_line:
+            self.say(line)
+        self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
 
     def fail(self, error: TunnelError) -> None:
         """Report what a command ends with."""
