@@ -2305,9 +2305,9 @@ def render(snapshot: Snapshot, width: int, height: int) -> list[str]:
     if screen.opened:
         lines += [paint(spans, width, palette) for spans in screen.lines[screen.scroll :][: screen.rows]]
     else:
-        top, cursor = screen.above, screen.cursor
-        for index, exchange in enumerate(screen.shown[top : top + screen.rows], top):
-            lines.append(paint(_row(snapshot, exchange, width), width, palette, selected=index == cursor))
+        for exchange in screen.shown[screen.above :][: screen.rows]:
+            selected = exchange is screen.exchange
+            lines.append(paint(_row(snapshot, exchange, width), width, palette, selected=selected))
         if not screen.shown:
             text = " nothing fits the filter" if snapshot.exchanges else " no requests yet"
             lines += ["", paint([("muted", text)], width, palette)]
@@ -2480,7 +2480,7 @@ def _body(exchange: Exchange, of_request: bool, size: int, width: int) -> list[S
     lines = (printable(line.rstrip("\r").expandtabs(4), len(view.text) * 10) for line in view.text.split("\n"))
     wrapped = (line for text in lines for line in wrap(text, max(1, width - 2)))
     found: list[Spans] = [[("", f" {line}")] for line in itertools.islice(wrapped, MAX_SHOWN)] if view.text else []
-    note = ", ".join(filter(None, [view.kind if not view.text else "", view.note]))
+    note = ", ".join(filter(None, ["" if view.text else view.kind, view.note]))
     return [[("muted", f" {note}")], [], *found] if note else found
 
 
@@ -5464,18 +5464,14 @@ class Terminal:
         self._notice_until = 0.0
         self._escape: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._signals: dict[str, Callable[[], object]] = {
-            "SIGWINCH": self._wake.set,
-            "SIGTSTP": self._suspend,
-            "SIGCONT": self._resume,
-        }
+        handlers = {"SIGWINCH": self._wake.set, "SIGTSTP": self._suspend, "SIGCONT": self._resume}
+        self._signals = {getattr(signal, name): handlers[name] for name in handlers if hasattr(signal, name)}
 
     async def __aenter__(self) -> Terminal:
         atexit.register(self._device.leave)
         self._client.log.listeners.add(self._wake.set)
-        for name, handler in self._signals.items():
-            if hasattr(signal, name):
-                self._loop.add_signal_handler(getattr(signal, name), handler)
+        for number, handler in self._signals.items():
+            self._loop.add_signal_handler(number, handler)
         self._resume()
         self._own(self._show())
         return self
@@ -5483,13 +5479,16 @@ class Terminal:
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
             task.cancel()
+        self._end()
         self._device.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _end(self) -> None:
+        self._device.leave()
         atexit.unregister(self._device.leave)
         self._client.log.listeners.discard(self._wake.set)
-        for name in self._signals:
-            if hasattr(signal, name):
-                self._loop.remove_signal_handler(getattr(signal, name))
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for number in self._signals:
+            self._loop.remove_signal_handler(number)
 
     def notice(self, text: str) -> None:
         """Show a line at the bottom for NOTICE seconds."""
@@ -5511,7 +5510,7 @@ class Terminal:
                     async with asyncio.timeout(self._until_next()):
                         await self._wake.wait()
         except Exception:
-            self._device.leave()  # the tunnel goes on without a view
+            self._end()  # the tunnel goes on without a view
             log.exception("the terminal view failed")
 
     def _until_next(self) -> float | None:
@@ -5545,7 +5544,6 @@ class Terminal:
             utc_offset=time.localtime().tm_gmtoff,
         )
         width, height = size.columns or 80, size.lines or 24
-
         await asyncio.to_thread(screen.arrange, snapshot, width, height)
         while self._keys:
             self._act(screen.key(self._keys.pop(0)))
@@ -5572,7 +5570,10 @@ class Terminal:
 
     def _suspend(self) -> None:
         self._device.leave()
-        os.kill(os.getpid(), signal.SIGSTOP)
+        self._loop.remove_signal_handler(signal.SIGTSTP)
+        signal.raise_signal(signal.SIGTSTP)  # not SIGSTOP: where no shell could continue it, this one does nothing
+        self._loop.add_signal_handler(signal.SIGTSTP, self._suspend)
+        self._resume()
 
     def _resume(self) -> None:
         if self._device.foreground:

@@ -756,6 +756,12 @@ async def test_a_crash_leaves_the_terminal_as_it_was(view: Shown, crash: str) ->
     if crash == "view":  # but the tunnel goes on
         assert tmux.modes() == "0 1 0 1"
         await view.get("/still")
+        tmux.keys("C-z")
+        await tmux.restored()
+        tmux.type("clear; fg\n")
+        await tmux.sees("start\n")
+        await view.get("/still")
+        assert tmux.modes() == "0 1 0 1"
         tmux.keys("C-c")
     await tmux.restored()
 
@@ -975,6 +981,7 @@ async def test_a_terminal_that_stops_reading_stops_neither_traffic_nor_end(view:
     )
     try:
         await eventually(lambda: b"connected" in os.read(master, 65536), timeout=20.0)
+        process.send_signal(signal.SIGTSTP)  # which does nothing where no shell could continue it
         for number in range(300):  # some hundred kilobytes on the screen; nobody reads a byte of it
             await view.get(f"/{'x' * 150}/{number}")
         process.terminate()
