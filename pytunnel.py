@@ -5330,7 +5330,7 @@ if sys.platform == "win32":
             """Give it back."""
             if self.active:
                 self.active = False
-                self._kernel.WriteConsoleW(self._out, _LEAVE, len(_LEAVE), self._pointer(self._number()), None)
+                self._put(_LEAVE)
                 for handle, mode in zip((self._in, self._out), self._saved, strict=True):
                     self._kernel.SetConsoleMode(handle, mode)
 
@@ -5342,14 +5342,20 @@ if sys.platform == "win32":
 
         def _read(self) -> None:
             count = self._number()
-            while self._kernel.ReadConsoleW(self._in, self._buffer, 200, self._pointer(count), None):
-                data = self._buffer[: count.value].encode(errors="replace")
-                self._loop.call_soon_threadsafe(self._on_input, data)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                while self._kernel.ReadConsoleW(self._in, self._buffer, 200, self._pointer(count), None):
+                    data = "".join(self._buffer[: count.value]).encode(errors="replace")
+                    self._loop.call_soon_threadsafe(self._on_input, data)
 
         def _write(self) -> None:
-            while text := self._frames.get():
-                self._kernel.WriteConsoleW(self._out, text, len(text), self._pointer(self._number()), None)
-                self._loop.call_soon_threadsafe(self._on_ready)
+            with contextlib.suppress(RuntimeError):
+                while text := self._frames.get():
+                    self._put(text)
+                    self._loop.call_soon_threadsafe(self._on_ready)
+
+        def _put(self, text: str) -> None:
+            units = len(text.encode("utf-16-le")) // 2
+            self._kernel.WriteConsoleW(self._out, text, units, self._pointer(self._number()), None)
 
 else:
 

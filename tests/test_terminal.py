@@ -941,15 +941,19 @@ async def test_nothing_is_drawn_while_the_terminal_does_not_read(
     assert "3 requests" in SGR.sub("", device.writes[1][1])
 
 
-async def test_a_notice_goes_by_itself(
-    recorded: tuple[Terminal, Recorder, TunnelClient], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pytunnel, "NOTICE", 1.0)
+async def test_a_notice_goes_by_itself(recorded: tuple[Terminal, Recorder, TunnelClient]) -> None:
     terminal, device, _ = recorded
     await idle(terminal)
     terminal.notice("look\x1b[2J")
+    await eventually(lambda: "look\\x1b[2J" in device.writes[-1][1])
+    wait = terminal._until_next()
+    assert wait is not None
+    assert wait <= pytunnel.NOTICE
+    terminal._notice_until = 0.0  # instead of waiting for it
+    terminal._wake.set()
     await idle(terminal)
-    assert ["look\\x1b[2J" in text for _, text in device.writes[1:]] == [True, False]
+    assert len(device.writes) == 3
+    assert "q quit" in SGR.sub("", device.writes[-1][1])
 
 
 async def test_escape_alone_and_a_sequence_in_two_reads(
