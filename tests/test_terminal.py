@@ -906,11 +906,13 @@ async def test_nothing_is_drawn_and_no_timer_runs_when_nothing_changes(
     assert len(device.writes) == 1
     exchange = Exchange("web", "GET", "/", started=asyncio.get_running_loop().time())
     client.log.begin(exchange)
-    device.press(b"j")
-    await asyncio.sleep(0)
-    assert not asleep(terminal)
-    await eventually(lambda: len(device.writes) >= 3)  # the time of what is in flight goes on by itself
+    assert terminal._until_next() == 1.0  # the time of what is in flight goes on
+    count = len(device.writes)
+    await eventually(lambda: len(device.writes) > count + 1)
     client.log.finish(exchange, asyncio.get_running_loop().time())
+    client.retry_at = asyncio.get_running_loop().time() + 60.0
+    assert terminal._until_next() == 1.0  # as does a countdown
+    client.retry_at = None
     await idle(terminal)
 
 
