@@ -934,6 +934,7 @@ async def test_nothing_is_drawn_while_the_terminal_does_not_read(
     for _ in range(3):
         client.log.begin(Exchange("web", "GET", "/late", started=0.0))
         client.log.finish(client.log.exchanges[client.log.total], 0.0)
+        device.press(b"j")
         await idle(terminal)
     assert len(device.writes) == 1
     device.ready = True
