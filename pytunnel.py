@@ -2463,7 +2463,8 @@ def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spa
         for title, headers in (" Request", e.request_headers), ("", []), (" Response", e.response_headers):
             yield [("bold", title)]
             fields = text_fields(headers, reveal=screen.reveal)
-            yield from _labelled(((printable(name), printable(value)) for name, value in fields), width)
+            across = min(20, width // 3, max((len(name) for name, _ in fields), default=0))
+            yield from _labelled(((printable(name).ljust(across), printable(value)) for name, value in fields), width)
     elif tab == "Response" and e.notes:
         for note in list(e.notes):
             head = f"{human_time(note.at):>9} {'→' if note.from_visitor else '←'} {human_size(note.size):>8}"

@@ -227,7 +227,7 @@ HEADERS_40x10 = """\
  Info  Headers  Body  Response
 
  Request
- Host  web.t.example.com
+ Host           web.t.example.com
  Authorization  •••
 
  Response
@@ -914,6 +914,17 @@ async def test_nothing_is_drawn_and_no_timer_runs_when_nothing_changes(
     assert terminal._until_next() == 1.0  # as does a countdown
     client.retry_at = None
     await idle(terminal)
+
+
+async def test_nothing_of_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytunnel, "TerminalDevice", Recorder)
+    client = TunnelClient("http://127.0.0.1:1", "token", [pytunnel.Tunnel("web", pytunnel.Target.parse("3000"))])
+    numbers = (signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
+    before = set(client.log.listeners), [signal.getsignal(number) for number in numbers], asyncio.all_tasks()
+    async with Terminal(client, client.stop):
+        assert client.log.listeners != before[0]
+    after = set(client.log.listeners), [signal.getsignal(number) for number in numbers], asyncio.all_tasks()
+    assert after == before
 
 
 async def test_ten_frames_a_second_at_most(recorded: tuple[Terminal, Recorder, TunnelClient]) -> None:
