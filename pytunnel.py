@@ -2068,11 +2068,6 @@ class KeyReader:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._text = ""
 
-    @property
-    def waiting(self) -> bool:
-        """Whether more is to come, unless it was the key Escape: then `flush` tells."""
-        return bool(self._text)
-
     def feed(self, data: bytes) -> Iterator[str]:
         """Yield the keys; a character is its own name."""
         self._text += self._decoder.decode(data)
@@ -2231,10 +2226,10 @@ class Screen:
         """How many exchanges have come above the first row."""
         return sum(exchange.id > self.seen for exchange in self.shown)
 
-    def select(self, exchange: Exchange) -> None:
-        """Go to an exchange."""
+    def select(self, exchange: Exchange, *, opened: bool = False) -> None:
+        """Go to an exchange, and into its details when those of another one are open."""
         self.selected, self.following = exchange.id, False
-        if self.opened:
+        if opened or self.opened:
             self.opened, self.scroll = exchange, 0
 
     def key(self, name: str) -> Action | None:
@@ -2245,18 +2240,19 @@ class Screen:
         elif name in self.MOVES:
             rows, pages = self.MOVES[name]
             self._move(rows + pages * max(1, self.rows - 1))
-        elif name == "q" and self.opened:
-            self.opened = None  # as in a pager: who leaves the details does not mean to end the tunnel
-        elif name in self.ACTIONS:
-            return self.ACTIONS[name]
         elif name == "s":
             self.reveal = not self.reveal
-        elif self.opened:
-            self._key_in_details(name)
+        elif self.opened and name in ("q", "escape", "enter"):  # q as in a pager: it does not mean to end the tunnel
+            self.opened = None
+        elif self.opened and name in ("left", "right"):
+            self.tab, self.scroll = (self.tab + (1 if name == "right" else -1)) % len(self.TABS), 0
+        elif self.opened and name in ("1", "2", "3", "4"):
+            self.tab, self.scroll = int(name) - 1, 0
+        elif name in self.ACTIONS:
+            return self.ACTIONS[name]
         elif name == "enter" and self.exchange:
-            self.select(self.exchange)
-            self.opened, self.scroll = self.exchange, 0
-        elif name == "/":
+            self.select(self.exchange, opened=True)
+        elif name == "/" and not self.opened:
             self.typing = True
         elif name == "escape":
             self.filter = ""
@@ -2267,7 +2263,7 @@ class Screen:
         self.shown = [e for e in reversed(snapshot.exchanges) if e.matches(self.filter)]
         self.rows = max(1, height - len(_head(snapshot, width, height)) - 1)
         if self.opened:
-            self.lines = _details(snapshot, self.opened, width)
+            self.lines = list(_details(snapshot, self.opened, width))
             self.scroll = max(0, min(self.scroll, len(self.lines) - self.rows))
         elif self.shown:
             if self.following:
@@ -2291,14 +2287,6 @@ class Screen:
             index = max(0, min(self.cursor + rows, len(self.shown) - 1))
             self.selected, self.following = self.shown[index].id, index == 0
 
-    def _key_in_details(self, name: str) -> None:
-        if name in ("escape", "enter"):
-            self.opened = None
-        elif name in ("left", "right"):
-            self.tab, self.scroll = (self.tab + (1 if name == "right" else -1)) % len(self.TABS), 0
-        elif name in ("1", "2", "3", "4"):
-            self.tab, self.scroll = int(name) - 1, 0
-
     def _type(self, name: str) -> None:
         if name in ("enter", "escape"):
             self.typing = False
@@ -2317,11 +2305,12 @@ def render(snapshot: Snapshot, width: int, height: int) -> list[str]:
     if screen.opened:
         lines += [paint(spans, width, palette) for spans in screen.lines[screen.scroll :][: screen.rows]]
     else:
-        top, cursor = screen.above, screen.cursor
-        for index, exchange in enumerate(screen.shown[top : top + screen.rows], top):
-            lines.append(paint(_row(snapshot, exchange, width), width, palette, selected=index == cursor))
+        for exchange in screen.shown[screen.above :][: screen.rows]:
+            selected = exchange is screen.exchange
+            lines.append(paint(_row(snapshot, exchange, width), width, palette, selected=selected))
         if not screen.shown:
-            lines += ["", paint(_nothing(snapshot), width, palette)]
+            text = " nothing fits the filter" if snapshot.exchanges else " no requests yet"
+            lines += ["", paint([("muted", text)], width, palette)]
     lines = lines[: height - 1]
     return [*lines, *[""] * (height - 1 - len(lines)), paint(_foot(screen, width), width, palette)][-height:]
 
@@ -2330,9 +2319,8 @@ def _style(exchange: Exchange) -> str:
     return f"{exchange.status // 100}xx" if exchange.status else "5xx" if exchange.ended else "1xx"
 
 
-def _target(snapshot: Snapshot, exchange: Exchange) -> str:
-    target = exchange.target if snapshot.screen.reveal else mask_target(exchange.target)
-    return printable(target)
+def _target(snapshot: Snapshot, exchange: Exchange, limit: int = MAX_FIELD) -> str:
+    return printable(exchange.target if snapshot.screen.reveal else mask_target(exchange.target), limit)
 
 
 def _link_state(snapshot: Snapshot) -> Spans:
@@ -2366,7 +2354,7 @@ def _head(snapshot: Snapshot, width: int, height: int) -> list[Spans]:
     screen = snapshot.screen
     if e := screen.opened:
         outcome = f"{e.status or '---'} {printable(e.reason)}".strip() if e.status or e.ended else "in flight"
-        request = [("bold", f"  {printable(e.method)}"), ("", f" {_target(snapshot, e)}")]
+        request = [("bold", f"  {printable(e.method)}"), ("", f" {_target(snapshot, e, 1000)}")]
         tabs = [("selected" if n == screen.tab else "muted", f" {tab} ") for n, tab in enumerate(screen.TABS)]
         tabs.append(("muted", "  secrets shown" if screen.reveal else ""))
         return [[("", " "), (_style(e), outcome), *request], tabs, []]
@@ -2415,16 +2403,9 @@ def _row(snapshot: Snapshot, exchange: Exchange, width: int) -> Spans:
     spans = _columns(snapshot, [*values, ("", "")], width)
     room = width - sum(width_of(text) for _, text in spans)
     error = printable(e.error)
-    path = ("↻ " if e.replay_of else "") + _target(snapshot, e)
+    path = ("↻ " if e.replay_of else "") + _target(snapshot, e, 1000)
     path = fit(path, max(room // 2, room - len(error) - 2)) if error else path
     return [*spans, ("", path), ("5xx", f"  {error}" if error else "")]
-
-
-def _nothing(snapshot: Snapshot) -> Spans:
-    if snapshot.exchanges:
-        return [("muted", " nothing fits the filter")]
-    url = next((url for _, url, _ in snapshot.tunnels if url), "")
-    return [("muted", " no requests yet"), ("muted", "; open " if url else ""), ("", printable(url))]
 
 
 def _foot(screen: Screen, width: int) -> Spans:
@@ -2448,63 +2429,48 @@ def _foot(screen: Screen, width: int) -> Spans:
     return next(iter(_flow([*groups, *([("key", key), ("muted", f" {what}")] for key, _, what in keys)], width)))
 
 
-# The details of an exchange
+def _labelled(rows: Iterable[tuple[str, str]], width: int) -> Iterator[Spans]:
+    """Yield rows of a label and a text, which goes on below itself."""
+    for label, text in rows:
+        label = fit(f" {label}  ", width // 2)
+        for number, line in enumerate(wrap(text, max(1, width - width_of(label)))):
+            yield [("muted", " " * width_of(label) if number else label), ("", line)]
 
 
-def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> list[Spans]:
-    """Return all lines of the tab that is open."""
+def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spans]:
+    """Yield all lines of the tab that is open."""
     e, screen = exchange, snapshot.screen
     tab = screen.TABS[screen.tab]
     if tab == "Info":
-        return list(_info(snapshot, e, width))
-    if tab == "Headers":
-        return list(_headers(e, width, reveal=screen.reveal))
-    if tab == "Response" and e.notes:
-        return [line for note in list(e.notes) for line in _note(note, width)]
-    of_request = tab == "Body"
-    size = e.bytes_in if of_request else e.bytes_out
-    return _body(e, of_request, size, width)
-
-
-def _info(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spans]:
-    e = exchange
-    url, local = next(((url, local) for name, url, local in snapshot.tunnels if name == e.tunnel), ("", ""))
-    moment = datetime.datetime.fromtimestamp(e.time + snapshot.utc_offset, datetime.UTC)
-    duration = e.duration if e.ended else snapshot.now - e.started
-    fields = {
-        "URL": printable(url) + _target(snapshot, e),
-        "Target": f"{e.tunnel} → {printable(local)}",
-        "Time": f"{moment:%Y-%m-%d %H:%M:%S}",
-        "Duration": human_time(duration) + ("" if e.ended else " so far"),
-        "Content": f"request {human_size(e.bytes_in)}, response {human_size(e.bytes_out)}",
-        "Replay of": f"number {e.replay_of}" if e.replay_of else "",
-        "Error": printable(e.error),
-    }
-    for label, text in fields.items():
-        for number, line in enumerate(wrap(text, max(1, width - 14)) if text else ()):
-            yield [("muted", f" {'' if number else label:<12} "), ("5xx" if label == "Error" else "", line)]
-    labels = {"server": "held", "link": "link", "local": "local service", "content": "content"}
-    yield []
-    for name, seconds in timings(e).items():
-        bar = "█" * round((seconds or 0.0) / max(duration, 1e-6) * max(0, width - 28))
-        yield [("muted", f" {labels[name]:<13}"), ("", f"{human_time(seconds) if seconds else '–':>9}  "), ("3xx", bar)]
-
-
-def _headers(exchange: Exchange, width: int, *, reveal: bool) -> Iterator[Spans]:
-    for title, headers in ("Request", exchange.request_headers), ("Response", exchange.response_headers):
-        yield [("bold", f" {title}")]
-        for name, value in text_fields(headers, reveal=reveal):
-            for number, line in enumerate(wrap(printable(f"{name}: {value}"), max(1, width - 2))):
-                at = 0 if number else len(name) + 1
-                yield [("muted", f"  {line[:at]}"), ("", line[at:])]
-        yield []
-
-
-def _note(note: Note, width: int) -> Iterator[Spans]:
-    head = f" {human_time(note.at):>9} {'→' if note.from_visitor else '←'} {note.kind} {human_size(note.size)}  "
-    data = printable(note.data)
-    for number, line in enumerate(wrap(data, max(1, width - len(head)))):
-        yield [("muted", " " * len(head) if number else head), ("", line)]
+        url, local = next(((url, local) for name, url, local in snapshot.tunnels if name == e.tunnel), ("", ""))
+        moment = datetime.datetime.fromtimestamp(e.time + snapshot.utc_offset, datetime.UTC)
+        duration = snapshot.now - e.started if e.ended is None else e.duration
+        rows = {
+            "URL": printable(url) + _target(snapshot, e),
+            "Target": f"{e.tunnel} → {printable(local)}",
+            "Time": f"{moment:%Y-%m-%d %H:%M:%S}" + (f", a replay of number {e.replay_of}" if e.replay_of else ""),
+            "Content": f"request {human_size(e.bytes_in)}, response {human_size(e.bytes_out)}",
+            "Error": printable(e.error),
+            "Duration": human_time(duration) + (" so far" if e.ended is None else ""),
+        }
+        yield from _labelled(((f"{label:<8}", text) for label, text in rows.items() if text), width)
+        longest = max(0, width - 24)
+        for name, seconds in timings(e).items():
+            if seconds is not None:
+                bar = "█" * min(longest, round(seconds / max(duration, 1e-6) * longest))
+                yield from _labelled([(f"  {name:<8}", f"{human_time(seconds):>8}  {bar}")], width)
+    elif tab == "Headers":
+        for title, headers in (" Request", e.request_headers), ("", []), (" Response", e.response_headers):
+            yield [("bold", title)]
+            fields = text_fields(headers, reveal=screen.reveal)
+            across = min(20, width // 3, max((len(name) for name, _ in fields), default=0))
+            yield from _labelled(((printable(name).ljust(across), printable(value)) for name, value in fields), width)
+    elif tab == "Response" and e.notes:
+        for note in list(e.notes):
+            head = f"{human_time(note.at):>9} {'→' if note.from_visitor else '←'} {human_size(note.size):>8}"
+            yield from _labelled([(head, printable(note.data))], width)
+    else:
+        yield from _body(e, tab == "Body", e.bytes_in if tab == "Body" else e.bytes_out, width)
 
 
 @functools.lru_cache(maxsize=4)  # what has not changed is not read again; sizes only grow
@@ -2515,7 +2481,7 @@ def _body(exchange: Exchange, of_request: bool, size: int, width: int) -> list[S
     lines = (printable(line.rstrip("\r").expandtabs(4), len(view.text) * 10) for line in view.text.split("\n"))
     wrapped = (line for text in lines for line in wrap(text, max(1, width - 2)))
     found: list[Spans] = [[("", f" {line}")] for line in itertools.islice(wrapped, MAX_SHOWN)] if view.text else []
-    note = ", ".join(filter(None, [view.kind if not view.text else "", view.note]))
+    note = ", ".join(filter(None, ["" if view.text else view.kind, view.note]))
     return [[("muted", f" {note}")], [], *found] if note else found
 
 
@@ -5335,6 +5301,10 @@ if sys.platform == "win32":
 
         foreground, ready = True, property(lambda self: self.active and self._frames.empty())
 
+        def size(self) -> os.terminal_size:
+            """Return columns and lines."""
+            return os.get_terminal_size(1)
+
         def enter(self) -> None:
             """Take the console."""
             self._kernel.SetConsoleMode(self._in, 0x0281)  # processed, extended flags, virtual terminal input
@@ -5346,7 +5316,7 @@ if sys.platform == "win32":
             """Give it back."""
             if self.active:
                 self.active = False
-                self._kernel.WriteConsoleW(self._out, _LEAVE, len(_LEAVE), self._pointer(self._number()), None)
+                self._put(_LEAVE)
                 for handle, mode in zip((self._in, self._out), self._saved, strict=True):
                     self._kernel.SetConsoleMode(handle, mode)
 
@@ -5358,14 +5328,20 @@ if sys.platform == "win32":
 
         def _read(self) -> None:
             count = self._number()
-            while self._kernel.ReadConsoleW(self._in, self._buffer, 200, self._pointer(count), None):
-                data = self._buffer[: count.value].encode(errors="replace")
-                self._loop.call_soon_threadsafe(self._on_input, data)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                while self._kernel.ReadConsoleW(self._in, self._buffer, 200, self._pointer(count), None):
+                    data = "".join(self._buffer[: count.value]).encode(errors="replace")
+                    self._loop.call_soon_threadsafe(self._on_input, data)
 
         def _write(self) -> None:
-            while text := self._frames.get():
-                self._kernel.WriteConsoleW(self._out, text, len(text), self._pointer(self._number()), None)
-                self._loop.call_soon_threadsafe(self._on_ready)
+            with contextlib.suppress(RuntimeError):
+                while text := self._frames.get():
+                    self._put(text)
+                    self._loop.call_soon_threadsafe(self._on_ready)
+
+        def _put(self, text: str) -> None:
+            units = len(text.encode("utf-16-le")) // 2
+            self._kernel.WriteConsoleW(self._out, text, units, self._pointer(self._number()), None)
 
 else:
 
@@ -5401,6 +5377,10 @@ else:
             """Whether the last frame has gone out."""
             return self.active and not self._unsent
 
+        def size(self) -> os.terminal_size:
+            """Return columns and lines."""
+            return os.get_terminal_size(self._fd)
+
         def enter(self) -> None:
             """Take the terminal: keys come one by one, Ctrl-C and Ctrl-Z stay signals, Ctrl-S stops nothing."""
             mode = self._termios.tcgetattr(self._fd)
@@ -5421,15 +5401,9 @@ else:
                 self._loop.remove_reader(self._fd)
                 self._loop.remove_writer(self._fd)
             with contextlib.suppress(OSError, self._termios.error):  # it is gone
-                try:
-                    whole = os.write(self._fd, _LEAVE.encode()) == len(_LEAVE)
-                except BlockingIOError:
-                    whole = False
-                if not whole:
-                    self._termios.tcflush(self._fd, self._termios.TCOFLUSH)
-                    os.write(self._fd, _LEAVE.encode())
-            with contextlib.suppress(OSError, self._termios.error):
                 self._termios.tcsetattr(self._fd, self._termios.TCSANOW, self._saved)
+                self._termios.tcflush(self._fd, self._termios.TCOFLUSH)
+                os.write(self._fd, _LEAVE.encode())
 
         def close(self) -> None:
             """Leave for good."""
@@ -5482,18 +5456,14 @@ class Terminal:
         self._notice_until = 0.0
         self._escape: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._signals: dict[str, Callable[[], object]] = {
-            "SIGWINCH": self._wake.set,
-            "SIGTSTP": self._suspend,
-            "SIGCONT": self._resume,
-        }
+        handlers = {"SIGWINCH": self._wake.set, "SIGTSTP": self._suspend, "SIGCONT": self._resume}
+        self._signals = {getattr(signal, name): handlers[name] for name in handlers if hasattr(signal, name)}
 
     async def __aenter__(self) -> Terminal:
         atexit.register(self._device.leave)
         self._client.log.listeners.add(self._wake.set)
-        for name, handler in self._signals.items():
-            if hasattr(signal, name):
-                self._loop.add_signal_handler(getattr(signal, name), handler)
+        for number, handler in self._signals.items():
+            self._loop.add_signal_handler(number, handler)
         self._resume()
         self._own(self._show())
         return self
@@ -5501,13 +5471,16 @@ class Terminal:
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
             task.cancel()
+        self._end()
         self._device.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _end(self) -> None:
+        self._device.leave()
         atexit.unregister(self._device.leave)
         self._client.log.listeners.discard(self._wake.set)
-        for name in self._signals:
-            if hasattr(signal, name):
-                self._loop.remove_signal_handler(getattr(signal, name))
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for number in self._signals:
+            self._loop.remove_signal_handler(number)
 
     def notice(self, text: str) -> None:
         """Show a line at the bottom for NOTICE seconds."""
@@ -5520,31 +5493,30 @@ class Terminal:
         try:
             while True:
                 self._wake.clear()
-                keys, self._keys = self._keys, []
-                for key in keys:
-                    self._act(self._screen.key(key))
-                if self._device.ready:
+                if not self._device.active:
+                    self._resume()  # a shell does not tell when `fg` takes it from the background
+                if self._keys or self._device.ready:
                     await self._draw()
                 await asyncio.sleep(FRAME)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._until_next()):
                         await self._wake.wait()
         except Exception:
-            self._device.leave()  # the tunnel goes on without a view
+            self._end()  # the tunnel goes on without a view
             log.exception("the terminal view failed")
 
     def _until_next(self) -> float | None:
         """Return seconds until something changes by itself."""
         if not self._device.active:
-            return None
+            return 1.0
         waits = [self._notice_until - self._loop.time()] if self._screen.notice else []
         if self._client.log.in_flight or self._client.retry_at is not None:
             waits.append(1.0)
         return min(waits, default=self._device.poll)
 
     async def _draw(self) -> None:
-        """Bring the terminal up to date. A body may be large, so that it is laid out in a thread."""
-        size, client, screen = os.get_terminal_size(1), self._client, self._screen
+        """Take the keys and bring the terminal up to date. Bodies and filters may be large: a thread arranges them."""
+        size, client, screen = self._device.size(), self._client, self._screen
         if size != self._size:
             self._size, self._drawn = size, []
         if self._loop.time() >= self._notice_until:
@@ -5564,16 +5536,15 @@ class Terminal:
             utc_offset=time.localtime().tm_gmtoff,
         )
         width, height = size.columns or 80, size.lines or 24
-
-        def lay_out() -> list[str]:
-            screen.arrange(snapshot, width, height)
-            return render(snapshot, width, height)
-
-        lines = await asyncio.to_thread(lay_out)
+        await asyncio.to_thread(screen.arrange, snapshot, width, height)
+        while self._keys:
+            self._act(screen.key(self._keys.pop(0)))
+            await asyncio.to_thread(screen.arrange, snapshot, width, height)
+        lines = await asyncio.to_thread(render, snapshot, width, height)
         pairs = zip(lines, self._drawn or [""] * height, strict=True)
         changed = [] if self._drawn else ["\x1b[2J"]
         changed += [f"\x1b[{row};1H\x1b[2K{line}" for row, (line, old) in enumerate(pairs, 1) if line != old]
-        if changed and self._device.ready:
+        if changed and self._device.ready:  # or it shows with what comes next
             self._device.write(f"\x1b[?2026h{''.join(changed)}\x1b[?2026l")
             self._drawn = lines
 
@@ -5583,8 +5554,7 @@ class Terminal:
         if self._escape:
             self._escape.cancel()
         self._press(self._reader.feed(data))
-        if self._reader.waiting:
-            self._escape = self._loop.call_later(ESCAPE, lambda: self._press(self._reader.flush()))
+        self._escape = self._loop.call_later(ESCAPE, lambda: self._press(self._reader.flush()))
 
     def _press(self, keys: Iterator[str]) -> None:
         self._keys += keys
@@ -5592,7 +5562,10 @@ class Terminal:
 
     def _suspend(self) -> None:
         self._device.leave()
-        os.kill(os.getpid(), signal.SIGSTOP)
+        self._loop.remove_signal_handler(signal.SIGTSTP)
+        signal.raise_signal(signal.SIGTSTP)  # not SIGSTOP: where no shell could continue it, this one does nothing
+        self._loop.add_signal_handler(signal.SIGTSTP, self._suspend)
+        self._resume()
 
     def _resume(self) -> None:
         if self._device.foreground:
@@ -5845,7 +5818,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {escape(str(error))}") from None
     _check_settings(settings, SETTINGS, f"{path}: ")
     for name, tunnel in settings.get("tunnels", {}).items():
@@ -6723,6 +6696,11 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
     return status
 
 
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def write_url(path: Path, urls: Iterable[str]) -> None:
     """Write public URLs, a line for each, in one step. Raises TunnelError, as only a TunnelError ends the client."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -6730,6 +6708,7 @@ def write_url(path: Path, urls: Iterable[str]) -> None:
         temporary.write_text("\n".join(urls) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise TunnelError(f"cannot write {path}: {_describe(error)}") from None
 
 
@@ -6800,7 +6779,8 @@ async def _share_here(
         stack.push_async_callback(inspector.close)
         leave_note = stack.enter_context(Run.noted(inspector))
         if options.url_file:
-            stack.callback(Path(options.url_file).unlink, missing_ok=True)
+            _remove(options.url_file)  # what a killed client has left
+            stack.callback(_remove, options.url_file)
         if options.run:
             command = Command(options.run)
 
@@ -7061,7 +7041,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def _parser() -> CommandParser:
     common = CommandParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="events on stdout, one JSON object a line")
+    common.add_argument("--json", action="store_true", help="for programs: one JSON object a line on stdout")
     common.add_argument("-v", "--verbose", action="store_true", help="more about links on stderr")
     common.add_argument("--debug", action="store_true", help="frames that arrive, and tracebacks")
     parser = CommandParser(prog="pytunnel", description="A public URL for a service on your machine.")
@@ -7133,7 +7113,7 @@ def _parser() -> CommandParser:
     demo = add("demo", "Try it on this machine")
     demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
     demo.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
-    demo.set_defaults(wait_local=None, max_retries=None, url_file=None)
+    demo.set_defaults(wait_local=None, max_retries=None, url_file=None, detached=None)
     return parser
 
 

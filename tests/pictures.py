@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import html
 import json
+import re
 import shutil
 import struct
 import sys
@@ -213,7 +215,51 @@ async def inspector_png(path: Path) -> None:
         await browser.close()
 
 
+LIGHTS = "#ff5f57", "#febc2e", "#28c840"
+SVG_STYLES = {  # of the terminal's codes, on a dark theme
+    **{"": "", "1": "font-weight:600;fill:#fff", "2": "fill:#8b949e", "1;36": "font-weight:600;fill:#56d4dd"},
+    **{"31": "fill:#ff7b72", "32": "fill:#56d364", "33": "fill:#e3b341", "35": "fill:#bc8cff", "36": "fill:#56d4dd"},
+    "7": "fill:#0d1117",
+}
+
+
+def terminal_svg(path: Path, width: int = 96, height: int = 22) -> None:
+    """Draw the terminal view with sample data, as a window."""
+    from test_terminal import show, snapshot
+
+    lines = show(snapshot(colours=16), width, height, *["down"] * 3)
+    cell, line_height, left, top = 8.4, 19, 14, 52
+    across, down = width * cell + 2 * left, height * line_height + top + 8
+    font = "ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across:g} {down}" font-family="{font}" font-size="14">',
+        "<title>The terminal view of pytunnel connect</title>",
+        "<style>text{white-space:pre;fill:#c9d1d9}</style>",
+        f'<rect width="{across:g}" height="{down}" rx="10" fill="#0d1117"/>',
+        *(f'<circle cx="{20 * n}" cy="20" r="6" fill="{c}"/>' for n, c in zip((1, 2, 3), LIGHTS, strict=True)),
+        f'<text x="{across / 2:g}" y="25" text-anchor="middle" style="fill:#8b949e">pytunnel connect 3000</text>',
+    ]
+    for row, line in enumerate(lines):
+        y, column, code = top + row * line_height, 0, ""
+        for sgr, text in re.findall(r"(\x1b\[[0-9;]*m)|([^\x1b]+)", line):
+            if sgr:
+                code = sgr[2:-1]
+                continue
+            cells = pytunnel.width_of(text)
+            x, wide = left + column * cell, cells * cell
+            if code == "7":
+                box = f'x="{x:g}" y="{y - 14}" width="{wide:g}" height="{line_height}"'
+                parts.append(f'<rect {box} rx="3" fill="#c9d1d9"/>')
+            if text.strip():
+                style = f' style="{SVG_STYLES[code]}"' if code else ""
+                fit = f'textLength="{wide:g}" lengthAdjust="spacingAndGlyphs"'
+                parts.append(f'<text x="{x:g}" y="{y}" {fit}{style}>{html.escape(text)}</text>')
+            column += cells
+    path.write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
+
+
 if __name__ == "__main__":
     pictures = Path(__file__).parent / "pictures"
     pictures.mkdir(exist_ok=True)
+    terminal_svg(pictures / "terminal.svg")
     asyncio.run(inspector_png(pictures / "inspector.png"))
