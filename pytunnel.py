@@ -4057,8 +4057,10 @@ class TunnelClient:
         task = asyncio.ensure_future(self._exchange(Replay(body), index, head, again))
         self._forwarding.add(task)
         task.add_done_callback(self._forwarding.discard)
-        await asyncio.wait([task], timeout=REPLAY_TIMEOUT)
-        task.cancel()
+        try:
+            await asyncio.wait([task], timeout=REPLAY_TIMEOUT)
+        finally:  # also when whoever asked for it has gone away
+            task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         return again
 

@@ -633,6 +633,22 @@ async def test_a_content_that_was_not_kept_cannot_be_replayed() -> None:
         )
 
 
+async def test_a_replay_ends_with_who_asked_for_it() -> None:
+    async def silent(_: RawRequest, reader: asyncio.StreamReader, __: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with RawOrigin(silent) as origin, inspector(target=f"localhost:{origin.port}") as (page, client):
+        Samples(client).add("GET", "/", 200)
+        async with RawVisitor(page.port) as visitor:
+            token = (b"X-Pytunnel-Token", page.token.encode())
+            path = b"/api/exchanges/1/replay"
+            await visitor.send(request("POST", path, b"127.0.0.1:%d" % page.port, [token], body=b"{}"))
+            await origin.wait_requests(1)
+        await eventually(lambda: client.log.exchanges[2].ended)
+        assert client.log.exchanges[2].error == "the visitor went away"
+        assert not client._forwarding
+
+
 async def test_through_a_real_tunnel(tmp_path: Path) -> None:
     """A visitor's request is seen while it waits, and replayed, by the client that forwarded it."""
     token = pytunnel.make_token()
