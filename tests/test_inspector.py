@@ -30,6 +30,7 @@ import pytunnel
 from pytunnel import INSPECTOR_PORT, Inspector, Target, Tunnel, TunnelClient, TunnelServer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # the browser's
+expect.set_options(timeout=20_000)  # for a machine that has other things to do
 module_fixture = pytest_asyncio.fixture(loop_scope="module", scope="module")
 
 JSON = (b"Content-Type", b"application/json")
@@ -703,7 +704,7 @@ async def opened(
     async with await browser.new_context(viewport=size, **options) as context:
         await context.grant_permissions(["clipboard-read", "clipboard-write"])
         tab = await context.new_page()
-        tab.set_default_timeout(10_000)
+        tab.set_default_timeout(20_000)
         said: list[str] = []
         went: list[Request] = []
         tab.on("console", lambda message: said.append(message.text))
