@@ -24,7 +24,7 @@ import pytest
 import pytest_asyncio
 from pictures import Samples, frame, inspector, png
 from playwright.async_api import Browser, Page, Request, async_playwright, expect
-from support import Header, RawOrigin, RawRequest, RawResponse, RawVisitor, eventually, request, response
+from support import Header, RawOrigin, RawRequest, RawResponse, RawVisitor, eventually, free_port, request, response
 
 import pytunnel
 from pytunnel import INSPECTOR_PORT, Inspector, Target, Tunnel, TunnelClient, TunnelServer
@@ -289,13 +289,13 @@ async def test_the_next_free_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> N
             assert (await ask(page)).status == 200
 
 
-async def test_a_port_that_was_asked_for_is_not_replaced() -> None:
-    async with RawOrigin(response()) as taken:
-        with pytest.raises(
-            pytunnel.TunnelError, match=rf"cannot listen on port {taken.port} of 127\.0\.0\.1: .*choose another"
-        ):
-            async with inspector(taken.port):
-                pass
+async def test_a_port_that_a_target_has_is_left_to_it() -> None:
+    port = free_port()
+    client = TunnelClient("http://localhost:1", "a token", [Tunnel("web", Target.parse(str(port)))])
+    inspector = Inspector(client, port=port, on_stop=client.stop)
+    await inspector.start()
+    assert inspector.port != port
+    await inspector.close()
 
 
 async def test_the_default_port_is_the_documented_one() -> None:
