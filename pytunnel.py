@@ -2468,7 +2468,8 @@ def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spa
     elif tab == "Response" and e.notes:
         for note in list(e.notes):
             head = f"{human_time(note.at):>9} {'→' if note.from_visitor else '←'} {human_size(note.size):>8}"
-            yield from _labelled([(head, printable(note.data))], width)
+            kind = "" if note.kind in ("text", "event") else f"{note.kind} "
+            yield from _labelled([(head, kind + printable(note.data))], width)
     else:
         yield from _body(e, tab == "Body", e.bytes_in if tab == "Body" else e.bytes_out, width)
 

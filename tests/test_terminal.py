@@ -33,6 +33,7 @@ from pytunnel import (
     Exchange,
     ExchangeLog,
     KeyReader,
+    Note,
     ResponseHead,
     Screen,
     Snapshot,
@@ -525,6 +526,17 @@ def test_details_scroll_and_stay_open_when_their_exchange_makes_room() -> None:
     assert snap.screen.scroll == last
     assert "line 99" not in shown(snap, "up", "up")
     assert "line 0\n" in shown(snap._replace(exchanges=[]), "home")
+
+
+def test_the_messages_of_a_websocket() -> None:
+    log = ExchangeLog()
+    exchange = Exchange("web", "GET", "/ws", started=NOW)
+    log.begin(exchange)
+    exchange.notes.append(Note(0.25, True, "text", 5, b"hello"))
+    exchange.notes.append(Note(1.5, False, "close", 2, b"\x03\xe8"))
+    text = shown(snapshot(log), "enter", "4")
+    assert "    250 ms →      5 B  hello\n" in text
+    assert "    1.50 s ←      2 B  close \\x03\\xe8\n" in text
 
 
 def test_a_replay_is_selected_and_opens_where_details_are_open() -> None:
