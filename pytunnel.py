@@ -4519,24 +4519,24 @@ INSPECTOR_PAGE = r"""<!doctype html>
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
 a { color: var(--accent); text-underline-offset: 3px }
 li { list-style: none }
-pre, code, kbd, td, tbody th, h2, textarea, input, #notes, .fields { font-family: var(--mono); unicode-bidi: plaintext }
-pre, code, kbd, td, tbody th, textarea, input, #notes, .fields { font-size: 12.5px }
-button, input, textarea { color: var(--text); background: var(--back); border: 1px solid var(--edge); border-radius: 6px }
+pre, code, kbd, td, tbody th, h2, textarea, input, #notes, .fields { font: 12.5px/1.6 var(--mono) }
+pre, td, tbody a, h2, textarea, input, li span, dd { unicode-bidi: plaintext }
+button, input, textarea, kbd { color: inherit; background: var(--back) }
+button, input, textarea, kbd { border: 1px solid var(--edge); border-radius: 6px }
 button { font: 13px system-ui, sans-serif; border-color: var(--line); padding: 0 10px; min-height: 30px }
 button:hover { background: var(--raised); border-color: var(--edge) }
 button[aria-pressed=true] { color: var(--accent); background: var(--tint); border-color: var(--accent) }
 button.main { color: var(--back); background: var(--accent); font-weight: 600 }
 .small button, button.small { min-height: 26px; padding: 0 8px; font-size: 12px }
-input, textarea { width: 100%; padding: 5px 10px; line-height: 1.6; resize: vertical; display: block }
+input, textarea { color: var(--text); width: 100%; padding: 5px 10px; resize: vertical; display: block }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
 .soft, dt, thead th, label { color: var(--soft); font-weight: 400 }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 8px }
+.row, dl.row > div { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 8px }
 .last { margin-left: auto }
 .grid { display: grid; gap: 12px; align-items: start }
 .grid > * { min-width: 0 }
 .box, pre { padding: 10px 12px; background: var(--raised); border: 1px solid var(--line); border-radius: 8px }
 dl.row, #facts { gap: 2px 18px; font-variant-numeric: tabular-nums }
-dl.row > div { display: flex; gap: 6px }
 
 body > header { padding: 10px 16px; gap: 4px 20px; border-bottom: 1px solid var(--line) }
 #state::before, #legend dt::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 8px }
@@ -4545,12 +4545,11 @@ body > header { padding: 10px 16px; gap: 4px 20px; border-bottom: 1px solid var(
 .tools { position: sticky; top: 0; padding: 10px 16px; background: var(--back); border-bottom: 1px solid var(--line) }
 table { width: 100%; table-layout: fixed; border-collapse: collapse; font-variant-numeric: tabular-nums }
 tr > * { padding: 6px 8px; text-align: left; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
-tr > .status { padding-left: 16px; width: 74px }
-tr > .method { width: 68px }
+tr > .status { padding-left: 16px; width: 70px }
+tr > .method { width: 66px }
 tr > .time, tr > .size, tr > .at { width: 84px; text-align: right }
-tr > .at { width: 92px; padding-right: 16px }
+tr > :last-child { padding-right: 16px; width: 92px }
 thead th { font-size: 12px; border-bottom: 1px solid var(--line) }
-tbody th { font-weight: 400 }
 tbody tr { cursor: pointer }
 tbody tr:hover { background: var(--raised) }
 tr:has([aria-current]) { background: var(--tint); box-shadow: inset 3px 0 var(--accent) }
@@ -4561,22 +4560,21 @@ td.status, span.status { font-weight: 600 }
 .s4, .atom { color: var(--warn) }
 .s5, .error { color: var(--bad) }
 .key, .up { color: var(--accent) }
-.empty { padding: 48px 16px; justify-items: center; text-align: center }
+.empty { padding: 48px 16px; place-items: center; text-align: center }
 #more { display: block; margin: 12px auto }
 
 #list, #detail { container-type: inline-size; min-width: 0 }
 #detail { padding: 14px 16px 32px; overflow-wrap: anywhere; outline-offset: -2px }
-h2 { font-size: 16px; line-height: 1.4 }
+h2 { font-size: 16px; font-weight: 600 }
 #bar { display: flex; height: 8px }
-#bar span { border-radius: 2px; background: var(--part) }
-#legend dt::before { border-radius: 2px; background: var(--part) }
+#bar span, #legend dt::before { border-radius: 2px; background: var(--part) }
 .server { --part: light-dark(#a5a5b1, #6b6b78) }
 .link { --part: light-dark(#0e8a8a, #4fd1c5) }
 .local { --part: light-dark(#4338ca, #818cf8) }
 .content { --part: light-dark(#c2650c, #f0a95b) }
 .fields { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 14px }
 .fields dt { max-width: 20ch }
-pre { white-space: pre-wrap; overflow: auto; max-height: 60vh; line-height: 1.6 }
+pre { white-space: pre-wrap; overflow: auto; max-height: 60vh }
 pre.hex { white-space: pre }
 img { max-width: 100%; max-height: 50vh; margin: auto }
 #notes { max-height: 50vh; overflow: auto }
@@ -4588,18 +4586,19 @@ img { max-width: 100%; max-height: 50vh; margin: auto }
   color: var(--back); background: var(--text); border-radius: 8px; overflow-wrap: anywhere }
 #toast:empty { visibility: hidden }
 dialog { margin: auto; padding: 20px; color: inherit; background: var(--back); border: 1px solid var(--edge) }
-dialog .fields { font: inherit; margin: 12px 0 }
-kbd { padding: 1px 6px; color: var(--text); border: 1px solid var(--edge); border-radius: 4px }
+dialog .fields { margin: 12px 0 }
+kbd { padding: 1px 6px }
 
-@container (max-width: 600px) { tr > .size, tr > .at { display: none } tr > .time { padding-right: 16px; width: 92px } }
-@container (min-width: 860px) { .sides { grid-template-columns: 1fr 1fr; gap: 20px } }
+@container (max-width: 600px) { tr > .at { display: none } tr > .size { padding-right: 16px } }
+@container (max-width: 480px) { tr > .size { display: none } tr > .time { padding-right: 16px } }
+@container (min-width: 720px) { .sides:not(:has(.hex)) { grid-template-columns: 1fr 1fr; gap: 20px } }
 @media (max-width: 899px) {
   .open #list, .open #stats, body:not(.open) #detail { display: none }
   #stats { margin: 0; font-size: 13px }
 }
 @media (min-width: 900px) {
   body { display: flex; flex-direction: column; height: 100vh }
-  main { flex: 1; min-height: 0; display: grid; grid-template-columns: 2fr 3fr }
+  main { flex: 1; min-height: 0; display: grid; grid-template-columns: 9fr 11fr }
   #list, #detail { overflow-y: auto }
   #list { border-right: 1px solid var(--line) }
   #back { display: none }
@@ -4683,7 +4682,8 @@ let version = 0, limit = STEP, selected = 0, loaded = 0, exchange, status, retry
 let paused = false, reveal = "", abort = new AbortController(), wake = () => {}
 
 // Strangers wrote this text: control and direction characters in it are shown as escapes, and it never becomes markup.
-const visible = text => String(text).replace(/[^\P{C}\n\t\u200d]/gu, c => `\\u{${c.codePointAt(0).toString(16)}}`)
+const unprintable = /\r(?!\n)|[^\P{C}\r\n\t\u200d]/gu
+const visible = text => String(text).replace(unprintable, c => `\\u{${c.codePointAt(0).toString(16)}}`)
 const put = (node, ...parts) => node.replaceChildren(...parts.map(part => part instanceof Node ? part : visible(part)))
 function h(tag, properties, ...parts) {
   const node = Object.assign(document.createElement(tag), properties)
@@ -4733,12 +4733,13 @@ async function poll() {
     while (document.hidden || paused && version) await sleep()
     const {signal} = abort = new AbortController()
     const query = {since: version, filter: $("filter").value, limit, id: selected, wait: version ? 20 : 0}
-    const next = performance.now() + PACE
+    const started = performance.now()
     try {
       const news = await json("exchanges?" + new URLSearchParams(query), {signal})
       if (signal.aborted) continue
       update(news)
-      await sleep(next - performance.now())
+      const pace = news.exchanges.length < limit ? PACE : 2 * PACE  // nobody can read a whole list that fast
+      await sleep(started + pace - performance.now())
     } catch (error) {
       if (!signal.aborted) await lost(error)
     }
@@ -4760,20 +4761,13 @@ function update(news) {
   const rows = $("rows")
   for (const e of news.exchanges.reverse()) putRow(e)
   for (let last; (last = rows.lastChild) && (rows.rows.length > limit || last.number < news.oldest);) last.remove()
-  if (rows.firstChild && !rows.querySelector("[tabindex='0']")) linkOf(rows.firstChild).tabIndex = 0
+  if (rows.firstChild && !tabStop()) rove(linkOf(rows.firstChild))
   $("more").hidden = rows.rows.length < limit
   retryAt = news.retry_in && performance.now() + news.retry_in * 1000
   showState(news.problem && `Reconnecting: ${news.problem}`)
   showHeader(news)
   showNone()
-  if (news.exchanges.length) announce()
   if (selected && news.selected > loaded) load()
-}
-function announce() {  // for those who hear the page: once in a while, however many there are
-  announce.timer ??= setTimeout(() => {
-    put($("news"), `${status.total} requests so far`)
-    announce.timer = undefined
-  }, 10000)
 }
 function showState(problem) {
   $("state").toggleAttribute("data-bad", problem)
@@ -4781,8 +4775,8 @@ function showState(problem) {
   countDown()
 }
 function countDown() {
-  const left = Math.ceil((retryAt - performance.now()) / 1000)
-  put($("retry"), left > 0 ? `again in ${left} s` : "")
+  const left = Math.max(0, Math.ceil((retryAt - performance.now()) / 1000))
+  if (changed($("retry"), left)) put($("retry"), left ? `again in ${left} s` : "")
 }
 function showHeader({tunnels, total, in_flight, p50, p90, bytes_in, bytes_out}) {
   if (changed($("tunnels"), tunnels)) {
@@ -4813,7 +4807,7 @@ function putRow(e) {
     row = $("rows").insertBefore(h("tr", {number: e.id}, ...cells), row)
   }
   const texts = [outcome(e), e.method, e.path, duration(e), size(e.bytes_out), clock(e.time)]
-  texts.forEach((text, n) => put(n === 2 ? linkOf(row) : row.cells[n], text))
+  texts.forEach((text, n) => put(row.cells[n].querySelector("a") ?? row.cells[n], text))
   row.cells[0].className = kindOf(e)
   row.title = visible(e.error ?? e.path)
 }
@@ -4830,16 +4824,17 @@ function setFilter(words) {
   for (const chip of $("chips").children) chip.ariaPressed = chip.words === words.trim()
   restart()
 }
-function focusRow(row) {
-  for (const link of $("rows").querySelectorAll("[tabindex='0']")) link.tabIndex = -1
-  linkOf(row).tabIndex = 0
-  linkOf(row).focus()
+const tabStop = () => $("rows").querySelector("[tabindex='0']")
+function rove(link) {  // the list is one stop of the Tab key, at the link that was used last
+  if (tabStop()) tabStop().tabIndex = -1
+  link.tabIndex = 0
+  return link
 }
 function move(step) {
-  const rows = [...$("rows").rows], link = $("rows").querySelector("[tabindex='0']")
-  const row = rows[rows.findIndex(row => row.contains(link)) + (document.activeElement === link ? step : 0)]
-  if (row) focusRow(row)
-  if (row && selected) location.replace("#" + row.number)
+  const links = [...$("rows").querySelectorAll("a")], stop = tabStop()
+  const link = links[links.indexOf(stop) + (selected || document.activeElement === stop ? step : 0)]
+  if (link) rove(link).focus()
+  if (link && selected) location.replace(link.href)
 }
 
 // One exchange: its number is the address's fragment, so that the browser's Back leads to the list
@@ -4848,21 +4843,26 @@ function choose() {
   const left = selected
   selected = Number(location.hash.slice(1)) || 0
   loaded = 0
-  exchange = undefined
   showEdit(false)
   $("result").hidden = true
+  $("nothing").hidden = selected
+  if (!selected) $("exchange").hidden = true
+  document.body.classList.toggle("open", selected)
   for (const row of $("rows").rows) {
     linkOf(row).ariaCurrent = row.number === selected ? "true" : null
-    if (left && row.number === left && !selected) focusRow(row)
+    if (row.number === (selected || left)) rove(linkOf(row))
   }
-  document.body.classList.toggle("open", selected)
-  $("nothing").hidden = selected
-  $("exchange").hidden = !selected
   if (selected) load()
+  else if (left) tabStop()?.focus()
 }
 async function load() {
-  const e = await json(`exchanges/${selected}?${reveal}`)
-  if (e.id !== selected) return
+  const number = selected
+  const e = await json(`exchanges/${number}?${reveal}`).catch(error => {
+    if (error.status === 404) actions.back()
+    throw error
+  })
+  if (number !== selected) return
+  $("exchange").hidden = false
   exchange = e
   loaded = e.version
   put($("title"), `${e.method} ${e.target}`)
@@ -4872,8 +4872,8 @@ async function load() {
   if (e.replay_of) $("facts").append(h("a", {href: "#" + e.replay_of}, `replay of #${e.replay_of}`))
   const names = {server: "wait on the server", link: "link", local: "local service", content: "content"}
   const times = Object.entries(e.timings)
-  put($("bar"), ...times.map(([name, value]) => span(name)))
-  times.forEach(([name, value], n) => Object.assign($("bar").children[n].style, {flexGrow: value * 1000}))
+  put($("bar"), ...times.map(([name]) => span(name)))
+  times.forEach(([, value], n) => { $("bar").children[n].style.flexGrow = value * 1000 })
   put($("legend"), ...times.map(([name, value]) => pair(name, names[name], seconds(value))))
   $("messages").hidden = !e.notes.length
   if (changed($("notes"), e.notes)) put($("notes"), ...e.notes.map(showNote))
@@ -4962,13 +4962,9 @@ function sendEdit() {
 
 // Buttons and keys
 
-function press(id, on) {
-  $(id).ariaPressed = on
-  return on
-}
 const har = query => save(`har?${query}&${reveal}`, `pytunnel${query.replace("id=", "-")}.har`)
 const actions = {
-  pause: () => { paused = press("pause", !paused); pollNow() },
+  pause: () => { $("pause").ariaPressed = paused = !paused; pollNow() },
   clear: () => api("clear", {method: "POST"}).then(restart),
   export: () => har(""),
   ask: () => $("help").showModal(),
@@ -4979,7 +4975,7 @@ const actions = {
   cancel: () => showEdit(false),
   curl: () => copy(exchange.curl),
   har: () => har(`id=${selected}`),
-  reveal: () => { reveal = press("reveal", !reveal) ? "reveal=1" : ""; load() },
+  reveal: () => { reveal = reveal ? "" : "reveal=1"; $("reveal").ariaPressed = reveal !== ""; load() },
   rows: event => { location.hash = event.target.closest("tr").number },
 }
 for (const id in actions) $(id).onclick = actions[id]
@@ -4989,15 +4985,12 @@ for (const words of ["", "2xx", "3xx", "4xx", "5xx", "101"]) {
 }
 $("filter").oninput = () => setFilter($("filter").value)
 $("edit").onsubmit = event => { event.preventDefault(); sendEdit() }
-function escape(field) {
-  if (!$("edit").hidden) showEdit(false)
-  else if (field === $("filter") && field.value) setFilter("")
-  else if (selected) actions.back()
-}
 onkeydown = event => {
   const {key, target} = event
   if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return
-  if (key === "Escape") escape(target)
+  if (key === "Escape" && !$("edit").hidden) showEdit(false)
+  else if (key === "Escape" && target === $("filter") && target.value) setFilter("")
+  else if (key === "Escape" && selected) actions.back()
   if (target.matches("input, textarea")) return
   const step = {j: 1, k: -1, ...$("detail").contains(target) ? {} : {ArrowDown: 1, ArrowUp: -1}}[key]
   const control = [...document.querySelectorAll("[aria-keyshortcuts]")].find(node => node.ariaKeyShortcuts === key)
@@ -5011,6 +5004,7 @@ onunhandledrejection = event => { event.preventDefault(); toast(event.reason.mes
 document.onvisibilitychange = () => pollNow()
 onhashchange = choose
 setInterval(countDown, 1000)
+setInterval(() => { if (status && changed($("news"), status.total)) put($("news"), `${status.total} requests`) }, 10000)
 choose()
 poll()
 </script>
@@ -5039,35 +5033,26 @@ INSPECTOR_FIELDS = {  # of every response: nobody else may frame it, read it, ke
 class Inspector:
     """Shows a client's log at `url`, and lets those who know `token` replay, clear and stop."""
 
-    def __init__(
-        self,
-        client: TunnelClient,
-        *,
-        host: str = "127.0.0.1",
-        port: int = INSPECTOR_PORT,
-        on_stop: Callable[[], None],
-    ) -> None:
-        self.host, self.port = host, port
+    def __init__(self, client: TunnelClient, *, port: int = INSPECTOR_PORT, on_stop: Callable[[], None]) -> None:
+        self.port = port
         self.token = secrets.token_urlsafe(32)
         self._client, self._log, self._on_stop = client, client.log, on_stop
         self._http: web.Server
         self._listeners: list[asyncio.Server] = []
 
     async def start(self) -> None:
-        """Listen; `port` is then the real one. Raises TunnelError when no port can be had."""
+        """Listen: on `port`, else on one of the next ones, else on any; `port` is then the real one."""
         loop = asyncio.get_running_loop()
         fields = [(name.encode(), value.encode()) for name, value in INSPECTOR_FIELDS.items()]
         self._http = _visitor_server(self._handle, fields)
-        last = self.port + (INSPECTOR_PORTS if self.port == INSPECTOR_PORT else 1) - 1
-        while not self._listeners:
-            try:
-                self._listeners.append(await loop.create_server(self._http, self.host, self.port))
-            except OSError as error:
-                if self.port == last:
-                    reason = f"the inspector cannot listen on {self.host}:{self.port}: {error.strerror}"
-                    raise TunnelError(f"{reason}; choose another port") from None
-                self.port += 1
-        self.port = self._listeners[0].sockets[0].getsockname()[1]
+        targets = itertools.chain.from_iterable(tunnel.targets for tunnel in self._client.tunnels)
+        theirs = {target.port for target in targets}  # also when nothing listens there yet
+        for port in [*(port for port in range(self.port, self.port + INSPECTOR_PORTS) if port not in theirs), 0]:
+            with contextlib.suppress(OSError):
+                listener = socket.create_server(("127.0.0.1", port))
+                break
+        self._listeners.append(await loop.create_server(self._http, sock=listener))
+        self.port = listener.getsockname()[1]
         with contextlib.suppress(OSError):  # for browsers that take localhost for ::1
             self._listeners.append(await loop.create_server(self._http, "::1", self.port))
 
@@ -5090,11 +5075,10 @@ class Inspector:
 
         try:
             self._admit(request)
-            response = await self._route(request)
-        except MessageError as error:
+            answer = await self._answer(request)
+            response = answer if isinstance(answer, web.Response) else web.json_response(answer)
+        except (MessageError, web.HTTPRequestEntityTooLarge) as error:
             response = web.json_response({"error": str(error)}, status=error.status)
-        except web.HTTPRequestEntityTooLarge:
-            response = web.json_response({"error": "the request is too large"}, status=413)
         except Exception:
             log.exception("the inspector failed")
             response = web.json_response({"error": "a bug in pytunnel"}, status=500)
@@ -5123,39 +5107,39 @@ class Inspector:
         if request.path != "/" and not hmac.compare_digest(token, self.token.encode()):
             raise MessageError("not without the token", 403)
 
-    async def _route(self, request: web.BaseRequest) -> web.Response:
+    async def _answer(self, request: web.BaseRequest) -> web.Response | dict[str, Any]:
         from aiohttp import web
 
-        query = request.query
-        match request.method, *request.path.split("/")[1:]:
-            case "GET", "":
-                return web.Response(text=INSPECTOR_PAGE.replace("%TOKEN%", self.token), content_type="text/html")
-            case "GET", "api", "status":
-                return web.json_response(self._status())
-            case "GET", "api", "exchanges":
-                return web.json_response(await self._changes(query))
-            case "GET", "api", "exchanges", number:
-                return web.json_response(self._detail(self._find(number), reveal="reveal" in query))
-            case "GET", "api", "exchanges", number, "body":
-                exchange, of_request = self._find(number), query.get("which") == "request"
-                body = bytes(exchange.request_body if of_request else exchange.response_body)
-                name = f"{'request' if of_request else 'response'}-{exchange.id}"
-                safe = {"Content-Disposition": f'attachment; filename="{name}"'}
-                safe["Content-Security-Policy"] = "default-src 'none'; sandbox"
-                return web.Response(body=body, content_type="application/octet-stream", headers=safe)
-            case "GET", "api", "har":
-                exchanges = [self._find(query["id"])] if "id" in query else list(self._log.exchanges.values())
-                return web.json_response(as_har(exchanges, self._urls(), reveal="reveal" in query))
-            case "GET", "api", "wait":
-                return web.json_response(await self._wait(query))
-            case "POST", "api", "exchanges", number, "replay":
-                return web.json_response(await self._replay(self._find(number), await request.read()))
-            case "POST", "api", "clear":
-                self._log.clear()
-                return web.json_response(self._status())
-            case "POST", "api", "stop":
-                self._on_stop()
-                return web.json_response(self._status())
+        query, reveal = request.query, "reveal" in request.query
+        what = f"{request.method} {re.sub('/[0-9]{1,15}', '/ID', request.path, count=1)}"
+        if what == "GET /":
+            return web.Response(text=INSPECTOR_PAGE.replace("%TOKEN%", self.token), content_type="text/html")
+        if what == "GET /api/status":
+            return self._status()
+        if what == "GET /api/exchanges":
+            return await self._changes(query)
+        if what == "GET /api/har":
+            exchanges = [self._find(query["id"])] if "id" in query else list(self._log.exchanges.values())
+            return as_har(exchanges, self._urls(), reveal=reveal)
+        if what == "GET /api/wait":
+            return await self._wait(query)
+        if what == "POST /api/clear":
+            self._log.clear()
+            return self._status()
+        if what == "POST /api/stop":
+            self._on_stop()
+            return self._status()
+        exchange = self._find(re.findall("/([0-9]{1,15})|$", request.path)[0])
+        if what == "GET /api/exchanges/ID":
+            return self._detail(exchange, reveal=reveal)
+        if what == "POST /api/exchanges/ID/replay":
+            return await self._replay(exchange, await request.read())
+        if what == "GET /api/exchanges/ID/body":
+            which = "request" if query.get("which") == "request" else "response"
+            fields = {"Content-Disposition": f'attachment; filename="{which}-{exchange.id}"'}
+            fields["Content-Security-Policy"] = "default-src 'none'; sandbox"
+            body = bytes(exchange.request_body if which == "request" else exchange.response_body)
+            return web.Response(body=body, content_type="application/octet-stream", headers=fields)
         raise MessageError("nothing here", 404)
 
     def _urls(self) -> dict[str, str]:
@@ -5834,7 +5818,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {escape(str(error))}") from None
     _check_settings(settings, SETTINGS, f"{path}: ")
     for name, tunnel in settings.get("tunnels", {}).items():
@@ -5869,9 +5853,9 @@ class Settings:
         self.memory = Memory(state_directory())
         own = os.environ.get("PYTUNNEL_CONFIG") or Path(platformdirs.user_config_dir("pytunnel")) / "config.toml"
         self.files = {path: read_settings(path) for path in [Path("pytunnel.toml")] * project + [Path(own)]}
-        candidates = [*self._given("server", "PYTUNNEL_SERVER"), *((file.get("server"), str(path)) for path, file in self.files.items())]
-        last = (self.memory.server, "the last one that worked")
-        server, source = Setting.first(*candidates, last, ("localhost", "default"))
+        kept = [(file.get("server"), str(path)) for path, file in self.files.items()]
+        last = (self.memory.server, "the last one that worked"), ("localhost", "default")
+        server, source = Setting.first(*self._given("server", "PYTUNNEL_SERVER"), *kept, *last)
         try:
             self.server = Setting(parse_server(server), source)
         except UsageError as error:
@@ -6695,7 +6679,7 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
     try:
         console.format.format(url="", name="", target="")
     except (LookupError, ValueError, AttributeError):
-        raise UsageError(f"--format {escape(console.format)!r}: the fields are {{url}}, {{name}} and {{target}}") from None
+        raise UsageError(f"--format {escape(console.format)!r} has other fields than url, name and target") from None
     inspectors = {urllib.parse.urlsplit(run.inspector).port for run in Run.all()}
     for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
         if target.is_loopback and target.port in inspectors:
@@ -6712,6 +6696,11 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
     return status
 
 
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def write_url(path: Path, urls: Iterable[str]) -> None:
     """Write public URLs, a line for each, in one step. Raises TunnelError, as only a TunnelError ends the client."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -6719,6 +6708,7 @@ def write_url(path: Path, urls: Iterable[str]) -> None:
         temporary.write_text("\n".join(urls) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise TunnelError(f"cannot write {path}: {_describe(error)}") from None
 
 
@@ -6789,7 +6779,8 @@ async def _share_here(
         stack.push_async_callback(inspector.close)
         leave_note = stack.enter_context(Run.noted(inspector))
         if options.url_file:
-            stack.callback(Path(options.url_file).unlink, missing_ok=True)
+            _remove(options.url_file)  # what a killed client has left
+            stack.callback(_remove, options.url_file)
         if options.run:
             command = Command(options.run)
 
@@ -7050,7 +7041,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def _parser() -> CommandParser:
     common = CommandParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="events on stdout, one JSON object a line")
+    common.add_argument("--json", action="store_true", help="for programs: one JSON object a line on stdout")
     common.add_argument("-v", "--verbose", action="store_true", help="more about links on stderr")
     common.add_argument("--debug", action="store_true", help="frames that arrive, and tracebacks")
     parser = CommandParser(prog="pytunnel", description="A public URL for a service on your machine.")
@@ -7122,7 +7113,7 @@ def _parser() -> CommandParser:
     demo = add("demo", "Try it on this machine")
     demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
     demo.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
-    demo.set_defaults(wait_local=None, max_retries=None, url_file=None)
+    demo.set_defaults(wait_local=None, max_retries=None, url_file=None, detached=None)
     return parser
 
 

@@ -79,15 +79,26 @@ class Samples:
             self.log.receive(exchange, body, self.now)
         return exchange
 
-    def respond(self, e: Exchange, status: int, kind: bytes = b"", seconds: float = 0.018, *rest: tuple[bytes, bytes]) -> None:
+    def respond(
+        self, e: Exchange, status: int, kind: bytes = b"", seconds: float = 0.018, *rest: tuple[bytes, bytes]
+    ) -> None:
         """The local service answers."""
         headers = [(b"Content-Type", kind)] if kind else []
         e.answered = e.started + seconds
         self.log.respond(e, ResponseHead(status, pytunnel.http.HTTPStatus(status).phrase.encode(), [*headers, *rest]))
 
     def add(
-        self, method: str, target: str, status: int, kind: bytes = b"", body: bytes = b"", *,
-        seconds: float = 0.018, headers: Headers | None = None, sent: bytes = b"", fields: Headers | None = None,
+        self,
+        method: str,
+        target: str,
+        status: int,
+        kind: bytes = b"",
+        body: bytes = b"",
+        *,
+        seconds: float = 0.018,
+        headers: Headers | None = None,
+        sent: bytes = b"",
+        fields: Headers | None = None,
     ) -> Exchange:
         """A whole exchange."""
         exchange = self.begin(method, target, headers, sent)
@@ -106,9 +117,13 @@ class Samples:
         image = self.add("GET", "/assets/sunset.png", 200, b"image/png", png(480, 270), seconds=0.012)
         self.add("GET", "/favicon.ico", 404, b"text/plain", b"not found\n", seconds=0.003)
         form = self.add(
-            "POST", "/login?next=%2Faccount", 303, sent=b"email=jo%40example.com&password=hunter2&remember=on",
+            "POST",
+            "/login?next=%2Faccount",
+            303,
+            sent=b"email=jo%40example.com&password=hunter2&remember=on",
             headers=[(b"Content-Type", b"application/x-www-form-urlencoded"), (b"Cookie", b"session=3b1f")],
-            fields=[(b"Location", b"/account"), (b"Set-Cookie", b"session=9c0e; HttpOnly; Path=/")], seconds=0.212,
+            fields=[(b"Location", b"/account"), (b"Set-Cookie", b"session=9c0e; HttpOnly; Path=/")],
+            seconds=0.212,
         )
         self.add("GET", "/account", 200, html, b"<!doctype html><title>Account</title>" + b" " * 9000, seconds=0.044)
         socket = self.begin("GET", "/live", [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")])
@@ -123,20 +138,53 @@ class Samples:
         failed = self.add("GET", "/api/report?year=2025", 502, b"text/plain", b"", seconds=0.001)
         failed.error = "localhost:3000: the connection was refused"
         binary = self.add("GET", "/export.bin", 200, b"application/octet-stream", bytes(range(256)) * 3, seconds=0.02)
-        self.add("PATCH", "/api/cart/7", 422, as_json, b'{"error":"quantity must be positive"}', seconds=0.015,
-                 headers=[(b"Content-Type", as_json)], sent=b'{"quantity":-1}')
+        self.add(
+            "PATCH",
+            "/api/cart/7",
+            422,
+            as_json,
+            b'{"error":"quantity must be positive"}',
+            seconds=0.015,
+            headers=[(b"Content-Type", as_json)],
+            sent=b'{"quantity":-1}',
+        )
         self.add("GET", "/api/products?page=2&sort=price", 304, seconds=0.011)
         self.add("DELETE", "/api/cart/7", 204, seconds=0.022)
-        error = self.add("POST", "/api/checkout", 500, as_json, b'{"error":"KeyError: \'vat\'","trace":"a3f1"}',
-                         seconds=0.388, headers=[(b"Content-Type", as_json)], sent=b'{"cart":7}')
-        hook = self.add(
-            "POST", "/hooks/payments?token=whsec_4f2a", 200, as_json, b'{"received":true}', seconds=0.064,
-            headers=[(b"Content-Type", as_json), (b"Authorization", b"Bearer sk_test_51H"),
-                     (b"Idempotency-Key", b"5c0f6f0e-8d57-4f0a")],
-            sent=json.dumps(INVOICE, ensure_ascii=False).encode(), fields=[(b"Server", b"uvicorn"), (b"X-Request-Id", b"8f14e45fceea")],
+        error = self.add(
+            "POST",
+            "/api/checkout",
+            500,
+            as_json,
+            b'{"error":"KeyError: \'vat\'","trace":"a3f1"}',
+            seconds=0.388,
+            headers=[(b"Content-Type", as_json)],
+            sent=b'{"cart":7}',
         )
-        return {"image": image, "form": form, "socket": socket, "events": events, "failed": failed, "binary": binary,
-                "error": error, "json": hook}
+        hook = self.add(
+            "POST",
+            "/hooks/payments?token=whsec_4f2a",
+            200,
+            as_json,
+            b'{"received":true}',
+            seconds=0.064,
+            headers=[
+                (b"Content-Type", as_json),
+                (b"Authorization", b"Bearer sk_test_51H"),
+                (b"Idempotency-Key", b"5c0f6f0e-8d57-4f0a"),
+            ],
+            sent=json.dumps(INVOICE, ensure_ascii=False).encode(),
+            fields=[(b"Server", b"uvicorn"), (b"X-Request-Id", b"8f14e45fceea")],
+        )
+        return {
+            "image": image,
+            "form": form,
+            "socket": socket,
+            "events": events,
+            "failed": failed,
+            "binary": binary,
+            "error": error,
+            "json": hook,
+        }
 
 
 @contextlib.asynccontextmanager
