@@ -5583,6 +5583,8 @@ class Terminal:
     def _act(self, action: Action | None) -> None:
         exchange = self._screen.exchange
         if action == "quit":
+            if running := self._client.log.in_flight:
+                self.notice(f"finishing what still runs ({running}); q again to stop now")
             self._stop()
         elif action == "copy":
             self._copy()

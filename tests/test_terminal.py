@@ -586,7 +586,7 @@ class Tmux:
         self._command = ["tmux", "-S", str(directory / "tmux"), "-f", "/dev/null"]
         self._environment = {
             **{"PATH": os.environ["PATH"], "HOME": str(directory), "PS1": "shell$ ", "LC_ALL": "C.UTF-8"},
-            **{"PYTHONPATH": str(PROGRAM.parent), "TERM": "xterm-256color", "SHELL": "/bin/bash"},
+            **{"PYTHONPATH": str(PROGRAM.parent), "TERM": "xterm-256color", "HISTFILE": ""},
         }
         self._directory = directory
         size = ["-x", str(width), "-y", str(height)]
@@ -643,9 +643,10 @@ class Tmux:
 
 
 @pytest.fixture
-def tmux(tmp_path: Path) -> Iterator[Tmux]:
-    with tempfile.TemporaryDirectory(prefix="pytunnel-test-") as short:  # a socket's path may not be long
-        terminal = Tmux(Path(short))
+def tmux() -> Iterator[Tmux]:
+    # not tmp_path: a socket's path may not be long; and the shell may still write when its terminal goes
+    with tempfile.TemporaryDirectory(prefix="pytunnel-test-", ignore_cleanup_errors=True) as directory:
+        terminal = Tmux(Path(directory))
         yield terminal
         terminal.run("kill-server")
 
@@ -803,6 +804,19 @@ async def test_suspended_and_continued(view: Shown) -> None:
     await tmux.sees("/behind")
     tmux.keys("q")
     await tmux.restored()
+
+
+async def test_the_end_waits_for_what_still_runs_until_q_comes_again(view: Shown) -> None:
+    view.origin._handler = lambda *_: asyncio.Event().wait()  # type: ignore
+    tmux = await started(view)
+    visit = asyncio.ensure_future(view.get("/slow"))
+    await tmux.sees("/slow")
+    tmux.keys("q")
+    await tmux.sees("finishing what still runs (1); q again to stop now")
+    tmux.keys("q")
+    await tmux.restored()
+    visit.cancel()
+    await asyncio.gather(visit, return_exceptions=True)
 
 
 async def test_replay(view: Shown) -> None:
