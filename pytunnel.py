@@ -2468,7 +2468,8 @@ def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spa
     elif tab == "Response" and e.notes:
         for note in list(e.notes):
             head = f"{human_time(note.at):>9} {'→' if note.from_visitor else '←'} {human_size(note.size):>8}"
-            yield from _labelled([(head, printable(note.data))], width)
+            kind = "" if note.kind in ("text", "event") else f"{note.kind} "
+            yield from _labelled([(head, kind + printable(note.data))], width)
     else:
         yield from _body(e, tab == "Body", e.bytes_in if tab == "Body" else e.bytes_out, width)
 
@@ -5584,6 +5585,8 @@ class Terminal:
     def _act(self, action: Action | None) -> None:
         exchange = self._screen.exchange
         if action == "quit":
+            if running := self._client.log.in_flight:
+                self.notice(f"finishing what still runs ({running}); q again to stop now")
             self._stop()
         elif action == "copy":
             self._copy()
