@@ -2468,7 +2468,8 @@ def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spa
     elif tab == "Response" and e.notes:
         for note in list(e.notes):
             head = f"{human_time(note.at):>9} {'→' if note.from_visitor else '←'} {human_size(note.size):>8}"
-            yield from _labelled([(head, printable(note.data))], width)
+            kind = "" if note.kind in ("text", "event") else f"{note.kind} "
+            yield from _labelled([(head, kind + printable(note.data))], width)
     else:
         yield from _body(e, tab == "Body", e.bytes_in if tab == "Body" else e.bytes_out, width)
 
@@ -4057,8 +4058,10 @@ class TunnelClient:
         task = asyncio.ensure_future(self._exchange(Replay(body), index, head, again))
         self._forwarding.add(task)
         task.add_done_callback(self._forwarding.discard)
-        await asyncio.wait([task], timeout=REPLAY_TIMEOUT)
-        task.cancel()
+        try:
+            await asyncio.wait([task], timeout=REPLAY_TIMEOUT)
+        finally:  # also when whoever asked for it has gone away
+            task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         return again
 
@@ -5040,20 +5043,18 @@ class Inspector:
         self._listeners: list[asyncio.Server] = []
 
     async def start(self) -> None:
-        """Listen; `port` is then the real one. Raises TunnelError when no port can be had."""
+        """Listen: on `port`, else on one of the next ones, else on any; `port` is then the real one."""
         loop = asyncio.get_running_loop()
         fields = [(name.encode(), value.encode()) for name, value in INSPECTOR_FIELDS.items()]
         self._http = _visitor_server(self._handle, fields)
-        last = self.port + (INSPECTOR_PORTS if self.port == INSPECTOR_PORT else 1) - 1
-        while not self._listeners:
-            try:
-                self._listeners.append(await loop.create_server(self._http, "127.0.0.1", self.port))
-            except OSError as error:
-                if self.port == last:
-                    reason = f"the inspector cannot listen on port {self.port} of 127.0.0.1: {error.strerror}"
-                    raise TunnelError(f"{reason}; choose another") from None
-                self.port += 1
-        self.port = self._listeners[0].sockets[0].getsockname()[1]
+        targets = itertools.chain.from_iterable(tunnel.targets for tunnel in self._client.tunnels)
+        theirs = {target.port for target in targets}  # also when nothing listens there yet
+        for port in [*(port for port in range(self.port, self.port + INSPECTOR_PORTS) if port not in theirs), 0]:
+            with contextlib.suppress(OSError):
+                listener = socket.create_server(("127.0.0.1", port))
+                break
+        self._listeners.append(await loop.create_server(self._http, sock=listener))
+        self.port = listener.getsockname()[1]
         with contextlib.suppress(OSError):  # for browsers that take localhost for ::1
             self._listeners.append(await loop.create_server(self._http, "::1", self.port))
 
@@ -5112,34 +5113,35 @@ class Inspector:
         from aiohttp import web
 
         query, reveal = request.query, "reveal" in request.query
-        match request.method, *request.path.split("/")[1:]:
-            case "GET", "":
-                return web.Response(text=INSPECTOR_PAGE.replace("%TOKEN%", self.token), content_type="text/html")
-            case "GET", "api", "status":
-                return self._status()
-            case "GET", "api", "exchanges":
-                return await self._changes(query)
-            case "GET", "api", "exchanges", number:
-                return self._detail(self._find(number), reveal=reveal)
-            case "GET", "api", "exchanges", number, "body":
-                exchange, which = self._find(number), "request" if query.get("which") == "request" else "response"
-                fields = {"Content-Disposition": f'attachment; filename="{which}-{exchange.id}"'}
-                fields["Content-Security-Policy"] = "default-src 'none'; sandbox"
-                body = bytes(exchange.request_body if which == "request" else exchange.response_body)
-                return web.Response(body=body, content_type="application/octet-stream", headers=fields)
-            case "GET", "api", "har":
-                exchanges = [self._find(query["id"])] if "id" in query else list(self._log.exchanges.values())
-                return as_har(exchanges, self._urls(), reveal=reveal)
-            case "GET", "api", "wait":
-                return await self._wait(query)
-            case "POST", "api", "exchanges", number, "replay":
-                return await self._replay(self._find(number), await request.read())
-            case "POST", "api", "clear":
-                self._log.clear()
-                return self._status()
-            case "POST", "api", "stop":
-                self._on_stop()
-                return self._status()
+        what = f"{request.method} {re.sub('/[0-9]{1,15}', '/ID', request.path, count=1)}"
+        if what == "GET /":
+            return web.Response(text=INSPECTOR_PAGE.replace("%TOKEN%", self.token), content_type="text/html")
+        if what == "GET /api/status":
+            return self._status()
+        if what == "GET /api/exchanges":
+            return await self._changes(query)
+        if what == "GET /api/har":
+            exchanges = [self._find(query["id"])] if "id" in query else list(self._log.exchanges.values())
+            return as_har(exchanges, self._urls(), reveal=reveal)
+        if what == "GET /api/wait":
+            return await self._wait(query)
+        if what == "POST /api/clear":
+            self._log.clear()
+            return self._status()
+        if what == "POST /api/stop":
+            self._on_stop()
+            return self._status()
+        exchange = self._find(re.findall("/([0-9]{1,15})|$", request.path)[0])
+        if what == "GET /api/exchanges/ID":
+            return self._detail(exchange, reveal=reveal)
+        if what == "POST /api/exchanges/ID/replay":
+            return await self._replay(exchange, await request.read())
+        if what == "GET /api/exchanges/ID/body":
+            which = "request" if query.get("which") == "request" else "response"
+            fields = {"Content-Disposition": f'attachment; filename="{which}-{exchange.id}"'}
+            fields["Content-Security-Policy"] = "default-src 'none'; sandbox"
+            body = bytes(exchange.request_body if which == "request" else exchange.response_body)
+            return web.Response(body=body, content_type="application/octet-stream", headers=fields)
         raise MessageError("nothing here", 404)
 
     def _urls(self) -> dict[str, str]:
@@ -5583,6 +5585,8 @@ class Terminal:
     def _act(self, action: Action | None) -> None:
         exchange = self._screen.exchange
         if action == "quit":
+            if running := self._client.log.in_flight:
+                self.notice(f"finishing what still runs ({running}); q again to stop now")
             self._stop()
         elif action == "copy":
             self._copy()
@@ -5853,9 +5857,9 @@ class Settings:
         self.memory = Memory(state_directory())
         own = os.environ.get("PYTUNNEL_CONFIG") or Path(platformdirs.user_config_dir("pytunnel")) / "config.toml"
         self.files = {path: read_settings(path) for path in [Path("pytunnel.toml")] * project + [Path(own)]}
-        candidates = [*self._given("server", "PYTUNNEL_SERVER"), *((file.get("server"), str(path)) for path, file in self.files.items())]
-        last = (self.memory.server, "the last one that worked")
-        server, source = Setting.first(*candidates, last, ("localhost", "default"))
+        kept = [(file.get("server"), str(path)) for path, file in self.files.items()]
+        last = (self.memory.server, "the last one that worked"), ("localhost", "default")
+        server, source = Setting.first(*self._given("server", "PYTUNNEL_SERVER"), *kept, *last)
         try:
             self.server = Setting(parse_server(server), source)
         except UsageError as error:
@@ -6679,7 +6683,7 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
     try:
         console.format.format(url="", name="", target="")
     except (LookupError, ValueError, AttributeError):
-        raise UsageError(f"--format {escape(console.format)!r}: the fields are {{url}}, {{name}} and {{target}}") from None
+        raise UsageError(f"--format {escape(console.format)!r} has other fields than url, name and target") from None
     inspectors = {urllib.parse.urlsplit(run.inspector).port for run in Run.all()}
     for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
         if target.is_loopback and target.port in inspectors:
