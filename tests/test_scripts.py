@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from support import PROGRAM, Process, RawOrigin, RawVisitor, Relay, eventually, free_port, pattern, request, response
-from test_cli import OTHER_TOKEN, TOKEN, Finished, run, serving, start, url_of, visit
+from test_cli import CERTIFICATE, OTHER_TOKEN, TOKEN, Finished, run, serving, start, url_of, visit
 
 PYTUNNEL = [sys.executable, str(PROGRAM)]
 SHELL_FUNCTION = f'pytunnel() {{ {shlex.join(PYTUNNEL)} "$@"; }}\n'
@@ -727,13 +728,35 @@ async def test_replay_that_fails(machine: Machine) -> None:
 
 
 async def test_wait_local_goes_on_when_the_service_is_up(machine: Machine) -> None:
-    port = free_port()
-    args = ["connect", f"web={port}", "--route", f"/api={port}"]
-    async with await machine.start(*args, "--wait-local") as client, RawOrigin(response(b"late"), port=port):
-        assert await url_of(client) == machine.url("web")
-        assert (await visit(machine.url("web"))).body == b"late"
-        client.send_signal(signal.SIGTERM)
-        assert await client.wait() == 0
+    """It tries more than once: a service that breaks the TLS handshake off is not up, and shows that it was tried."""
+    (machine.home / "pem").write_text(CERTIFICATE)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(machine.home / "pem")
+    tried: asyncio.Queue[None] = asyncio.Queue()
+
+    async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        tried.put_nowait(None)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(response(b"late", headers=[(b"Connection", b"close")]))
+            writer.close()
+
+    listener = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with await machine.start("connect", f"web=https://127.0.0.1:{port}", "--wait-local") as client:
+        for _ in range(3):
+            await asyncio.wait_for(tried.get(), 10)
+        assert client.stdout == [] and client.returncode is None
+        listener.close()
+        await listener.wait_closed()
+        async with await asyncio.start_server(answer, "127.0.0.1", port, ssl=context):
+            assert await url_of(client) == machine.url("web")
+            assert (await visit(machine.url("web"))).body == b"late"
+            client.send_signal(signal.SIGTERM)
+            assert await client.wait() == 0
 
 
 async def test_wait_local_gives_up(machine: Machine, local: RawOrigin) -> None:
