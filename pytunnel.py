@@ -4401,8 +4401,8 @@ LISTING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="vi
 <title>%(title)s</title>
 <style>
 body{font:16px/1.7 system-ui;margin:2rem auto;max-width:50rem;padding:0 1rem;color-scheme:light dark}
-h1{font-size:1.2rem}table{width:100%%}td:last-child{text-align:right;font-variant-numeric:tabular-nums}
-td{overflow-wrap:anywhere}
+h1{font-size:1.2rem}table{width:100%%}td{overflow-wrap:anywhere}
+td:last-child{text-align:right;font-variant-numeric:tabular-nums}
 </style>
 <h1>%(title)s</h1>
 <table>%(rows)s
@@ -4415,11 +4415,7 @@ class Found(NamedTuple):
 
     path: Path
     status: os.stat_result
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it is a folder; else it is a regular file."""
-        return stat.S_ISDIR(self.status.st_mode)
+    is_folder: bool
 
 
 def _find(root: Path, names: list[str]) -> Found | None:
@@ -4428,11 +4424,12 @@ def _find(root: Path, names: list[str]) -> Found | None:
         return None
     try:
         path = root.joinpath(*names).resolve(strict=True)
-        found = Found(path, path.stat())
+        status = path.stat()
     except (OSError, RuntimeError):  # the latter for a loop of links, before Python 3.13
         return None
     inside = path.is_relative_to(root) and all(map(FILE_NAME.fullmatch, path.relative_to(root).parts))
-    return found if inside and (found.is_folder or stat.S_ISREG(found.status.st_mode)) else None  # no FIFO, no device
+    found = Found(path, status, stat.S_ISDIR(status.st_mode))
+    return found if inside and (found.is_folder or stat.S_ISREG(status.st_mode)) else None  # no FIFO, no device
 
 
 def _listing(root: Path, names: list[str]) -> str:
@@ -4446,7 +4443,25 @@ def _listing(root: Path, names: list[str]) -> str:
     return LISTING % {"title": html.escape(escape("/".join(["", *names, ""]))), "rows": "".join(rows)}
 
 
-def _folder_app(root: Path, *, spa: bool) -> web.Application:
+@contextlib.asynccontextmanager
+async def _running(app: web.Application) -> AsyncIterator[int]:
+    """Run an application on a free port of 127.0.0.1, which is what the context gives."""
+    from aiohttp import web
+
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+def folder_service(root: Path, *, spa: bool = False) -> contextlib.AbstractAsyncContextManager[int]:
+    """Serve a folder on a free port of 127.0.0.1, which is what the context gives.
+
+    With `spa`, a browser gets the root's index.html for each path that has no file.
+    """
     from aiohttp import web, web_fileresponse
 
     root = root.resolve()
@@ -4475,7 +4490,6 @@ def _folder_app(root: Path, *, spa: bool) -> web.Application:
         names = [urllib.parse.unquote(name, errors="surrogateescape") for name in path.split("/")[1:]]
         if slash := names[-1:] == [""]:
             names.pop()
-        wants_page = spa and "text/html" in request.headers.get("Accept", "") and all(map(FILE_NAME.fullmatch, names))
         found = _find(root, names)
         if found and found.is_folder:
             index = _find(root, [*names, "index.html"])
@@ -4486,6 +4500,7 @@ def _folder_app(root: Path, *, spa: bool) -> web.Application:
             found = index
         elif slash:
             found = None
+        wants_page = spa and "text/html" in request.headers.get("Accept", "") and all(map(FILE_NAME.fullmatch, names))
         if not found and wants_page:
             found = _find(root, ["index.html"])
         if not found or found.is_folder:
@@ -4500,32 +4515,9 @@ def _folder_app(root: Path, *, spa: bool) -> web.Application:
 
     app = web.Application()
     app.router.add_get("/{path:(?s:.*)}", serve)  # which answers 405 to other methods
-    return app
+    return _running(app)
 
 
-@contextlib.asynccontextmanager
-async def _running(app: web.Application) -> AsyncIterator[int]:
-    """Run an application on a free port of 127.0.0.1, which is what the context gives."""
-    from aiohttp import web
-
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
-
-
-@contextlib.asynccontextmanager
-async def folder_service(root: Path, *, spa: bool = False) -> AsyncIterator[int]:
-    """Serve a folder on a free port of 127.0.0.1, which is what the context gives.
-
-    With `spa`, a browser gets the root's index.html for each path that has no file.
-    """
-    async with _running(_folder_app(root, spa=spa)) as port:
-        yield port
 # ---- Inspector ------------------------------------------------------------------------------------------------------
 # The client's log as a page in the developer's browser. What it shows was written by strangers, so it is only ever set
 # as text; and every other page in that browser can reach its port, so each request has to show that it is our own.
@@ -5699,8 +5691,7 @@ $("file").onchange = async () => {
 """
 
 
-@contextlib.asynccontextmanager
-async def demo_service() -> AsyncIterator[int]:
+def demo_service() -> contextlib.AbstractAsyncContextManager[int]:
     """Run the sample service on a free port of 127.0.0.1, which is what the context gives."""
     from aiohttp import WSMsgType, web
 
@@ -5732,8 +5723,7 @@ async def demo_service() -> AsyncIterator[int]:
 
     app = web.Application()
     app.add_routes([web.get("/", page), web.get("/events", events), web.get("/ws", echo), web.post("/upload", upload)])
-    async with _running(app) as port:
-        yield port
+    return _running(app)
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
