@@ -1610,15 +1610,14 @@ class WebSocketReader:
             self._skip -= skipped
             if self._skip or len(buffer) < 2:
                 return
-            size, extended = buffer[1] & 0x7F, {126: 2, 127: 8}.get(buffer[1] & 0x7F, 0)
-            start = 2 + extended + (4 if buffer[1] & 0x80 else 0)
-            if extended:
+            masked, size = buffer[1] & 0x80, buffer[1] & 0x7F
+            if extended := {126: 2, 127: 8}.get(size, 0):
                 size = int.from_bytes(buffer[2 : 2 + extended])
-            kept = min(size, MAX_NOTE)
+            start, kept = 2 + extended + (4 if masked else 0), min(size, MAX_NOTE)
             if len(buffer) < start + kept:
                 return
             payload = bytes(buffer[start : start + kept])
-            if buffer[1] & 0x80:
+            if masked:
                 mask = (bytes(buffer[start - 4 : start]) * (kept // 4 + 1))[:kept]
                 payload = (int.from_bytes(payload) ^ int.from_bytes(mask)).to_bytes(kept)
             kind = self.KINDS.get(buffer[0] & 0x0F, "reserved") + (", compressed" if buffer[0] & 0x40 else "")
@@ -1697,19 +1696,17 @@ class Exchange:
 
     def matches(self, query: str) -> bool:
         """Whether each word of a filter is found: `5xx`, `404`, `post`, `body:text`, or a part of what a list shows."""
-        status, texts = str(self.status or "---"), (self.method, self.target, self.tunnel, self.error)
-        line = " ".join(texts).lower()
-        for word in query.lower().split():
-            key, _, value = word.partition(":")
-            if key == "body" and value:
-                found = value.encode() in self.request_body.lower() or value.encode() in self.response_body.lower()
-            elif re.fullmatch(r"[1-5](xx|[0-9]{2})", word):
-                found = status == word or status[0] + "xx" == word
-            else:
-                found = word in line
-            if not found:
-                return False
-        return True
+        status = str(self.status or "---")
+        line = " ".join((self.method, self.target, self.tunnel, self.error)).lower()
+
+        def found(word: str) -> bool:
+            if word.startswith("body:") and (text := word[5:].encode()):
+                return text in self.request_body.lower() or text in self.response_body.lower()
+            if re.fullmatch(r"[1-5](xx|[0-9]{2})", word):
+                return word in (status, status[0] + "xx")
+            return word in line
+
+        return all(map(found, query.lower().split()))
 
 
 def _size(headers: Headers) -> int:
@@ -1776,6 +1773,14 @@ class ExchangeLog:
             self.classes[exchange.status // 100] += 1
         self.touch(exchange)
 
+    def touch(self, exchange: Exchange | None = None) -> None:
+        """Something has changed: in an exchange, or in the link that they come over."""
+        self.version += 1
+        if exchange:
+            exchange.version = self.version
+        for listener in self.listeners:
+            listener()
+
     def since(self, version: int) -> list[Exchange]:
         """Return the exchanges that have changed since the log had this version."""
         return [exchange for exchange in self.exchanges.values() if exchange.version > version]
@@ -1792,8 +1797,7 @@ class ExchangeLog:
         return (ended[len(ended) // 2], ended[len(ended) * 9 // 10]) if ended else None
 
     def _record(self, exchange: Exchange, body: bytearray, data: bytes, now: float, *, from_visitor: bool) -> None:
-        reader = exchange.readers[0 if from_visitor else 1]
-        if reader:
+        if reader := exchange.readers[0 if from_visitor else 1]:
             at = now - exchange.started
             exchange.notes.extend(Note(at, from_visitor, *note) for note in reader.feed(data))
         if (room := MAX_PREFIX - len(body)) > 0 and exchange.id in self.exchanges:
@@ -1808,14 +1812,6 @@ class ExchangeLog:
             oldest = self.exchanges.pop(next(iter(self.exchanges)))
             bodies = len(oldest.request_body) + len(oldest.response_body)
             self._kept -= bodies + _size(oldest.request_headers) + _size(oldest.response_headers)
-
-    def touch(self, exchange: Exchange | None = None) -> None:
-        """Something has changed: in an exchange, or in the link that they come over."""
-        self.version += 1
-        if exchange:
-            exchange.version = self.version
-        for listener in self.listeners:
-            listener()
 
 
 # ---- Views ----------------------------------------------------------------------------------------------------------
@@ -1844,18 +1840,15 @@ def indent_json(text: str) -> str:
     """Return JSON with a line for each member; tokens stay as they were written, and half a text is no error."""
     out: list[str] = []
     depth, before, room = 0, "", 4 * MAX_VIEW
-
-    def indent() -> str:  # while there is room: a text that only opens brackets must not fill memory
-        nonlocal room
-        room -= 2 * depth
-        return "\n" + "  " * depth if room > 0 else ""
-
     for token in _JSON_TOKEN.findall(text):
-        depth -= token in ("}", "]") and depth > 0
         if token in ("}", "]"):
-            out.append("" if before in ("{", "[") else indent())
-        elif before in ("{", "[", ",") or (before and not depth):  # at depth 0 another document begins
-            out.append(indent())
+            depth = max(0, depth - 1)
+            new_line = before not in ("{", "[")
+        else:
+            new_line = before in ("{", "[", ",") or (before != "" and not depth)  # at depth 0 another document begins
+        if new_line:
+            room -= 2 * depth
+            out.append("\n" + "  " * depth if room > 0 else "")  # else a text of brackets only would fill memory
         elif before == ":":
             out.append(" ")
         out.append(token)
@@ -1888,6 +1881,14 @@ def unpack(coding: bytes, data: bytes) -> bytes:
     raise ValueError(f"{escape(coding)} cannot be unpacked here")
 
 
+def _text(data: bytes | bytearray, *, cut: bool = False) -> str | None:
+    """Return what UTF-8 says, None when it is something else; with `cut` the end may lie inside a character."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(data, final=not cut)
+    except UnicodeDecodeError:
+        return None
+
+
 def body_view(headers: Headers, body: bytes | bytearray, size: int, *, reveal: bool = False) -> View:
     """Return what to show of a body of `size` bytes, of which `body` is the kept beginning."""
     data, notes = bytes(body), []
@@ -1900,16 +1901,14 @@ def body_view(headers: Headers, body: bytes | bytearray, size: int, *, reveal: b
         for coding in field_tokens(headers, b"content-encoding") - {b"identity", b""}:
             data = unpack(coding, data)
             notes.append(f"unpacked from {escape(coding)}")
-        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=False)  # the last character may be cut
-        if "\0" in text:
-            raise ValueError("binary")
+        text = _text(data, cut=True)
     except ValueError as error:
-        if not isinstance(error, UnicodeDecodeError) and str(error) != "binary":
-            notes.append(str(error))
-        if content_type.startswith(b"image/") and size <= len(body):
-            return View("image", "", ", ".join(notes))
-        return View("hex", hex_dump(data), ", ".join(notes))
+        notes.append(str(error))
+        text = None
     note = ", ".join(notes)
+    if text is None or "\0" in text:
+        is_image = content_type.startswith(b"image/") and size <= len(body)
+        return View("image", "", note) if is_image else View("hex", hex_dump(data), note)
     if b"json" in content_type or text.lstrip()[:1] in ("{", "["):
         return View("json", indent_json(text), note)
     if content_type.startswith(b"application/x-www-form-urlencoded"):
@@ -1948,14 +1947,10 @@ def as_curl(exchange: Exchange, url: str, *, reveal: bool = False) -> str:
     for name, value in text_fields(exchange.request_headers, reveal=reveal):
         if name.lower() not in skipped:
             words += ["-H", f"{name}: {value}" if value else f"{name};"]
-    before = ""
     if body and not field_values(exchange.request_headers, b"content-type"):
         words += ["-H", "Content-Type:"]
-    try:
-        text = body.decode()
-    except UnicodeDecodeError:
-        text = "\0"
-    if body and "\0" not in text and len(body) < 100 * KiB:  # an argument that a kernel takes
+    before, text = "", _text(body)
+    if text and "\0" not in text and len(body) < 100 * KiB:  # an argument that a kernel takes
         words += ["--data-raw", text]
     elif body:
         before = f"echo {base64.b64encode(body).decode()} | base64 -d | "
@@ -1967,45 +1962,38 @@ def as_curl(exchange: Exchange, url: str, *, reveal: bool = False) -> str:
 def as_har(exchanges: Iterable[Exchange], urls: Mapping[str, str], *, reveal: bool = False) -> dict[str, Any]:
     """Return an HTTP archive (HAR 1.2); `urls` are those of the tunnels by name, secrets are masked unless `reveal`."""
 
-    def fields(headers: Headers) -> list[dict[str, str]]:
-        return [{"name": name, "value": value} for name, value in text_fields(headers, reveal=reveal)]
+    def named(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+        return [{"name": name, "value": value} for name, value in pairs]
+
+    def message(headers: Headers, size: int) -> dict[str, Any]:
+        fields = named(text_fields(headers, reveal=reveal))
+        return {"httpVersion": "HTTP/1.1", "cookies": [], "headers": fields, "headersSize": -1, "bodySize": size}
 
     def content(headers: Headers, body: bytearray) -> dict[str, Any]:
-        mime = b"".join(field_values(headers, b"content-type")[:1]).decode("latin-1")
-        try:
-            return {"mimeType": mime, "text": body.decode()}
-        except UnicodeDecodeError:
+        mime, text = b"".join(field_values(headers, b"content-type")[:1]).decode("latin-1"), _text(body)
+        if text is None:
             return {"mimeType": mime, "text": base64.b64encode(body).decode(), "encoding": "base64"}
+        return {"mimeType": mime, "text": text}
 
     entries = []
     for e in exchanges:
-        seconds = timings(e)
         target = e.target if reveal else mask_target(e.target)
-        query = urllib.parse.parse_qsl(target.partition("?")[2], keep_blank_values=True)
         request = {
             "method": e.method,
             "url": urls.get(e.tunnel, "") + target,
-            "httpVersion": "HTTP/1.1",
-            "cookies": [],
-            "headers": fields(e.request_headers),
-            "queryString": [{"name": name, "value": value} for name, value in query],
-            "headersSize": -1,
-            "bodySize": e.bytes_in,
+            "queryString": named(urllib.parse.parse_qsl(target.partition("?")[2], keep_blank_values=True)),
+            **message(e.request_headers, e.bytes_in),
         }
         if e.request_body:
             request["postData"] = content(e.request_headers, e.request_body)
         response = {
             "status": e.status or 0,
             "statusText": e.reason,
-            "httpVersion": "HTTP/1.1",
-            "cookies": [],
-            "headers": fields(e.response_headers),
             "content": {"size": e.bytes_out, **content(e.response_headers, e.response_body)},
             "redirectURL": b"".join(field_values(e.response_headers, b"location")).decode("latin-1"),
-            "headersSize": -1,
-            "bodySize": e.bytes_out,
+            **message(e.response_headers, e.bytes_out),
         }
-        ms = {name: round(1000 * (value or 0.0), 3) for name, value in seconds.items()}
+        ms = {name: round(1000 * (value or 0.0), 3) for name, value in timings(e).items()}
         entries.append(
             {
                 "startedDateTime": datetime.datetime.fromtimestamp(e.time, datetime.UTC).isoformat(),
@@ -3528,9 +3516,7 @@ class Target(NamedTuple):
             return cls(text, text.removeprefix("unix:"), 0)
         scheme, separator, rest = text.partition("://")
         if not separator:
-            scheme, rest = "http", text
-        if re.fullmatch(r"[0-9]{1,5}", rest) and not separator:
-            rest = f"localhost:{rest}"
+            scheme, rest = "http", f"localhost:{text}" if re.fullmatch(r"[0-9]{1,5}", text) else text
         try:
             host, port = parse_host(rest.removesuffix("/"))
         except MessageError:
@@ -3578,7 +3564,7 @@ class Edits(NamedTuple):
         names = [name.strip().encode() for name in drop]
         every = [*fields, *((name, b"") for name in names)]
         try:
-            check_fields([part for pair in every for part in pair])
+            check_fields([*itertools.chain.from_iterable(every)])
         except MessageError:
             raise UsageError("a header field's name or value has characters that may not be there") from None
         for known, _ in every:
@@ -3712,39 +3698,33 @@ class LocalService:
             self._pruning = loop.call_later(LOCAL_IDLE, self._prune)
 
     def _prune(self) -> None:
-        oldest = asyncio.get_running_loop().time() - LOCAL_IDLE
-        while self._idle and self._idle[0].idle_since <= oldest:
+        loop = asyncio.get_running_loop()
+        while self._idle and self._idle[0].idle_since <= loop.time() - LOCAL_IDLE:
             self._idle.pop(0).abort()
-        again = self._idle and asyncio.get_running_loop().call_at(self._idle[0].idle_since + LOCAL_IDLE, self._prune)
-        self._pruning = again or None
+        self._pruning = loop.call_at(self._idle[0].idle_since + LOCAL_IDLE, self._prune) if self._idle else None
 
     async def connect(self) -> LocalConnection:
         """Return a new connection. Raises StreamReset with the code for the visitor."""
-        loop = asyncio.get_running_loop()
-        error: OSError | None = None
-        for address in sorted(self.target.addresses, key=lambda address: address != self._address):
+        loop, target, error = asyncio.get_running_loop(), self.target, None
+        name = target.host if self._tls else None
+        for address in sorted(target.addresses, key=lambda address: address != self._address):
+            if target.port:
+                dial = loop.create_connection(LocalConnection, address, target.port, ssl=self._tls, server_hostname=name)
+            else:
+                dial = loop.create_unix_connection(LocalConnection, address)
             try:
                 async with asyncio.timeout(LOCAL_CONNECT_TIMEOUT):
-                    if self.target.port:
-                        _, connection = await loop.create_connection(
-                            LocalConnection,
-                            address,
-                            self.target.port,
-                            ssl=self._tls,
-                            server_hostname=self.target.host if self._tls else None,
-                        )
-                    else:
-                        _, connection = await loop.create_unix_connection(LocalConnection, self.target.host)
+                    _, connection = await dial
             except TimeoutError:
                 kind = "TLS connection" if self._tls else "connection"
-                reason = f"no {kind} to {self.target.text} within {LOCAL_CONNECT_TIMEOUT:g} s"
+                reason = f"no {kind} to {target.text} within {LOCAL_CONNECT_TIMEOUT:g} s"
                 raise StreamReset(ErrorCode.LOCAL_TIMEOUT, reason) from None
             except OSError as failure:
                 error = error or failure
             else:
                 self._address = address
                 return connection
-        raise StreamReset(ErrorCode.LOCAL_REFUSED, f"cannot connect to {self.target.text}: {_describe(error)}")
+        raise StreamReset(ErrorCode.LOCAL_REFUSED, f"cannot connect to {target.text}: {_describe(error)}")
 
     def close(self) -> None:
         """Drop the idle connections."""
@@ -3785,14 +3765,9 @@ class Replay:
         """Return the content, then b""."""
         return self._chunks.pop() if self._chunks else b""
 
-    def write_head(self, head: ResponseHead, *, end: bool = False) -> None:
-        """The log has it."""
-
-    async def write(self, data: bytes, *, end: bool = False) -> None:
-        """The log has it."""
-
-    def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None:
-        """The log has it."""
+    def write_head(self, head: ResponseHead, *, end: bool = False) -> None: ...
+    async def write(self, data: bytes, *, end: bool = False) -> None: ...
+    def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None: ...
 
 
 class Forwarding:
@@ -3808,7 +3783,6 @@ class Forwarding:
         self._parser = ResponseParser(head.method)
         self._has_body = stream.has_content and stream.kind is Kind.HTTP
         self._chunked = self._has_body and not field_values(head.headers, b"content-length")
-        self._received = False  # any byte of a response
 
     async def run(self) -> None:
         """Carry the exchange to its end. Raises StreamReset when it has none."""
@@ -3818,7 +3792,7 @@ class Forwarding:
             try:
                 return await self._attempt(connection)
             except StreamReset:
-                if self._received:
+                if self._exchange.answered is not None:
                     raise
             # It closed the idle connection just as the request went out. Nothing was answered, and the method is safe
             # (RFC 9110 section 9.2.2): once more. Other methods never use a connection that may be about to close.
@@ -3855,21 +3829,21 @@ class Forwarding:
     async def _respond(self, connection: LocalConnection) -> None:
         parser = self._parser
         while not parser.done:
-            data = await connection.read()
-            if data:
-                if not self._received:
-                    self._received, self._exchange.answered = True, self._time()
+            events: list[ResponseHead | bytes] = []
+            if data := await connection.read():
+                if self._exchange.answered is None:
+                    self._exchange.answered = self._time()
                 events = parser.receive_data(data)
             else:
                 parser.receive_eof()
-                events = []
-            body = []
             for event in events:
-                if isinstance(event, bytes):
-                    body.append(event)
-                else:
+                if isinstance(event, ResponseHead):
                     self._write_head(event, end=parser.done and event is events[-1])
-            await self._write_body(b"".join(body))
+            if parser.head and parser.head.status != 101:
+                body = b"".join([event for event in events if isinstance(event, bytes)])
+                self._log.send(self._exchange, body, self._time())
+                if not self._stream.finished and (body or parser.done):
+                    await self._stream.write(body, end=parser.done)
 
     def _write_head(self, head: ResponseHead, *, end: bool) -> None:
         if head.status == 101 and self._stream.kind is not Kind.UPGRADE:
@@ -3878,14 +3852,6 @@ class Forwarding:
         if not head.interim:
             self._log.respond(self._exchange, head)
         self._stream.write_head(head, end=end and head.status != 101)
-
-    async def _write_body(self, data: bytes) -> None:
-        head = self._parser.head
-        if head is None or head.status == 101:
-            return
-        self._log.send(self._exchange, data, self._time())
-        if not self._stream.finished and (data or self._parser.done):
-            await self._stream.write(data, end=self._parser.done)
 
     async def _upload(self, connection: LocalConnection, *, chunked: bool) -> bool:
         """Send the request's content, or a pipe's bytes; True says that all of it went out."""
