@@ -6153,48 +6153,37 @@ class Finding(NamedTuple):
 
 
 class Doctor:
-    """The checks of a server, in their order; later ones go by what earlier ones have found."""
+    """The checks of a server, to be made in this order, as later ones go by what earlier ones have found."""
 
-    def __init__(self, server: str, token: str, http: aiohttp.ClientSession) -> None:
-        self._server, self._token, self._http = server, token, http
+    def __init__(self, server: str, token: str, http: aiohttp.ClientSession, stack: contextlib.AsyncExitStack) -> None:
+        self._server, self._token, self._http, self._stack = server, token, http, stack
         self._at = urllib.parse.urlsplit(server)
         self._url = Origin.from_url(server).url(f"doctor-{secrets.token_hex(4)}")  # until the login gives a real one
         self.through = self._front = self._date = ""  # the proxy on this side; what stands in front on the other
         self._addresses: set[str] = set()
-        self.is_ours = self.upgrades = self.connected = False
-        self._client: TunnelClient | None = None
-        self._running: asyncio.Future[None]
-        self._events: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
-
-    async def close(self) -> None:
-        """Take down the tunnel that the login made."""
-        if self._client:
-            self._client.stop()
-            await asyncio.gather(self._running, return_exceptions=True)
+        self.client: TunnelClient | None = None
 
     async def proxy(self) -> Verdict:
-        """Whether a proxy stands between this machine and the server."""
         import urllib.request
 
         if not urllib.request.proxy_bypass(str(self._at.hostname)):
             self.through = urllib.request.getproxies().get(self._at.scheme, "")
+        if not self.through:
+            return True, "none on the way to this server", ""
         detail = f"{self.through.rpartition('@')[2]}, as {self._at.scheme.upper()}_PROXY says"
-        if self.through and not self.through.startswith("http://"):
-            return False, detail, "Only a proxy at http:// can be used; or name the server's host in NO_PROXY."
-        return True, detail if self.through else "none on the way to this server", ""
+        if self.through.startswith("http://"):
+            return True, detail, ""
+        return False, detail, "Only a proxy at http:// can be used; or name the server's host in NO_PROXY."
 
     async def address(self) -> Verdict:
-        """Whether the server's host has an address."""
         host = str(self._at.hostname)
-        try:
-            self._addresses = await self._resolve(host)
-        except socket.gaierror:
+        self._addresses = await self._resolve(host)
+        if not self._addresses:
             advice = f"Check the spelling, or add a DNS record for {host} with the server's address."
             return None if self.through else False, f"{host} has no address", advice
         return True, f"{host} is at {', '.join(sorted(self._addresses))}", ""
 
     async def certificate(self) -> Verdict:
-        """Whether the server's certificate is trusted, and for how long."""
         host, context = self._at.hostname, ssl.create_default_context()
         _, writer = await asyncio.open_connection(host, self._at.port or 443, ssl=context, server_hostname=host)
         certificate = writer.get_extra_info("peercert")
@@ -6205,12 +6194,10 @@ class Doctor:
         return None if advice else True, f"trusted until {certificate['notAfter']}, for {names}", advice
 
     async def answers(self) -> Verdict:
-        """Whether it is pytunnel that answers."""
         status, headers = await self._get(self._server)
         self._front = f"{headers.get('Server', '')} {headers.get('Via', '')}".strip()
         self._date, problem, location = (headers.get(name, "") for name in ("Date", "X-Pytunnel-Error", "Location"))
-        self.is_ours = problem == "not-a-link"
-        if self.is_ours:
+        if problem == "not-a-link":
             return True, f"pytunnel answers{' through ' * bool(self._front)}{self._front}", ""
         if problem:
             return False, f"pytunnel answers {status} {problem}", "Dial the server's own host, not a tunnel's."
@@ -6219,7 +6206,6 @@ class Doctor:
         return False, f"something else answers: status {status}, {self._front or 'with no Server field'}", SERVER_ADVICE
 
     async def clock(self) -> Verdict:
-        """Whether this machine and the server agree on the time."""
         ahead = time.time() - email.utils.parsedate_to_datetime(self._date).timestamp()
         if abs(ahead) <= MAX_SKEW:
             return True, "this machine and the server agree", ""
@@ -6227,42 +6213,33 @@ class Doctor:
         return False, detail, "Set the one that is wrong, as by `timedatectl set-ntp true`: certificates depend on it."
 
     async def upgrade(self) -> Verdict:
-        """Whether a WebSocket gets through to the server."""
         import aiohttp
 
         url, patience = self._server + LINK_PATH, aiohttp.ClientWSTimeout(ws_close=1.0)
         try:
             async with self._http.ws_connect(url, protocols=(SUBPROTOCOL,), compress=0, timeout=patience) as ws:
-                self.upgrades = ws.protocol == SUBPROTOCOL
+                if ws.protocol == SUBPROTOCOL:
+                    return True, "gets through", ""
         except aiohttp.WSServerHandshakeError as error:
             advice = next(text for front, text in UPGRADE_ADVICE.items() if front in self._front.lower())
             return False, f"refused with status {error.status}", advice
-        if not self.upgrades:
-            return False, f"opened, but without {SUBPROTOCOL}", "Sec-WebSocket-Protocol has to be passed on, too."
-        return True, "gets through", ""
+        return False, f"opened, but without {SUBPROTOCOL}", "Sec-WebSocket-Protocol has to be passed on, too."
 
     async def login(self) -> Verdict:
-        """Whether the server knows the token; from here on there is a tunnel for the checks that follow."""
+        """From here on there is a tunnel, to where nothing listens, so that visitors get to hear just that."""
         name = default_name(self._token, platform.node(), "doctor")  # one and the same, for the server keeps names
-        tunnel = Tunnel(name, Target.parse("127.0.0.1:1"))  # where nothing listens, so that visitors get to hear that
-        self._client = TunnelClient(self._server, self._token, [tunnel], on_event=self._note)
-        self._running = asyncio.ensure_future(self._client.run())
-        self._running.add_done_callback(lambda _: self._note("ended"))
-        event, fields = await self._events.get()
-        self.connected = event == "ready"
-        if self.connected:
-            self._url = fields["url"]
-            return True, "the server knows the token, and gives tunnels", ""
-        return False, str(fields.get("reason") or self._running.exception()), ""
+        tunnel = connect("127.0.0.1:1", server=self._server, token=self._token, name=name)
+        self._stack.enter_context(contextlib.suppress(TunnelError))  # at the end, of a session that was lost for good
+        self.client = await self._stack.enter_async_context(tunnel)
+        self._url = self.client.url
+        return True, "the server knows the token, and gives tunnels", ""
 
     async def names(self) -> Verdict:
-        """Whether any name below the server's leads to the same place."""
         host = str(urllib.parse.urlsplit(self._url).hostname)
         wildcard = f"*.{host.partition('.')[2]}"
         records = "".join(f"\n    {wildcard}. {'AAAA' if ':' in ip else 'A'} {ip}" for ip in sorted(self._addresses))
-        try:
-            found = await self._resolve(self._dialled(host))
-        except socket.gaierror:
+        found = await self._resolve(host)
+        if not found:
             advice = f"Add the DNS record that leads all names to the server:{records}"
             if host.endswith(".sslip.io"):
                 advice = "Your resolver does not answer for sslip.io: use another one, or a domain of your own."
@@ -6273,7 +6250,6 @@ class Doctor:
         return True, f"{wildcard} is in the same place", ""
 
     async def visitor(self) -> Verdict:
-        """Whether a visitor gets to a tunnel."""
         import aiohttp
 
         name = urllib.parse.urlsplit(self._url).netloc
@@ -6284,67 +6260,59 @@ class Doctor:
             advice = f"It takes a certificate for {wildcard}, or a tunnel with a --name that has one."
             return None, f"{name}: {_describe(error)}", advice
         problem = headers.get("X-Pytunnel-Error", "")
-        if problem.startswith("local-"):
-            return True, f"a request to {name} arrives here", ""
-        if problem == "unknown-tunnel" and not self.connected:
-            return True, f"a request to {name} arrives at the server", ""
+        if problem.startswith("local-") or (problem == "unknown-tunnel" and not self.client):
+            return True, f"a request to {name} arrives {'here' if self.client else 'at the server'}", ""
         if problem == "not-a-link":  # so it is the server's own host that the server has seen
-            return False if self.connected else None, f"Host is not {name} any more when it arrives", HOST_ADVICE
+            return False if self.client else None, f"Host is not {name} any more when it arrives", HOST_ADVICE
         advice = f"What stands in front has to take {wildcard} as well; in nginx server_name says so."
         return False, f"something else answers {name}: status {status} {problem or headers.get('Server', '')}", advice
 
-    async def idle(self, seconds: float) -> Verdict:
-        """Whether a link that carries nothing is left alone."""
-        with contextlib.suppress(TimeoutError):
-            event, fields = await asyncio.wait_for(self._events.get(), seconds)
-            return False, f"lost: {fields.get('reason', event)}", IDLE_ADVICE
-        return True, f"left alone for {seconds:g} s", ""
-
-    def _note(self, event: str, **fields: Any) -> None:
-        if event != "request":
-            self._events.put_nowait((event, fields))
-
-    def _dialled(self, host: str) -> str:
-        return str(self._at.hostname) if host.endswith(".localhost") else host  # browsers know it, resolvers do not
-
     async def _resolve(self, host: str) -> set[str]:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        """Return a host's addresses; `*.localhost`, which browsers know and resolvers may not, is the server's."""
+        if host.endswith(".localhost"):
+            host = str(self._at.hostname)
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except socket.gaierror:
+            return set()
         return {str(address[0]) for *_, address in found}
 
     async def _get(self, url: str) -> tuple[int, Mapping[str, str]]:
         """Return status and headers of LINK_PATH, which tells the server's own host from a tunnel."""
         at = urllib.parse.urlsplit(url)
-        url = url if self._dialled(str(at.hostname)) == at.hostname else self._server
-        async with self._http.get(url + LINK_PATH, headers={"Host": at.netloc}, allow_redirects=False) as response:
+        url = (self._server if str(at.hostname).endswith(".localhost") else url) + LINK_PATH
+        async with self._http.get(url, headers={"Host": at.netloc}, allow_redirects=False) as response:
             return response.status, response.headers
 
 
-async def _local_answer(target: Target) -> str:
-    """Return what a local service answers, at one address. Raises what keeps it from that."""
-    connection = await LocalService(target, insecure=True).connect()
-    parser, fields = ResponseParser(b"GET"), [(b"Host", b"localhost"), (b"Connection", b"close")]
-    try:
-        await connection.write(RequestHead(b"GET", b"/", fields).to_wire(chunked=False, upgrade=False))
-        while data := await connection.read():
-            for event in parser.receive_data(data):
-                if isinstance(event, ResponseHead) and not event.interim:
-                    return f"HTTP status {event.status}"
-        raise StreamReset(ErrorCode.LOCAL_RESET, "it closed the connection without an answer")
-    except MessageError as error:
-        raise StreamReset(ErrorCode.LOCAL_INVALID, f"its answer is not HTTP: {error}") from None
-    finally:
-        connection.abort()
+async def check_idle(client: TunnelClient, seconds: float) -> Verdict:
+    """Whether a link that carries nothing is left alone."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while not client.problem:
+                await client.wait_changed(client.log.version)
+        return False, f"lost: {client.problem}", IDLE_ADVICE
+    return True, f"left alone for {seconds:g} s", ""
 
 
 async def check_target(target: Target) -> Verdict:
     """Whether a local service listens, at which of localhost's addresses, and speaks HTTP."""
     ok, details = False, []
+    head = RequestHead(b"GET", b"/", [(b"Host", b"localhost"), (b"Connection", b"close")])
     for address in target.addresses:
+        service, exchange = LocalService(target._replace(host=address), insecure=True), Exchange("", "GET", "/", 0.0)
+        route, detail = Route("", service, Edits(), Edits()), ""
         try:
             async with asyncio.timeout(CHECK_TIMEOUT / len(target.addresses)):
-                detail, ok = await _local_answer(target._replace(host=address)), True
-        except (StreamReset, OSError, TimeoutError) as error:
-            detail = error.reason if isinstance(error, StreamReset) else f"connected, but {_describe(error)}"
+                await Forwarding(Replay(b""), route, head, exchange, ExchangeLog()).run()
+        except StreamReset as error:
+            detail = error.reason.removeprefix(f"{target.text}: ")
+        except TimeoutError as error:
+            detail = f"connected, but {_describe(error)}"
+        finally:
+            service.close()
+        if exchange.status:  # the rest of the answer need not come
+            ok, detail = True, f"HTTP status {exchange.status}"
         details.append(f"{address}: {detail}")
     return ok, "; ".join(details), "" if ok else "Start the service, or see which port it says it listens on."
 
@@ -6355,7 +6323,7 @@ async def _checked(what: str, verdict: Awaitable[Verdict], advice: str = "", *, 
 
     try:
         return Finding(what, *await asyncio.wait_for(verdict, CHECK_TIMEOUT + extra))
-    except (OSError, aiohttp.ClientError, TimeoutError, ValueError) as error:
+    except (OSError, aiohttp.ClientError, TunnelError, ValueError) as error:
         return Finding(what, False, _describe(error), advice)
 
 
@@ -6363,29 +6331,25 @@ async def diagnose(server: str, token: str, targets: list[Target], *, idle: floa
     """Check everything between visitors and local services, one thing after another; `idle` is in seconds."""
     import aiohttp
 
-    async with aiohttp.ClientSession(trust_env=True, headers={"User-Agent": f"pytunnel/{__version__}"}) as http:
-        checks = Doctor(server, token, http)
-        try:
-            yield await _checked("proxy", checks.proxy())
-            address = await _checked("address", checks.address())
-            yield address
-            if address.ok and server.startswith("https:") and not checks.through:
-                yield await _checked("certificate", checks.certificate(), CERTIFICATE_ADVICE)
-            if address.ok is not False:
-                yield await _checked("server", checks.answers(), SERVER_ADVICE)
-            if checks.is_ours:
+    http = aiohttp.ClientSession(trust_env=True, headers={"User-Agent": f"pytunnel/{__version__}"})
+    async with http, contextlib.AsyncExitStack() as stack:
+        checks = Doctor(server, token, http, stack)
+        yield await _checked("proxy", checks.proxy())
+        yield (address := await _checked("address", checks.address()))
+        if address.ok and server.startswith("https:") and not checks.through:
+            yield await _checked("certificate", checks.certificate(), CERTIFICATE_ADVICE)
+        if address.ok is not False:
+            yield (answers := await _checked("server", checks.answers(), SERVER_ADVICE))
+            if answers.ok:
                 yield await _checked("clock", checks.clock())
-                yield await _checked("WebSocket", checks.upgrade())
-            if checks.upgrades:
-                yield await _checked("login", checks.login())
-            if address.ok is not False:
-                yield await _checked("names", checks.names())
-            if checks.is_ours:
+                yield (upgrade := await _checked("WebSocket", checks.upgrade()))
+                if upgrade.ok:
+                    yield await _checked("login", checks.login())
+            yield await _checked("names", checks.names())
+            if answers.ok:
                 yield await _checked("visitor", checks.visitor())
-            if checks.connected and idle:
-                yield await _checked("idle link", checks.idle(idle), extra=idle)
-        finally:
-            await checks.close()
+            if checks.client and idle:
+                yield await _checked("idle link", check_idle(checks.client, idle), extra=idle)
     for target in targets:
         yield await _checked(f"local service {target.text}", check_target(target), extra=1)
 
