@@ -3705,18 +3705,18 @@ class LocalService:
 
     async def connect(self) -> LocalConnection:
         """Return a new connection. Raises StreamReset with the code for the visitor."""
-        loop, target, error = asyncio.get_running_loop(), self.target, None
-        name = target.host if self._tls else None
+        loop, target, tls, error = asyncio.get_running_loop(), self.target, self._tls, None
+        name = target.host if tls else None
         for address in sorted(target.addresses, key=lambda address: address != self._address):
             if target.port:
-                dial = loop.create_connection(LocalConnection, address, target.port, ssl=self._tls, server_hostname=name)
+                dial = loop.create_connection(LocalConnection, address, target.port, ssl=tls, server_hostname=name)
             else:
                 dial = loop.create_unix_connection(LocalConnection, address)
             try:
                 async with asyncio.timeout(LOCAL_CONNECT_TIMEOUT):
                     _, connection = await dial
             except TimeoutError:
-                kind = "TLS connection" if self._tls else "connection"
+                kind = "TLS connection" if tls else "connection"
                 reason = f"no {kind} to {target.text} within {LOCAL_CONNECT_TIMEOUT:g} s"
                 raise StreamReset(ErrorCode.LOCAL_TIMEOUT, reason) from None
             except OSError as failure:
