@@ -2068,11 +2068,6 @@ class KeyReader:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._text = ""
 
-    @property
-    def waiting(self) -> bool:
-        """Whether more is to come, unless it was the key Escape: then `flush` tells."""
-        return bool(self._text)
-
     def feed(self, data: bytes) -> Iterator[str]:
         """Yield the keys; a character is its own name."""
         self._text += self._decoder.decode(data)
@@ -2231,10 +2226,10 @@ class Screen:
         """How many exchanges have come above the first row."""
         return sum(exchange.id > self.seen for exchange in self.shown)
 
-    def select(self, exchange: Exchange) -> None:
-        """Go to an exchange."""
+    def select(self, exchange: Exchange, *, opened: bool = False) -> None:
+        """Go to an exchange, and into its details when those of another one are open."""
         self.selected, self.following = exchange.id, False
-        if self.opened:
+        if opened or self.opened:
             self.opened, self.scroll = exchange, 0
 
     def key(self, name: str) -> Action | None:
@@ -2245,18 +2240,19 @@ class Screen:
         elif name in self.MOVES:
             rows, pages = self.MOVES[name]
             self._move(rows + pages * max(1, self.rows - 1))
-        elif name == "q" and self.opened:
-            self.opened = None  # as in a pager: who leaves the details does not mean to end the tunnel
-        elif name in self.ACTIONS:
-            return self.ACTIONS[name]
         elif name == "s":
             self.reveal = not self.reveal
-        elif self.opened:
-            self._key_in_details(name)
+        elif self.opened and name in ("q", "escape", "enter"):  # q as in a pager: it does not mean to end the tunnel
+            self.opened = None
+        elif self.opened and name in ("left", "right"):
+            self.tab, self.scroll = (self.tab + (1 if name == "right" else -1)) % len(self.TABS), 0
+        elif self.opened and name in ("1", "2", "3", "4"):
+            self.tab, self.scroll = int(name) - 1, 0
+        elif name in self.ACTIONS:
+            return self.ACTIONS[name]
         elif name == "enter" and self.exchange:
-            self.select(self.exchange)
-            self.opened, self.scroll = self.exchange, 0
-        elif name == "/":
+            self.select(self.exchange, opened=True)
+        elif name == "/" and not self.opened:
             self.typing = True
         elif name == "escape":
             self.filter = ""
@@ -2267,7 +2263,7 @@ class Screen:
         self.shown = [e for e in reversed(snapshot.exchanges) if e.matches(self.filter)]
         self.rows = max(1, height - len(_head(snapshot, width, height)) - 1)
         if self.opened:
-            self.lines = _details(snapshot, self.opened, width)
+            self.lines = list(_details(snapshot, self.opened, width))
             self.scroll = max(0, min(self.scroll, len(self.lines) - self.rows))
         elif self.shown:
             if self.following:
@@ -2291,14 +2287,6 @@ class Screen:
             index = max(0, min(self.cursor + rows, len(self.shown) - 1))
             self.selected, self.following = self.shown[index].id, index == 0
 
-    def _key_in_details(self, name: str) -> None:
-        if name in ("escape", "enter"):
-            self.opened = None
-        elif name in ("left", "right"):
-            self.tab, self.scroll = (self.tab + (1 if name == "right" else -1)) % len(self.TABS), 0
-        elif name in ("1", "2", "3", "4"):
-            self.tab, self.scroll = int(name) - 1, 0
-
     def _type(self, name: str) -> None:
         if name in ("enter", "escape"):
             self.typing = False
@@ -2317,11 +2305,12 @@ def render(snapshot: Snapshot, width: int, height: int) -> list[str]:
     if screen.opened:
         lines += [paint(spans, width, palette) for spans in screen.lines[screen.scroll :][: screen.rows]]
     else:
-        top, cursor = screen.above, screen.cursor
-        for index, exchange in enumerate(screen.shown[top : top + screen.rows], top):
-            lines.append(paint(_row(snapshot, exchange, width), width, palette, selected=index == cursor))
+        for exchange in screen.shown[screen.above :][: screen.rows]:
+            selected = exchange is screen.exchange
+            lines.append(paint(_row(snapshot, exchange, width), width, palette, selected=selected))
         if not screen.shown:
-            lines += ["", paint(_nothing(snapshot), width, palette)]
+            text = " nothing fits the filter" if snapshot.exchanges else " no requests yet"
+            lines += ["", paint([("muted", text)], width, palette)]
     lines = lines[: height - 1]
     return [*lines, *[""] * (height - 1 - len(lines)), paint(_foot(screen, width), width, palette)][-height:]
 
@@ -2330,9 +2319,8 @@ def _style(exchange: Exchange) -> str:
     return f"{exchange.status // 100}xx" if exchange.status else "5xx" if exchange.ended else "1xx"
 
 
-def _target(snapshot: Snapshot, exchange: Exchange) -> str:
-    target = exchange.target if snapshot.screen.reveal else mask_target(exchange.target)
-    return printable(target)
+def _target(snapshot: Snapshot, exchange: Exchange, limit: int = MAX_FIELD) -> str:
+    return printable(exchange.target if snapshot.screen.reveal else mask_target(exchange.target), limit)
 
 
 def _link_state(snapshot: Snapshot) -> Spans:
@@ -2366,7 +2354,7 @@ def _head(snapshot: Snapshot, width: int, height: int) -> list[Spans]:
     screen = snapshot.screen
     if e := screen.opened:
         outcome = f"{e.status or '---'} {printable(e.reason)}".strip() if e.status or e.ended else "in flight"
-        request = [("bold", f"  {printable(e.method)}"), ("", f" {_target(snapshot, e)}")]
+        request = [("bold", f"  {printable(e.method)}"), ("", f" {_target(snapshot, e, 1000)}")]
         tabs = [("selected" if n == screen.tab else "muted", f" {tab} ") for n, tab in enumerate(screen.TABS)]
         tabs.append(("muted", "  secrets shown" if screen.reveal else ""))
         return [[("", " "), (_style(e), outcome), *request], tabs, []]
@@ -2415,16 +2403,9 @@ def _row(snapshot: Snapshot, exchange: Exchange, width: int) -> Spans:
     spans = _columns(snapshot, [*values, ("", "")], width)
     room = width - sum(width_of(text) for _, text in spans)
     error = printable(e.error)
-    path = ("↻ " if e.replay_of else "") + _target(snapshot, e)
+    path = ("↻ " if e.replay_of else "") + _target(snapshot, e, 1000)
     path = fit(path, max(room // 2, room - len(error) - 2)) if error else path
     return [*spans, ("", path), ("5xx", f"  {error}" if error else "")]
-
-
-def _nothing(snapshot: Snapshot) -> Spans:
-    if snapshot.exchanges:
-        return [("muted", " nothing fits the filter")]
-    url = next((url for _, url, _ in snapshot.tunnels if url), "")
-    return [("muted", " no requests yet"), ("muted", "; open " if url else ""), ("", printable(url))]
 
 
 def _foot(screen: Screen, width: int) -> Spans:
@@ -2448,63 +2429,48 @@ def _foot(screen: Screen, width: int) -> Spans:
     return next(iter(_flow([*groups, *([("key", key), ("muted", f" {what}")] for key, _, what in keys)], width)))
 
 
-# The details of an exchange
+def _labelled(rows: Iterable[tuple[str, str]], width: int) -> Iterator[Spans]:
+    """Yield rows of a label and a text, which goes on below itself."""
+    for label, text in rows:
+        label = fit(f" {label}  ", width // 2)
+        for number, line in enumerate(wrap(text, max(1, width - width_of(label)))):
+            yield [("muted", " " * width_of(label) if number else label), ("", line)]
 
 
-def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> list[Spans]:
-    """Return all lines of the tab that is open."""
+def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spans]:
+    """Yield all lines of the tab that is open."""
     e, screen = exchange, snapshot.screen
     tab = screen.TABS[screen.tab]
     if tab == "Info":
-        return list(_info(snapshot, e, width))
-    if tab == "Headers":
-        return list(_headers(e, width, reveal=screen.reveal))
-    if tab == "Response" and e.notes:
-        return [line for note in list(e.notes) for line in _note(note, width)]
-    of_request = tab == "Body"
-    size = e.bytes_in if of_request else e.bytes_out
-    return _body(e, of_request, size, width)
-
-
-def _info(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spans]:
-    e = exchange
-    url, local = next(((url, local) for name, url, local in snapshot.tunnels if name == e.tunnel), ("", ""))
-    moment = datetime.datetime.fromtimestamp(e.time + snapshot.utc_offset, datetime.UTC)
-    duration = e.duration if e.ended else snapshot.now - e.started
-    fields = {
-        "URL": printable(url) + _target(snapshot, e),
-        "Target": f"{e.tunnel} → {printable(local)}",
-        "Time": f"{moment:%Y-%m-%d %H:%M:%S}",
-        "Duration": human_time(duration) + ("" if e.ended else " so far"),
-        "Content": f"request {human_size(e.bytes_in)}, response {human_size(e.bytes_out)}",
-        "Replay of": f"number {e.replay_of}" if e.replay_of else "",
-        "Error": printable(e.error),
-    }
-    for label, text in fields.items():
-        for number, line in enumerate(wrap(text, max(1, width - 14)) if text else ()):
-            yield [("muted", f" {'' if number else label:<12} "), ("5xx" if label == "Error" else "", line)]
-    labels = {"server": "held", "link": "link", "local": "local service", "content": "content"}
-    yield []
-    for name, seconds in timings(e).items():
-        bar = "█" * round((seconds or 0.0) / max(duration, 1e-6) * max(0, width - 28))
-        yield [("muted", f" {labels[name]:<13}"), ("", f"{human_time(seconds) if seconds else '–':>9}  "), ("3xx", bar)]
-
-
-def _headers(exchange: Exchange, width: int, *, reveal: bool) -> Iterator[Spans]:
-    for title, headers in ("Request", exchange.request_headers), ("Response", exchange.response_headers):
-        yield [("bold", f" {title}")]
-        for name, value in text_fields(headers, reveal=reveal):
-            for number, line in enumerate(wrap(printable(f"{name}: {value}"), max(1, width - 2))):
-                at = 0 if number else len(name) + 1
-                yield [("muted", f"  {line[:at]}"), ("", line[at:])]
-        yield []
-
-
-def _note(note: Note, width: int) -> Iterator[Spans]:
-    head = f" {human_time(note.at):>9} {'→' if note.from_visitor else '←'} {note.kind} {human_size(note.size)}  "
-    data = printable(note.data)
-    for number, line in enumerate(wrap(data, max(1, width - len(head)))):
-        yield [("muted", " " * len(head) if number else head), ("", line)]
+        url, local = next(((url, local) for name, url, local in snapshot.tunnels if name == e.tunnel), ("", ""))
+        moment = datetime.datetime.fromtimestamp(e.time + snapshot.utc_offset, datetime.UTC)
+        duration = snapshot.now - e.started if e.ended is None else e.duration
+        rows = {
+            "URL": printable(url) + _target(snapshot, e),
+            "Target": f"{e.tunnel} → {printable(local)}",
+            "Time": f"{moment:%Y-%m-%d %H:%M:%S}" + (f", a replay of number {e.replay_of}" if e.replay_of else ""),
+            "Content": f"request {human_size(e.bytes_in)}, response {human_size(e.bytes_out)}",
+            "Error": printable(e.error),
+            "Duration": human_time(duration) + (" so far" if e.ended is None else ""),
+        }
+        yield from _labelled(((f"{label:<8}", text) for label, text in rows.items() if text), width)
+        longest = max(0, width - 24)
+        for name, seconds in timings(e).items():
+            if seconds is not None:
+                bar = "█" * min(longest, round(seconds / max(duration, 1e-6) * longest))
+                yield from _labelled([(f"  {name:<8}", f"{human_time(seconds):>8}  {bar}")], width)
+    elif tab == "Headers":
+        for title, headers in (" Request", e.request_headers), ("", []), (" Response", e.response_headers):
+            yield [("bold", title)]
+            fields = text_fields(headers, reveal=screen.reveal)
+            across = min(20, width // 3, max((len(name) for name, _ in fields), default=0))
+            yield from _labelled(((printable(name).ljust(across), printable(value)) for name, value in fields), width)
+    elif tab == "Response" and e.notes:
+        for note in list(e.notes):
+            head = f"{human_time(note.at):>9} {'→' if note.from_visitor else '←'} {human_size(note.size):>8}"
+            yield from _labelled([(head, printable(note.data))], width)
+    else:
+        yield from _body(e, tab == "Body", e.bytes_in if tab == "Body" else e.bytes_out, width)
 
 
 @functools.lru_cache(maxsize=4)  # what has not changed is not read again; sizes only grow
@@ -2515,7 +2481,7 @@ def _body(exchange: Exchange, of_request: bool, size: int, width: int) -> list[S
     lines = (printable(line.rstrip("\r").expandtabs(4), len(view.text) * 10) for line in view.text.split("\n"))
     wrapped = (line for text in lines for line in wrap(text, max(1, width - 2)))
     found: list[Spans] = [[("", f" {line}")] for line in itertools.islice(wrapped, MAX_SHOWN)] if view.text else []
-    note = ", ".join(filter(None, [view.kind if not view.text else "", view.note]))
+    note = ", ".join(filter(None, ["" if view.text else view.kind, view.note]))
     return [[("muted", f" {note}")], [], *found] if note else found
 
 
@@ -4552,24 +4518,24 @@ INSPECTOR_PAGE = r"""<!doctype html>
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
 a { color: var(--accent); text-underline-offset: 3px }
 li { list-style: none }
-pre, code, kbd, td, tbody th, h2, textarea, input, #notes, .fields { font-family: var(--mono); unicode-bidi: plaintext }
-pre, code, kbd, td, tbody th, textarea, input, #notes, .fields { font-size: 12.5px }
-button, input, textarea { color: var(--text); background: var(--back); border: 1px solid var(--edge); border-radius: 6px }
+pre, code, kbd, td, tbody th, h2, textarea, input, #notes, .fields { font: 12.5px/1.6 var(--mono) }
+pre, td, tbody a, h2, textarea, input, li span, dd { unicode-bidi: plaintext }
+button, input, textarea, kbd { color: inherit; background: var(--back) }
+button, input, textarea, kbd { border: 1px solid var(--edge); border-radius: 6px }
 button { font: 13px system-ui, sans-serif; border-color: var(--line); padding: 0 10px; min-height: 30px }
 button:hover { background: var(--raised); border-color: var(--edge) }
 button[aria-pressed=true] { color: var(--accent); background: var(--tint); border-color: var(--accent) }
 button.main { color: var(--back); background: var(--accent); font-weight: 600 }
 .small button, button.small { min-height: 26px; padding: 0 8px; font-size: 12px }
-input, textarea { width: 100%; padding: 5px 10px; line-height: 1.6; resize: vertical; display: block }
+input, textarea { color: var(--text); width: 100%; padding: 5px 10px; resize: vertical; display: block }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
 .soft, dt, thead th, label { color: var(--soft); font-weight: 400 }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 8px }
+.row, dl.row > div { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 8px }
 .last { margin-left: auto }
 .grid { display: grid; gap: 12px; align-items: start }
 .grid > * { min-width: 0 }
 .box, pre { padding: 10px 12px; background: var(--raised); border: 1px solid var(--line); border-radius: 8px }
 dl.row, #facts { gap: 2px 18px; font-variant-numeric: tabular-nums }
-dl.row > div { display: flex; gap: 6px }
 
 body > header { padding: 10px 16px; gap: 4px 20px; border-bottom: 1px solid var(--line) }
 #state::before, #legend dt::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 8px }
@@ -4578,12 +4544,11 @@ body > header { padding: 10px 16px; gap: 4px 20px; border-bottom: 1px solid var(
 .tools { position: sticky; top: 0; padding: 10px 16px; background: var(--back); border-bottom: 1px solid var(--line) }
 table { width: 100%; table-layout: fixed; border-collapse: collapse; font-variant-numeric: tabular-nums }
 tr > * { padding: 6px 8px; text-align: left; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
-tr > .status { padding-left: 16px; width: 74px }
-tr > .method { width: 68px }
+tr > .status { padding-left: 16px; width: 70px }
+tr > .method { width: 66px }
 tr > .time, tr > .size, tr > .at { width: 84px; text-align: right }
-tr > .at { width: 92px; padding-right: 16px }
+tr > :last-child { padding-right: 16px; width: 92px }
 thead th { font-size: 12px; border-bottom: 1px solid var(--line) }
-tbody th { font-weight: 400 }
 tbody tr { cursor: pointer }
 tbody tr:hover { background: var(--raised) }
 tr:has([aria-current]) { background: var(--tint); box-shadow: inset 3px 0 var(--accent) }
@@ -4594,22 +4559,21 @@ td.status, span.status { font-weight: 600 }
 .s4, .atom { color: var(--warn) }
 .s5, .error { color: var(--bad) }
 .key, .up { color: var(--accent) }
-.empty { padding: 48px 16px; justify-items: center; text-align: center }
+.empty { padding: 48px 16px; place-items: center; text-align: center }
 #more { display: block; margin: 12px auto }
 
 #list, #detail { container-type: inline-size; min-width: 0 }
 #detail { padding: 14px 16px 32px; overflow-wrap: anywhere; outline-offset: -2px }
-h2 { font-size: 16px; line-height: 1.4 }
+h2 { font-size: 16px; font-weight: 600 }
 #bar { display: flex; height: 8px }
-#bar span { border-radius: 2px; background: var(--part) }
-#legend dt::before { border-radius: 2px; background: var(--part) }
+#bar span, #legend dt::before { border-radius: 2px; background: var(--part) }
 .server { --part: light-dark(#a5a5b1, #6b6b78) }
 .link { --part: light-dark(#0e8a8a, #4fd1c5) }
 .local { --part: light-dark(#4338ca, #818cf8) }
 .content { --part: light-dark(#c2650c, #f0a95b) }
 .fields { display: grid; grid-template-columns: minmax(80px, max-content) 1fr; gap: 2px 14px }
 .fields dt { max-width: 20ch }
-pre { white-space: pre-wrap; overflow: auto; max-height: 60vh; line-height: 1.6 }
+pre { white-space: pre-wrap; overflow: auto; max-height: 60vh }
 pre.hex { white-space: pre }
 img { max-width: 100%; max-height: 50vh; margin: auto }
 #notes { max-height: 50vh; overflow: auto }
@@ -4621,18 +4585,19 @@ img { max-width: 100%; max-height: 50vh; margin: auto }
   color: var(--back); background: var(--text); border-radius: 8px; overflow-wrap: anywhere }
 #toast:empty { visibility: hidden }
 dialog { margin: auto; padding: 20px; color: inherit; background: var(--back); border: 1px solid var(--edge) }
-dialog .fields { font: inherit; margin: 12px 0 }
-kbd { padding: 1px 6px; color: var(--text); border: 1px solid var(--edge); border-radius: 4px }
+dialog .fields { margin: 12px 0 }
+kbd { padding: 1px 6px }
 
-@container (max-width: 600px) { tr > .size, tr > .at { display: none } tr > .time { padding-right: 16px; width: 92px } }
-@container (min-width: 860px) { .sides { grid-template-columns: 1fr 1fr; gap: 20px } }
+@container (max-width: 600px) { tr > .at { display: none } tr > .size { padding-right: 16px } }
+@container (max-width: 480px) { tr > .size { display: none } tr > .time { padding-right: 16px } }
+@container (min-width: 720px) { .sides:not(:has(.hex)) { grid-template-columns: 1fr 1fr; gap: 20px } }
 @media (max-width: 899px) {
   .open #list, .open #stats, body:not(.open) #detail { display: none }
   #stats { margin: 0; font-size: 13px }
 }
 @media (min-width: 900px) {
   body { display: flex; flex-direction: column; height: 100vh }
-  main { flex: 1; min-height: 0; display: grid; grid-template-columns: 2fr 3fr }
+  main { flex: 1; min-height: 0; display: grid; grid-template-columns: 9fr 11fr }
   #list, #detail { overflow-y: auto }
   #list { border-right: 1px solid var(--line) }
   #back { display: none }
@@ -4716,7 +4681,8 @@ let version = 0, limit = STEP, selected = 0, loaded = 0, exchange, status, retry
 let paused = false, reveal = "", abort = new AbortController(), wake = () => {}
 
 // Strangers wrote this text: control and direction characters in it are shown as escapes, and it never becomes markup.
-const visible = text => String(text).replace(/[^\P{C}\n\t\u200d]/gu, c => `\\u{${c.codePointAt(0).toString(16)}}`)
+const unprintable = /\r(?!\n)|[^\P{C}\r\n\t\u200d]/gu
+const visible = text => String(text).replace(unprintable, c => `\\u{${c.codePointAt(0).toString(16)}}`)
 const put = (node, ...parts) => node.replaceChildren(...parts.map(part => part instanceof Node ? part : visible(part)))
 function h(tag, properties, ...parts) {
   const node = Object.assign(document.createElement(tag), properties)
@@ -4766,12 +4732,13 @@ async function poll() {
     while (document.hidden || paused && version) await sleep()
     const {signal} = abort = new AbortController()
     const query = {since: version, filter: $("filter").value, limit, id: selected, wait: version ? 20 : 0}
-    const next = performance.now() + PACE
+    const started = performance.now()
     try {
       const news = await json("exchanges?" + new URLSearchParams(query), {signal})
       if (signal.aborted) continue
       update(news)
-      await sleep(next - performance.now())
+      const pace = news.exchanges.length < limit ? PACE : 2 * PACE  // nobody can read a whole list that fast
+      await sleep(started + pace - performance.now())
     } catch (error) {
       if (!signal.aborted) await lost(error)
     }
@@ -4793,20 +4760,13 @@ function update(news) {
   const rows = $("rows")
   for (const e of news.exchanges.reverse()) putRow(e)
   for (let last; (last = rows.lastChild) && (rows.rows.length > limit || last.number < news.oldest);) last.remove()
-  if (rows.firstChild && !rows.querySelector("[tabindex='0']")) linkOf(rows.firstChild).tabIndex = 0
+  if (rows.firstChild && !tabStop()) rove(linkOf(rows.firstChild))
   $("more").hidden = rows.rows.length < limit
   retryAt = news.retry_in && performance.now() + news.retry_in * 1000
   showState(news.problem && `Reconnecting: ${news.problem}`)
   showHeader(news)
   showNone()
-  if (news.exchanges.length) announce()
   if (selected && news.selected > loaded) load()
-}
-function announce() {  // for those who hear the page: once in a while, however many there are
-  announce.timer ??= setTimeout(() => {
-    put($("news"), `${status.total} requests so far`)
-    announce.timer = undefined
-  }, 10000)
 }
 function showState(problem) {
   $("state").toggleAttribute("data-bad", problem)
@@ -4814,8 +4774,8 @@ function showState(problem) {
   countDown()
 }
 function countDown() {
-  const left = Math.ceil((retryAt - performance.now()) / 1000)
-  put($("retry"), left > 0 ? `again in ${left} s` : "")
+  const left = Math.max(0, Math.ceil((retryAt - performance.now()) / 1000))
+  if (changed($("retry"), left)) put($("retry"), left ? `again in ${left} s` : "")
 }
 function showHeader({tunnels, total, in_flight, p50, p90, bytes_in, bytes_out}) {
   if (changed($("tunnels"), tunnels)) {
@@ -4846,7 +4806,7 @@ function putRow(e) {
     row = $("rows").insertBefore(h("tr", {number: e.id}, ...cells), row)
   }
   const texts = [outcome(e), e.method, e.path, duration(e), size(e.bytes_out), clock(e.time)]
-  texts.forEach((text, n) => put(n === 2 ? linkOf(row) : row.cells[n], text))
+  texts.forEach((text, n) => put(row.cells[n].querySelector("a") ?? row.cells[n], text))
   row.cells[0].className = kindOf(e)
   row.title = visible(e.error ?? e.path)
 }
@@ -4863,16 +4823,17 @@ function setFilter(words) {
   for (const chip of $("chips").children) chip.ariaPressed = chip.words === words.trim()
   restart()
 }
-function focusRow(row) {
-  for (const link of $("rows").querySelectorAll("[tabindex='0']")) link.tabIndex = -1
-  linkOf(row).tabIndex = 0
-  linkOf(row).focus()
+const tabStop = () => $("rows").querySelector("[tabindex='0']")
+function rove(link) {  // the list is one stop of the Tab key, at the link that was used last
+  if (tabStop()) tabStop().tabIndex = -1
+  link.tabIndex = 0
+  return link
 }
 function move(step) {
-  const rows = [...$("rows").rows], link = $("rows").querySelector("[tabindex='0']")
-  const row = rows[rows.findIndex(row => row.contains(link)) + (document.activeElement === link ? step : 0)]
-  if (row) focusRow(row)
-  if (row && selected) location.replace("#" + row.number)
+  const links = [...$("rows").querySelectorAll("a")], stop = tabStop()
+  const link = links[links.indexOf(stop) + (selected || document.activeElement === stop ? step : 0)]
+  if (link) rove(link).focus()
+  if (link && selected) location.replace(link.href)
 }
 
 // One exchange: its number is the address's fragment, so that the browser's Back leads to the list
@@ -4881,21 +4842,26 @@ function choose() {
   const left = selected
   selected = Number(location.hash.slice(1)) || 0
   loaded = 0
-  exchange = undefined
   showEdit(false)
   $("result").hidden = true
+  $("nothing").hidden = selected
+  if (!selected) $("exchange").hidden = true
+  document.body.classList.toggle("open", selected)
   for (const row of $("rows").rows) {
     linkOf(row).ariaCurrent = row.number === selected ? "true" : null
-    if (left && row.number === left && !selected) focusRow(row)
+    if (row.number === (selected || left)) rove(linkOf(row))
   }
-  document.body.classList.toggle("open", selected)
-  $("nothing").hidden = selected
-  $("exchange").hidden = !selected
   if (selected) load()
+  else if (left) tabStop()?.focus()
 }
 async function load() {
-  const e = await json(`exchanges/${selected}?${reveal}`)
-  if (e.id !== selected) return
+  const number = selected
+  const e = await json(`exchanges/${number}?${reveal}`).catch(error => {
+    if (error.status === 404) actions.back()
+    throw error
+  })
+  if (number !== selected) return
+  $("exchange").hidden = false
   exchange = e
   loaded = e.version
   put($("title"), `${e.method} ${e.target}`)
@@ -4905,8 +4871,8 @@ async function load() {
   if (e.replay_of) $("facts").append(h("a", {href: "#" + e.replay_of}, `replay of #${e.replay_of}`))
   const names = {server: "wait on the server", link: "link", local: "local service", content: "content"}
   const times = Object.entries(e.timings)
-  put($("bar"), ...times.map(([name, value]) => span(name)))
-  times.forEach(([name, value], n) => Object.assign($("bar").children[n].style, {flexGrow: value * 1000}))
+  put($("bar"), ...times.map(([name]) => span(name)))
+  times.forEach(([, value], n) => { $("bar").children[n].style.flexGrow = value * 1000 })
   put($("legend"), ...times.map(([name, value]) => pair(name, names[name], seconds(value))))
   $("messages").hidden = !e.notes.length
   if (changed($("notes"), e.notes)) put($("notes"), ...e.notes.map(showNote))
@@ -4995,13 +4961,9 @@ function sendEdit() {
 
 // Buttons and keys
 
-function press(id, on) {
-  $(id).ariaPressed = on
-  return on
-}
 const har = query => save(`har?${query}&${reveal}`, `pytunnel${query.replace("id=", "-")}.har`)
 const actions = {
-  pause: () => { paused = press("pause", !paused); pollNow() },
+  pause: () => { $("pause").ariaPressed = paused = !paused; pollNow() },
   clear: () => api("clear", {method: "POST"}).then(restart),
   export: () => har(""),
   ask: () => $("help").showModal(),
@@ -5012,7 +4974,7 @@ const actions = {
   cancel: () => showEdit(false),
   curl: () => copy(exchange.curl),
   har: () => har(`id=${selected}`),
-  reveal: () => { reveal = press("reveal", !reveal) ? "reveal=1" : ""; load() },
+  reveal: () => { reveal = reveal ? "" : "reveal=1"; $("reveal").ariaPressed = reveal !== ""; load() },
   rows: event => { location.hash = event.target.closest("tr").number },
 }
 for (const id in actions) $(id).onclick = actions[id]
@@ -5022,15 +4984,12 @@ for (const words of ["", "2xx", "3xx", "4xx", "5xx", "101"]) {
 }
 $("filter").oninput = () => setFilter($("filter").value)
 $("edit").onsubmit = event => { event.preventDefault(); sendEdit() }
-function escape(field) {
-  if (!$("edit").hidden) showEdit(false)
-  else if (field === $("filter") && field.value) setFilter("")
-  else if (selected) actions.back()
-}
 onkeydown = event => {
   const {key, target} = event
   if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return
-  if (key === "Escape") escape(target)
+  if (key === "Escape" && !$("edit").hidden) showEdit(false)
+  else if (key === "Escape" && target === $("filter") && target.value) setFilter("")
+  else if (key === "Escape" && selected) actions.back()
   if (target.matches("input, textarea")) return
   const step = {j: 1, k: -1, ...$("detail").contains(target) ? {} : {ArrowDown: 1, ArrowUp: -1}}[key]
   const control = [...document.querySelectorAll("[aria-keyshortcuts]")].find(node => node.ariaKeyShortcuts === key)
@@ -5044,6 +5003,7 @@ onunhandledrejection = event => { event.preventDefault(); toast(event.reason.mes
 document.onvisibilitychange = () => pollNow()
 onhashchange = choose
 setInterval(countDown, 1000)
+setInterval(() => { if (status && changed($("news"), status.total)) put($("news"), `${status.total} requests`) }, 10000)
 choose()
 poll()
 </script>
@@ -5072,35 +5032,26 @@ INSPECTOR_FIELDS = {  # of every response: nobody else may frame it, read it, ke
 class Inspector:
     """Shows a client's log at `url`, and lets those who know `token` replay, clear and stop."""
 
-    def __init__(
-        self,
-        client: TunnelClient,
-        *,
-        host: str = "127.0.0.1",
-        port: int = INSPECTOR_PORT,
-        on_stop: Callable[[], None],
-    ) -> None:
-        self.host, self.port = host, port
+    def __init__(self, client: TunnelClient, *, port: int = INSPECTOR_PORT, on_stop: Callable[[], None]) -> None:
+        self.port = port
         self.token = secrets.token_urlsafe(32)
         self._client, self._log, self._on_stop = client, client.log, on_stop
         self._http: web.Server
         self._listeners: list[asyncio.Server] = []
 
     async def start(self) -> None:
-        """Listen; `port` is then the real one. Raises TunnelError when no port can be had."""
+        """Listen: on `port`, else on one of the next ones, else on any; `port` is then the real one."""
         loop = asyncio.get_running_loop()
         fields = [(name.encode(), value.encode()) for name, value in INSPECTOR_FIELDS.items()]
         self._http = _visitor_server(self._handle, fields)
-        last = self.port + (INSPECTOR_PORTS if self.port == INSPECTOR_PORT else 1) - 1
-        while not self._listeners:
-            try:
-                self._listeners.append(await loop.create_server(self._http, self.host, self.port))
-            except OSError as error:
-                if self.port == last:
-                    reason = f"the inspector cannot listen on {self.host}:{self.port}: {error.strerror}"
-                    raise TunnelError(f"{reason}; choose another port") from None
-                self.port += 1
-        self.port = self._listeners[0].sockets[0].getsockname()[1]
+        targets = itertools.chain.from_iterable(tunnel.targets for tunnel in self._client.tunnels)
+        theirs = {target.port for target in targets}  # also when nothing listens there yet
+        for port in [*(port for port in range(self.port, self.port + INSPECTOR_PORTS) if port not in theirs), 0]:
+            with contextlib.suppress(OSError):
+                listener = socket.create_server(("127.0.0.1", port))
+                break
+        self._listeners.append(await loop.create_server(self._http, sock=listener))
+        self.port = listener.getsockname()[1]
         with contextlib.suppress(OSError):  # for browsers that take localhost for ::1
             self._listeners.append(await loop.create_server(self._http, "::1", self.port))
 
@@ -5123,11 +5074,10 @@ class Inspector:
 
         try:
             self._admit(request)
-            response = await self._route(request)
-        except MessageError as error:
+            answer = await self._answer(request)
+            response = answer if isinstance(answer, web.Response) else web.json_response(answer)
+        except (MessageError, web.HTTPRequestEntityTooLarge) as error:
             response = web.json_response({"error": str(error)}, status=error.status)
-        except web.HTTPRequestEntityTooLarge:
-            response = web.json_response({"error": "the request is too large"}, status=413)
         except Exception:
             log.exception("the inspector failed")
             response = web.json_response({"error": "a bug in pytunnel"}, status=500)
@@ -5156,39 +5106,39 @@ class Inspector:
         if request.path != "/" and not hmac.compare_digest(token, self.token.encode()):
             raise MessageError("not without the token", 403)
 
-    async def _route(self, request: web.BaseRequest) -> web.Response:
+    async def _answer(self, request: web.BaseRequest) -> web.Response | dict[str, Any]:
         from aiohttp import web
 
-        query = request.query
-        match request.method, *request.path.split("/")[1:]:
-            case "GET", "":
-                return web.Response(text=INSPECTOR_PAGE.replace("%TOKEN%", self.token), content_type="text/html")
-            case "GET", "api", "status":
-                return web.json_response(self._status())
-            case "GET", "api", "exchanges":
-                return web.json_response(await self._changes(query))
-            case "GET", "api", "exchanges", number:
-                return web.json_response(self._detail(self._find(number), reveal="reveal" in query))
-            case "GET", "api", "exchanges", number, "body":
-                exchange, of_request = self._find(number), query.get("which") == "request"
-                body = bytes(exchange.request_body if of_request else exchange.response_body)
-                name = f"{'request' if of_request else 'response'}-{exchange.id}"
-                safe = {"Content-Disposition": f'attachment; filename="{name}"'}
-                safe["Content-Security-Policy"] = "default-src 'none'; sandbox"
-                return web.Response(body=body, content_type="application/octet-stream", headers=safe)
-            case "GET", "api", "har":
-                exchanges = [self._find(query["id"])] if "id" in query else list(self._log.exchanges.values())
-                return web.json_response(as_har(exchanges, self._urls(), reveal="reveal" in query))
-            case "GET", "api", "wait":
-                return web.json_response(await self._wait(query))
-            case "POST", "api", "exchanges", number, "replay":
-                return web.json_response(await self._replay(self._find(number), await request.read()))
-            case "POST", "api", "clear":
-                self._log.clear()
-                return web.json_response(self._status())
-            case "POST", "api", "stop":
-                self._on_stop()
-                return web.json_response(self._status())
+        query, reveal = request.query, "reveal" in request.query
+        what = f"{request.method} {re.sub('/[0-9]{1,15}', '/ID', request.path, count=1)}"
+        if what == "GET /":
+            return web.Response(text=INSPECTOR_PAGE.replace("%TOKEN%", self.token), content_type="text/html")
+        if what == "GET /api/status":
+            return self._status()
+        if what == "GET /api/exchanges":
+            return await self._changes(query)
+        if what == "GET /api/har":
+            exchanges = [self._find(query["id"])] if "id" in query else list(self._log.exchanges.values())
+            return as_har(exchanges, self._urls(), reveal=reveal)
+        if what == "GET /api/wait":
+            return await self._wait(query)
+        if what == "POST /api/clear":
+            self._log.clear()
+            return self._status()
+        if what == "POST /api/stop":
+            self._on_stop()
+            return self._status()
+        exchange = self._find(re.findall("/([0-9]{1,15})|$", request.path)[0])
+        if what == "GET /api/exchanges/ID":
+            return self._detail(exchange, reveal=reveal)
+        if what == "POST /api/exchanges/ID/replay":
+            return await self._replay(exchange, await request.read())
+        if what == "GET /api/exchanges/ID/body":
+            which = "request" if query.get("which") == "request" else "response"
+            fields = {"Content-Disposition": f'attachment; filename="{which}-{exchange.id}"'}
+            fields["Content-Security-Policy"] = "default-src 'none'; sandbox"
+            body = bytes(exchange.request_body if which == "request" else exchange.response_body)
+            return web.Response(body=body, content_type="application/octet-stream", headers=fields)
         raise MessageError("nothing here", 404)
 
     def _urls(self) -> dict[str, str]:
@@ -5350,6 +5300,10 @@ if sys.platform == "win32":
 
         foreground, ready = True, property(lambda self: self.active and self._frames.empty())
 
+        def size(self) -> os.terminal_size:
+            """Return columns and lines."""
+            return os.get_terminal_size(1)
+
         def enter(self) -> None:
             """Take the console."""
             self._kernel.SetConsoleMode(self._in, 0x0281)  # processed, extended flags, virtual terminal input
@@ -5361,7 +5315,7 @@ if sys.platform == "win32":
             """Give it back."""
             if self.active:
                 self.active = False
-                self._kernel.WriteConsoleW(self._out, _LEAVE, len(_LEAVE), self._pointer(self._number()), None)
+                self._put(_LEAVE)
                 for handle, mode in zip((self._in, self._out), self._saved, strict=True):
                     self._kernel.SetConsoleMode(handle, mode)
 
@@ -5373,14 +5327,20 @@ if sys.platform == "win32":
 
         def _read(self) -> None:
             count = self._number()
-            while self._kernel.ReadConsoleW(self._in, self._buffer, 200, self._pointer(count), None):
-                data = self._buffer[: count.value].encode(errors="replace")
-                self._loop.call_soon_threadsafe(self._on_input, data)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                while self._kernel.ReadConsoleW(self._in, self._buffer, 200, self._pointer(count), None):
+                    data = "".join(self._buffer[: count.value]).encode(errors="replace")
+                    self._loop.call_soon_threadsafe(self._on_input, data)
 
         def _write(self) -> None:
-            while text := self._frames.get():
-                self._kernel.WriteConsoleW(self._out, text, len(text), self._pointer(self._number()), None)
-                self._loop.call_soon_threadsafe(self._on_ready)
+            with contextlib.suppress(RuntimeError):
+                while text := self._frames.get():
+                    self._put(text)
+                    self._loop.call_soon_threadsafe(self._on_ready)
+
+        def _put(self, text: str) -> None:
+            units = len(text.encode("utf-16-le")) // 2
+            self._kernel.WriteConsoleW(self._out, text, units, self._pointer(self._number()), None)
 
 else:
 
@@ -5416,6 +5376,10 @@ else:
             """Whether the last frame has gone out."""
             return self.active and not self._unsent
 
+        def size(self) -> os.terminal_size:
+            """Return columns and lines."""
+            return os.get_terminal_size(self._fd)
+
         def enter(self) -> None:
             """Take the terminal: keys come one by one, Ctrl-C and Ctrl-Z stay signals, Ctrl-S stops nothing."""
             mode = self._termios.tcgetattr(self._fd)
@@ -5436,15 +5400,9 @@ else:
                 self._loop.remove_reader(self._fd)
                 self._loop.remove_writer(self._fd)
             with contextlib.suppress(OSError, self._termios.error):  # it is gone
-                try:
-                    whole = os.write(self._fd, _LEAVE.encode()) == len(_LEAVE)
-                except BlockingIOError:
-                    whole = False
-                if not whole:
-                    self._termios.tcflush(self._fd, self._termios.TCOFLUSH)
-                    os.write(self._fd, _LEAVE.encode())
-            with contextlib.suppress(OSError, self._termios.error):
                 self._termios.tcsetattr(self._fd, self._termios.TCSANOW, self._saved)
+                self._termios.tcflush(self._fd, self._termios.TCOFLUSH)
+                os.write(self._fd, _LEAVE.encode())
 
         def close(self) -> None:
             """Leave for good."""
@@ -5497,18 +5455,14 @@ class Terminal:
         self._notice_until = 0.0
         self._escape: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._signals: dict[str, Callable[[], object]] = {
-            "SIGWINCH": self._wake.set,
-            "SIGTSTP": self._suspend,
-            "SIGCONT": self._resume,
-        }
+        handlers = {"SIGWINCH": self._wake.set, "SIGTSTP": self._suspend, "SIGCONT": self._resume}
+        self._signals = {getattr(signal, name): handlers[name] for name in handlers if hasattr(signal, name)}
 
     async def __aenter__(self) -> Terminal:
         atexit.register(self._device.leave)
         self._client.log.listeners.add(self._wake.set)
-        for name, handler in self._signals.items():
-            if hasattr(signal, name):
-                self._loop.add_signal_handler(getattr(signal, name), handler)
+        for number, handler in self._signals.items():
+            self._loop.add_signal_handler(number, handler)
         self._resume()
         self._own(self._show())
         return self
@@ -5516,13 +5470,16 @@ class Terminal:
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
             task.cancel()
+        self._end()
         self._device.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _end(self) -> None:
+        self._device.leave()
         atexit.unregister(self._device.leave)
         self._client.log.listeners.discard(self._wake.set)
-        for name in self._signals:
-            if hasattr(signal, name):
-                self._loop.remove_signal_handler(getattr(signal, name))
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for number in self._signals:
+            self._loop.remove_signal_handler(number)
 
     def notice(self, text: str) -> None:
         """Show a line at the bottom for NOTICE seconds."""
@@ -5535,31 +5492,30 @@ class Terminal:
         try:
             while True:
                 self._wake.clear()
-                keys, self._keys = self._keys, []
-                for key in keys:
-                    self._act(self._screen.key(key))
-                if self._device.ready:
+                if not self._device.active:
+                    self._resume()  # a shell does not tell when `fg` takes it from the background
+                if self._keys or self._device.ready:
                     await self._draw()
                 await asyncio.sleep(FRAME)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._until_next()):
                         await self._wake.wait()
         except Exception:
-            self._device.leave()  # the tunnel goes on without a view
+            self._end()  # the tunnel goes on without a view
             log.exception("the terminal view failed")
 
     def _until_next(self) -> float | None:
         """Return seconds until something changes by itself."""
         if not self._device.active:
-            return None
+            return 1.0
         waits = [self._notice_until - self._loop.time()] if self._screen.notice else []
         if self._client.log.in_flight or self._client.retry_at is not None:
             waits.append(1.0)
         return min(waits, default=self._device.poll)
 
     async def _draw(self) -> None:
-        """Bring the terminal up to date. A body may be large, so that it is laid out in a thread."""
-        size, client, screen = os.get_terminal_size(1), self._client, self._screen
+        """Take the keys and bring the terminal up to date. Bodies and filters may be large: a thread arranges them."""
+        size, client, screen = self._device.size(), self._client, self._screen
         if size != self._size:
             self._size, self._drawn = size, []
         if self._loop.time() >= self._notice_until:
@@ -5579,16 +5535,15 @@ class Terminal:
             utc_offset=time.localtime().tm_gmtoff,
         )
         width, height = size.columns or 80, size.lines or 24
-
-        def lay_out() -> list[str]:
-            screen.arrange(snapshot, width, height)
-            return render(snapshot, width, height)
-
-        lines = await asyncio.to_thread(lay_out)
+        await asyncio.to_thread(screen.arrange, snapshot, width, height)
+        while self._keys:
+            self._act(screen.key(self._keys.pop(0)))
+            await asyncio.to_thread(screen.arrange, snapshot, width, height)
+        lines = await asyncio.to_thread(render, snapshot, width, height)
         pairs = zip(lines, self._drawn or [""] * height, strict=True)
         changed = [] if self._drawn else ["\x1b[2J"]
         changed += [f"\x1b[{row};1H\x1b[2K{line}" for row, (line, old) in enumerate(pairs, 1) if line != old]
-        if changed and self._device.ready:
+        if changed and self._device.ready:  # or it shows with what comes next
             self._device.write(f"\x1b[?2026h{''.join(changed)}\x1b[?2026l")
             self._drawn = lines
 
@@ -5598,8 +5553,7 @@ class Terminal:
         if self._escape:
             self._escape.cancel()
         self._press(self._reader.feed(data))
-        if self._reader.waiting:
-            self._escape = self._loop.call_later(ESCAPE, lambda: self._press(self._reader.flush()))
+        self._escape = self._loop.call_later(ESCAPE, lambda: self._press(self._reader.flush()))
 
     def _press(self, keys: Iterator[str]) -> None:
         self._keys += keys
@@ -5607,7 +5561,10 @@ class Terminal:
 
     def _suspend(self) -> None:
         self._device.leave()
-        os.kill(os.getpid(), signal.SIGSTOP)
+        self._loop.remove_signal_handler(signal.SIGTSTP)
+        signal.raise_signal(signal.SIGTSTP)  # not SIGSTOP: where no shell could continue it, this one does nothing
+        self._loop.add_signal_handler(signal.SIGTSTP, self._suspend)
+        self._resume()
 
     def _resume(self) -> None:
         if self._device.foreground:
@@ -5860,7 +5817,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {escape(str(error))}") from None
     _check_settings(settings, SETTINGS, f"{path}: ")
     for name, tunnel in settings.get("tunnels", {}).items():
@@ -5895,9 +5852,9 @@ class Settings:
         self.memory = Memory(state_directory())
         own = os.environ.get("PYTUNNEL_CONFIG") or Path(platformdirs.user_config_dir("pytunnel")) / "config.toml"
         self.files = {path: read_settings(path) for path in [Path("pytunnel.toml")] * project + [Path(own)]}
-        candidates = [*self._given("server", "PYTUNNEL_SERVER"), *((file.get("server"), str(path)) for path, file in self.files.items())]
-        last = (self.memory.server, "the last one that worked")
-        server, source = Setting.first(*candidates, last, ("localhost", "default"))
+        kept = [(file.get("server"), str(path)) for path, file in self.files.items()]
+        last = (self.memory.server, "the last one that worked"), ("localhost", "default")
+        server, source = Setting.first(*self._given("server", "PYTUNNEL_SERVER"), *kept, *last)
         try:
             self.server = Setting(parse_server(server), source)
         except UsageError as error:
@@ -6500,16 +6457,17 @@ class Console:
         """Report an event."""
         exchange = fields.pop("exchange", None)
         if exchange:
+            if self.quiet and not self.as_json:
+                return
             fields = exchange.summary()
-        line = one_line(fields) if exchange else self._line(event, fields)
         if self.as_json:
-            self.stdout.write(json.dumps({"event": event, **fields}))
-        else:
-            if event == "ready" and self.format:
-                self.stdout.write(self.format.format(**fields))
-            if line and line != self._last_line and not (exchange and self.quiet):
-                self.say(line)
-            self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
+            return self.stdout.write(json.dumps({"event": event, **fields}))
+        if event == "ready" and self.format:
+            self.stdout.write(self.format.format(**fields))
+        line = one_line(fields) if exchange else self._line(event, fields)
+        if line and line != self._last_line:
+            self.say(line)
+        self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
 
     def fail(self, error: TunnelError) -> None:
         """Report what a command ends with."""
@@ -6720,7 +6678,7 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
     try:
         console.format.format(url="", name="", target="")
     except (LookupError, ValueError, AttributeError):
-        raise UsageError(f"--format {escape(console.format)!r}: the fields are {{url}}, {{name}} and {{target}}") from None
+        raise UsageError(f"--format {escape(console.format)!r} has other fields than url, name and target") from None
     inspectors = {urllib.parse.urlsplit(run.inspector).port for run in Run.all()}
     for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
         if target.is_loopback and target.port in inspectors:
@@ -6737,6 +6695,11 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
     return status
 
 
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def write_url(path: Path, urls: Iterable[str]) -> None:
     """Write public URLs, a line for each, in one step. Raises TunnelError, as only a TunnelError ends the client."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -6744,6 +6707,7 @@ def write_url(path: Path, urls: Iterable[str]) -> None:
         temporary.write_text("\n".join(urls) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise TunnelError(f"cannot write {path}: {_describe(error)}") from None
 
 
@@ -6814,7 +6778,8 @@ async def _share_here(
         stack.push_async_callback(inspector.close)
         leave_note = stack.enter_context(Run.noted(inspector))
         if options.url_file:
-            stack.callback(Path(options.url_file).unlink, missing_ok=True)
+            _remove(options.url_file)  # what a killed client has left
+            stack.callback(_remove, options.url_file)
         if options.run:
             command = Command(options.run)
 
@@ -7075,7 +7040,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def _parser() -> CommandParser:
     common = CommandParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="events on stdout, one JSON object a line")
+    common.add_argument("--json", action="store_true", help="for programs: one JSON object a line on stdout")
     common.add_argument("-v", "--verbose", action="store_true", help="more about links on stderr")
     common.add_argument("--debug", action="store_true", help="frames that arrive, and tracebacks")
     parser = CommandParser(prog="pytunnel", description="A public URL for a service on your machine.")
@@ -7147,7 +7112,7 @@ def _parser() -> CommandParser:
     demo = add("demo", "Try it on this machine")
     demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
     demo.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
-    demo.set_defaults(wait_local=None, max_retries=None, url_file=None)
+    demo.set_defaults(wait_local=None, max_retries=None, url_file=None, detached=None)
     return parser
 
 

@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import pty
 import random
 import re
 import shutil
@@ -754,6 +755,75 @@ async def wrk_rate(wrk: str, place: Place, seconds: float) -> float:
         return float(match[1])
 
 
+@contextlib.asynccontextmanager
+async def watched_client(s: Stage) -> AsyncIterator[tuple[int, Place]]:
+    """A client on a terminal, which shows its view, and its inspector's page in a browser; its process id and place."""
+    import fcntl
+    import termios
+
+    from playwright.async_api import async_playwright
+
+    state = s.directory / "watched"
+    arguments = ["connect", str(s.ports[0]), "--server", s.tunnel.server_url, "--token", TOKEN, "--name", "seen"]
+    env = {"PATH": os.environ["PATH"], "PYTUNNEL_STATE_DIR": str(state), "HOME": str(state), "TERM": "xterm-256color"}
+    near, far = pty.openpty()
+    fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    loop, shown = asyncio.get_running_loop(), bytearray()
+    loop.add_reader(near, lambda: shown.extend(os.read(near, 65536)))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(PROGRAM), *arguments, stdin=far, stdout=far, stderr=far, env=env, start_new_session=True
+    )
+    try:
+        notes = await eventually(lambda: list(state.glob("run/*.json")), 10.0, "the client's note of itself")
+        note = json.loads(notes[0].read_text())
+        async with async_playwright() as playwright:
+            browser = await playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            page = await browser.new_page()
+            await page.goto(note["inspector"])
+            place = Place(s.tunnel.port, "seen.localhost")
+            async with RawVisitor(place.port) as visitor:
+                await visitor.send(request("GET", b"/small", host=place.host.encode()))
+                await visitor.read_response()
+            await page.get_by_text("/small").first.wait_for()
+            yield process.pid, place
+            assert b"requests" in shown, "the terminal view shows nothing"
+            assert await page.get_by_text("/small").count(), "the page shows nothing"
+            await browser.close()
+    finally:
+        process.terminate()
+        await process.wait()
+        loop.remove_reader(near)
+        os.close(near)
+        os.close(far)
+
+
+async def measure_watched(size: int) -> AsyncIterator[Row]:
+    """(j) Traffic while the terminal view and the inspector's page show it, and the memory that this takes."""
+    async with stage() as s, watched_client(s) as (pid, watched):
+        rates: dict[str, list[float]] = {"without": [], "with": []}
+        plain = [str(s.ports[0]), "--server", s.tunnel.server_url, "--token", TOKEN, "--name", "plain", "--url-file"]
+        async with await Process.start("connect", *plain, str(s.directory / "live")):
+            await eventually((s.directory / "live").exists, 10.0, "the plain client")
+            for _ in range(5):
+                rates["without"].append(await wrk_rate("wrk", Place(watched.port, "plain.localhost"), 4.0))
+                rates["with"].append(await wrk_rate("wrk", watched, 4.0))
+        without, both = (statistics.median(rates[name]) for name in ("without", "with"))
+        every = ", ".join(f"{a:.0f}/{b:.0f}" for a, b in zip(rates["without"], rates["with"], strict=True))
+        yield Row("small requests without / with view and page", f"{without:.0f} / {both:.0f} /s ({every})")
+        yield below("view and page make it slower by", 100 * (1 - both / without), 10, "%")
+        before = resident(pid)
+        for direction in ("down", "up"):
+            what = f"{size // MIB} MiB {direction}, watched: bytes right"
+            result = await result_of("transfer", place=watched, direction=direction, framing="length", size=size)
+            yield equal(what, result["bytes"], size)
+        yield below("after them the client has grown by", (resident(pid) - before) / MIB, 64, "MiB")
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 MEASUREMENTS: dict[str, Callable[[int], AsyncIterator[Row]]] = {
     "transfer": measure_transfer,
     "beside": measure_beside,
@@ -764,6 +834,7 @@ MEASUREMENTS: dict[str, Callable[[int], AsyncIterator[Row]]] = {
     "nonces": measure_nonces,
     "rate": measure_rate,
     "cuts": measure_cuts,
+    "watched": measure_watched,
 }
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import html
 import json
+import re
 import shutil
 import struct
 import sys
@@ -77,15 +79,26 @@ class Samples:
             self.log.receive(exchange, body, self.now)
         return exchange
 
-    def respond(self, e: Exchange, status: int, kind: bytes = b"", seconds: float = 0.018, *rest: tuple[bytes, bytes]) -> None:
+    def respond(
+        self, e: Exchange, status: int, kind: bytes = b"", seconds: float = 0.018, *rest: tuple[bytes, bytes]
+    ) -> None:
         """The local service answers."""
         headers = [(b"Content-Type", kind)] if kind else []
         e.answered = e.started + seconds
         self.log.respond(e, ResponseHead(status, pytunnel.http.HTTPStatus(status).phrase.encode(), [*headers, *rest]))
 
     def add(
-        self, method: str, target: str, status: int, kind: bytes = b"", body: bytes = b"", *,
-        seconds: float = 0.018, headers: Headers | None = None, sent: bytes = b"", fields: Headers | None = None,
+        self,
+        method: str,
+        target: str,
+        status: int,
+        kind: bytes = b"",
+        body: bytes = b"",
+        *,
+        seconds: float = 0.018,
+        headers: Headers | None = None,
+        sent: bytes = b"",
+        fields: Headers | None = None,
     ) -> Exchange:
         """A whole exchange."""
         exchange = self.begin(method, target, headers, sent)
@@ -104,9 +117,13 @@ class Samples:
         image = self.add("GET", "/assets/sunset.png", 200, b"image/png", png(480, 270), seconds=0.012)
         self.add("GET", "/favicon.ico", 404, b"text/plain", b"not found\n", seconds=0.003)
         form = self.add(
-            "POST", "/login?next=%2Faccount", 303, sent=b"email=jo%40example.com&password=hunter2&remember=on",
+            "POST",
+            "/login?next=%2Faccount",
+            303,
+            sent=b"email=jo%40example.com&password=hunter2&remember=on",
             headers=[(b"Content-Type", b"application/x-www-form-urlencoded"), (b"Cookie", b"session=3b1f")],
-            fields=[(b"Location", b"/account"), (b"Set-Cookie", b"session=9c0e; HttpOnly; Path=/")], seconds=0.212,
+            fields=[(b"Location", b"/account"), (b"Set-Cookie", b"session=9c0e; HttpOnly; Path=/")],
+            seconds=0.212,
         )
         self.add("GET", "/account", 200, html, b"<!doctype html><title>Account</title>" + b" " * 9000, seconds=0.044)
         socket = self.begin("GET", "/live", [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")])
@@ -121,20 +138,53 @@ class Samples:
         failed = self.add("GET", "/api/report?year=2025", 502, b"text/plain", b"", seconds=0.001)
         failed.error = "localhost:3000: the connection was refused"
         binary = self.add("GET", "/export.bin", 200, b"application/octet-stream", bytes(range(256)) * 3, seconds=0.02)
-        self.add("PATCH", "/api/cart/7", 422, as_json, b'{"error":"quantity must be positive"}', seconds=0.015,
-                 headers=[(b"Content-Type", as_json)], sent=b'{"quantity":-1}')
+        self.add(
+            "PATCH",
+            "/api/cart/7",
+            422,
+            as_json,
+            b'{"error":"quantity must be positive"}',
+            seconds=0.015,
+            headers=[(b"Content-Type", as_json)],
+            sent=b'{"quantity":-1}',
+        )
         self.add("GET", "/api/products?page=2&sort=price", 304, seconds=0.011)
         self.add("DELETE", "/api/cart/7", 204, seconds=0.022)
-        error = self.add("POST", "/api/checkout", 500, as_json, b'{"error":"KeyError: \'vat\'","trace":"a3f1"}',
-                         seconds=0.388, headers=[(b"Content-Type", as_json)], sent=b'{"cart":7}')
-        hook = self.add(
-            "POST", "/hooks/payments?token=whsec_4f2a", 200, as_json, b'{"received":true}', seconds=0.064,
-            headers=[(b"Content-Type", as_json), (b"Authorization", b"Bearer sk_test_51H"),
-                     (b"Idempotency-Key", b"5c0f6f0e-8d57-4f0a")],
-            sent=json.dumps(INVOICE, ensure_ascii=False).encode(), fields=[(b"Server", b"uvicorn"), (b"X-Request-Id", b"8f14e45fceea")],
+        error = self.add(
+            "POST",
+            "/api/checkout",
+            500,
+            as_json,
+            b'{"error":"KeyError: \'vat\'","trace":"a3f1"}',
+            seconds=0.388,
+            headers=[(b"Content-Type", as_json)],
+            sent=b'{"cart":7}',
         )
-        return {"image": image, "form": form, "socket": socket, "events": events, "failed": failed, "binary": binary,
-                "error": error, "json": hook}
+        hook = self.add(
+            "POST",
+            "/hooks/payments?token=whsec_4f2a",
+            200,
+            as_json,
+            b'{"received":true}',
+            seconds=0.064,
+            headers=[
+                (b"Content-Type", as_json),
+                (b"Authorization", b"Bearer sk_test_51H"),
+                (b"Idempotency-Key", b"5c0f6f0e-8d57-4f0a"),
+            ],
+            sent=json.dumps(INVOICE, ensure_ascii=False).encode(),
+            fields=[(b"Server", b"uvicorn"), (b"X-Request-Id", b"8f14e45fceea")],
+        )
+        return {
+            "image": image,
+            "form": form,
+            "socket": socket,
+            "events": events,
+            "failed": failed,
+            "binary": binary,
+            "error": error,
+            "json": hook,
+        }
 
 
 @contextlib.asynccontextmanager
@@ -165,7 +215,51 @@ async def inspector_png(path: Path) -> None:
         await browser.close()
 
 
+LIGHTS = "#ff5f57", "#febc2e", "#28c840"
+SVG_STYLES = {  # of the terminal's codes, on a dark theme
+    **{"": "", "1": "font-weight:600;fill:#fff", "2": "fill:#8b949e", "1;36": "font-weight:600;fill:#56d4dd"},
+    **{"31": "fill:#ff7b72", "32": "fill:#56d364", "33": "fill:#e3b341", "35": "fill:#bc8cff", "36": "fill:#56d4dd"},
+    "7": "fill:#0d1117",
+}
+
+
+def terminal_svg(path: Path, width: int = 96, height: int = 22) -> None:
+    """Draw the terminal view with sample data, as a window."""
+    from test_terminal import show, snapshot
+
+    lines = show(snapshot(colours=16), width, height, *["down"] * 3)
+    cell, line_height, left, top = 8.4, 19, 14, 52
+    across, down = width * cell + 2 * left, height * line_height + top + 8
+    font = "ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across:g} {down}" font-family="{font}" font-size="14">',
+        "<title>The terminal view of pytunnel connect</title>",
+        "<style>text{white-space:pre;fill:#c9d1d9}</style>",
+        f'<rect width="{across:g}" height="{down}" rx="10" fill="#0d1117"/>',
+        *(f'<circle cx="{20 * n}" cy="20" r="6" fill="{c}"/>' for n, c in zip((1, 2, 3), LIGHTS, strict=True)),
+        f'<text x="{across / 2:g}" y="25" text-anchor="middle" style="fill:#8b949e">pytunnel connect 3000</text>',
+    ]
+    for row, line in enumerate(lines):
+        y, column, code = top + row * line_height, 0, ""
+        for sgr, text in re.findall(r"(\x1b\[[0-9;]*m)|([^\x1b]+)", line):
+            if sgr:
+                code = sgr[2:-1]
+                continue
+            cells = pytunnel.width_of(text)
+            x, wide = left + column * cell, cells * cell
+            if code == "7":
+                box = f'x="{x:g}" y="{y - 14}" width="{wide:g}" height="{line_height}"'
+                parts.append(f'<rect {box} rx="3" fill="#c9d1d9"/>')
+            if text.strip():
+                style = f' style="{SVG_STYLES[code]}"' if code else ""
+                fit = f'textLength="{wide:g}" lengthAdjust="spacingAndGlyphs"'
+                parts.append(f'<text x="{x:g}" y="{y}" {fit}{style}>{html.escape(text)}</text>')
+            column += cells
+    path.write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
+
+
 if __name__ == "__main__":
     pictures = Path(__file__).parent / "pictures"
     pictures.mkdir(exist_ok=True)
+    terminal_svg(pictures / "terminal.svg")
     asyncio.run(inspector_png(pictures / "inspector.png"))

@@ -37,7 +37,7 @@ WIRE = [
     (Frame(FrameType.HEAD, 0, 3, b"200\0OK"), "000006 01 00 00000003 323030 00 4f4b"),
     (Frame(FrameType.HEAD, END, 3, b"204"), "000003 01 01 00000003 323034"),
     (Frame(FrameType.HEAD, INTERIM, 3, b"103"), "000003 01 02 00000003 313033"),
-    (Frame(FrameType.OPEN, 0, 4, b"\x00\x02\x01\0\0\0\x09GET\0/"), "00000c 02 00 00000004 0002 01 00000009 474554 00 2f"),
+    (Frame(FrameType.OPEN, 0, 4, b"\0\2\1\0\0\0\x09GET\0/"), "00000c 02 00 00000004 0002 01 00000009 474554 00 2f"),
     (Frame(FrameType.OPEN, END, MAX_ID, bytes(7)), "000007 02 01 7fffffff 0000 00 00000000"),
     (Frame(FrameType.RESET, 0, 5, b"\x00\x08bye"), "000005 03 00 00000005 0008 627965"),
     (Frame(FrameType.PING, 0, 0, b"12345678"), "000008 06 00 00000000 3132333435363738"),
