@@ -5925,22 +5925,14 @@ class Run:
         """Return the clients that run here; what killed ones have left is removed."""
         runs = []
         for path in sorted((state_directory() / "run").glob("*.json")):
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            try:
                 run = cls(path, parse_object(path.read_text(encoding="utf-8")))
-                if run.status():
-                    runs.append(run)
-                    continue
-                if os.name == "posix":  # it may only be stopped, or busy
-                    os.kill(run.pid, 0)
-                    continue
-            path.unlink(missing_ok=True)
+                with contextlib.suppress(Unreachable):  # it is stopped, or busy
+                    run.ask("/api/status", within=2.0)
+                runs.append(run)
+            except (OSError, ValueError, LookupError, TypeError, TunnelError):
+                path.unlink(missing_ok=True)
         return runs
-
-    def status(self) -> dict[str, Any]:
-        """Return what its inspector says of it, {} when it does not answer."""
-        with contextlib.suppress(TunnelError):
-            return dict(self.ask("/api/status", within=2.0))
-        return {}
 
     @classmethod
     def find(cls, name: str | None) -> Run:
@@ -5960,7 +5952,10 @@ class Run:
         return [str(tunnel["name"]) for tunnel in self.tunnels]
 
     def ask(self, path: str, /, *, post: bool = False, within: float = 10.0, **query: object) -> Any:
-        """Return the inspector's answer: an object, or bytes that are no JSON. Raises TunnelError with its reason."""
+        """Return the inspector's answer: an object, or bytes that are no JSON.
+
+        Raises TunnelError with its reason, Unreachable when it does not answer in time.
+        """
         import urllib.request
 
         url = self.inspector + path + ("?" + urllib.parse.urlencode(query) if query else "")
@@ -5975,8 +5970,10 @@ class Run:
             with error, contextlib.suppress(ValueError):
                 raise TunnelError(escape(str(parse_object(error.read().decode()).get("error")))) from None
             raise TunnelError(f"the client answered with HTTP status {error.code}") from None
+        except TimeoutError:
+            raise Unreachable(f"process {self.pid} does not answer") from None
         except (OSError, ValueError) as error:
-            raise TunnelError(f"the client at {self.inspector} does not answer: {_describe(error)}") from None
+            raise TunnelError(f"no client at {self.inspector}: {_describe(error)}") from None
 
 
 # ---- Python API -----------------------------------------------------------------------------------------------------
@@ -6026,17 +6023,18 @@ async def connect(
     """
     settings = Settings(locals())
     async with open_folders(settings.from_targets([str(target) for target in targets])) as tunnels:
-        client = TunnelClient(settings.server.value, settings.checked_token(), tunnels)
-        running = asyncio.ensure_future(client.run())
+        live = asyncio.Event()
+        token, on_event = settings.checked_token(), lambda event, **_: live.set() if event == "ready" else None
+        client = TunnelClient(settings.server.value, token, tunnels, on_event=on_event)
+        running, waiting = asyncio.ensure_future(client.run()), asyncio.ensure_future(live.wait())
         try:
-            while client.problem and not running.done():
-                changed = asyncio.ensure_future(client.wait_changed(client.log.version))
-                await asyncio.wait([running, changed], return_when=asyncio.FIRST_COMPLETED)
-                changed.cancel()
+            await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
             if running.done():
                 running.result()
             yield client
         finally:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
             client.stop()
             client.stop()
             await running
@@ -6513,7 +6511,7 @@ class Command:
             if not os.WIFSTOPPED(status):
                 self._process.returncode = os.waitstatus_to_exitcode(status)
                 return self._process.returncode
-            os.kill(os.getpid(), signal.SIGSTOP)  # Ctrl-Z is for both, and so is the shell's `fg`
+            signal.raise_signal(signal.SIGSTOP)  # Ctrl-Z is for both, and so is the shell's `fg`
 
 
 async def _serve(options: argparse.Namespace, console: Console) -> int:
@@ -6786,7 +6784,10 @@ async def _demo(options: argparse.Namespace, console: Console) -> int:
 def _status(options: argparse.Namespace, console: Console) -> int:
     runs = Run.all()
     for run in runs:
-        status = run.status() or {"problem": "it does not answer", "total": 0}
+        try:
+            status = run.ask("/api/status", within=2.0)
+        except TunnelError as error:
+            status = {"problem": str(error), "total": 0}
         for tunnel in run.tunnels:
             state = status["problem"] or "connected"
             if options.json:
@@ -6983,7 +6984,7 @@ def _parser() -> CommandParser:
     client.add_argument("--detach", action="store_true", help="go on in the background once the tunnels work")
     client.add_argument("--detached", help=argparse.SUPPRESS)  # what --detach starts; the file its stderr goes to
     client.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
-    client.add_argument("--wait-local", type=float, metavar="S", help="wait for the local service first; default: 60 s")
+    client.add_argument("--wait-local", type=float, metavar="S", nargs="?", const=60.0, help="first wait for the local service: 60 s, else =S")
     client.add_argument("--max-retries", type=int, metavar="N", help="give up after N dials; default: never")
     client.add_argument("--url-file", metavar="FILE", help="write the public URL there while it works")
     client.add_argument("--format", metavar="F", help="what stdout gets instead of the URL, like 'url={url}'")
