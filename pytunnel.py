@@ -6508,19 +6508,27 @@ class Command:
     def _wait(self) -> int:
         assert self._process
         group, own_group = self._process.pid, os.getpgrp()
-        has_terminal = os.isatty(0) and os.tcgetpgrp(0) == own_group
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})  # of this thread; else it may not take it back
         while True:
-            if has_terminal:
+            terminal = _foreground_group()
+            if terminal == own_group:
                 os.tcsetpgrp(0, group)
-                self.send_signal(signal.SIGCONT)  # it may have been stopped when it read before it had the terminal
-            _, status = os.waitpid(group, os.WUNTRACED)
-            if has_terminal:
+            if terminal:
+                self.send_signal(signal.SIGCONT)  # it may have been stopped when it read, or together with us
+            _, status = os.waitpid(group, os.WUNTRACED if terminal else 0)
+            if _foreground_group() == group:
                 os.tcsetpgrp(0, own_group)
             if not os.WIFSTOPPED(status):
                 self._process.returncode = os.waitstatus_to_exitcode(status)
                 return self._process.returncode
-            signal.raise_signal(signal.SIGSTOP)  # Ctrl-Z is for both, and so is the shell's `fg`
+            signal.raise_signal(signal.SIGSTOP)  # Ctrl-Z is for both, and so are the shell's `fg` and `bg`
+
+
+def _foreground_group() -> int:
+    """Return the process group that has our terminal, 0 when stdin is none."""
+    with contextlib.suppress(OSError):
+        return os.tcgetpgrp(0)
+    return 0
 
 
 async def _serve(options: argparse.Namespace, console: Console) -> int:
@@ -6656,6 +6664,8 @@ def _detach(options: argparse.Namespace, console: Console) -> int:
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
         )
     assert process.stdout
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, signal.default_int_handler)
     try:
         output, live, _ = process.stdout.read().partition(LIVE)
     except KeyboardInterrupt:
@@ -6721,8 +6731,9 @@ async def _share_here(
                 return await command.wait()
 
             return await _run_client(client, console, run_command(), command.send_signal)
-        on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
-        if on_terminal and not (options.no_tui or options.json or os.environ.get("CI")):
+        plain = options.no_tui or options.json or os.environ.get("CI") or os.environ.get("TERM") == "dumb"
+        streams = sys.stdin, sys.stdout, sys.stderr
+        if not plain and all(stream is not None and stream.isatty() for stream in streams):
             stack.callback(setattr, console, "say", console.say)
             view = Terminal(client, client.stop, inspector_url=inspector.url)
             console.say, console.format, console.quiet = view.notice, "", True
