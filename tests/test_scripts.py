@@ -428,6 +428,7 @@ async def test_detached_clients_survive_their_terminal(machine: Machine, local: 
         url = await screen.type(f"pytunnel connect {local.port} --name web --detach\n", "http")
         assert url == machine.url("web")
         screen.close()
+    await eventually(lambda: len(machine.processes) == 1, what="the client alone")
     (pid,) = machine.processes
     assert (await visit(url)).body == b"hello"
     (status,) = await machine.status()
@@ -785,6 +786,21 @@ async def test_max_retries_counts_before_the_first_link_too(machine: Machine) ->
         assert relay.refused <= 2 * 2  # aiohttp dials once more when its connection is reset
 
 
+async def test_a_host_that_is_refused_is_hinted_at(machine: Machine) -> None:
+    """In a line of its own on stderr, or an event; once, however often it happens."""
+    message = "the local service refuses this host name; add --host-header rewrite"
+    async with RawOrigin(response(b"Invalid Host header", 403)) as local:
+        for flags in ([], ["--json"]):
+            async with await machine.start("connect", f"web={local.port}", *flags) as client:
+                await client.stdout_line(machine.url("web"))
+                for _ in range(3):
+                    assert (await visit(machine.url("web"))).status == 403
+                client.send_signal(signal.SIGTERM)
+                assert await client.wait() == 0
+                hints = [line for line in client.stdout + client.stderr if message in line]
+                assert hints == [json.dumps({"event": "hint", "message": message}) if flags else f"hint: {message}"]
+
+
 # ---------------------------------------------------------------------------------------- --url-file and --format
 
 
@@ -834,7 +850,7 @@ async def test_a_format_for_github(machine: Machine, local: RawOrigin) -> None:
 async def test_a_format_that_is_none_is_2(machine: Machine, format: str) -> None:
     result = await machine.run("connect", "3000", "--format", format)
     assert (result.status, result.stdout) == (2, []), result
-    assert result.error == f"error: --format {format!r}: the fields are {{url}}, {{name}} and {{target}}"
+    assert result.error == f"error: --format {format!r} has other fields than url, name and target"
 
 
 # ---------------------------------------------------------------------------------------- Usage
