@@ -40,6 +40,8 @@ from support import (
 )
 
 from pytunnel import (
+    COMMANDS,
+    EXAMPLES,
     MessageError,
     Origin,
     Refused,
@@ -56,11 +58,25 @@ from pytunnel import (
 TOKEN = "test-token-0123456789abcdef0123456789abcdef"
 OTHER_TOKEN = "another-token-0123456789abcdef0123456789ab"
 COMMON_FLAGS = ["--help", "--json", "--verbose", "--debug"]
+LINK_FLAGS = ["--server", "--token"]
+CLIENT_FLAGS = ["--detach", "--no-tui", "--wait-local", "--max-retries", "--url-file", "--format"]
+EDIT_FLAGS = ["--header", "--remove-header", "--response-header", "--remove-response-header"]
 FLAGS = {
     "serve": ["--listen", "--domain", "--token", "--trusted-proxy", "--grace", "--hold", "--drain", *COMMON_FLAGS],
-    "connect": ["--server", "--token", "--name", "--insecure", *COMMON_FLAGS],
-    "demo": ["--listen", *COMMON_FLAGS],
-}
+    "connect": [
+        "--name", "--route", "--host-header", "--spa", "--insecure",
+        *LINK_FLAGS, *CLIENT_FLAGS, *EDIT_FLAGS, *COMMON_FLAGS,
+    ],
+    "start": ["--all", *LINK_FLAGS, *CLIENT_FLAGS, *COMMON_FLAGS],
+    "status": COMMON_FLAGS,
+    "stop": ["--all", *COMMON_FLAGS],
+    "expect": ["--name", "--method", "--path", "--count", "--timeout", "--save", *COMMON_FLAGS],
+    "replay": ["--name", "--times", *COMMON_FLAGS],
+    "login": ["--token", *COMMON_FLAGS],
+    "config": [*LINK_FLAGS, *COMMON_FLAGS],
+    "doctor": ["--idle", *LINK_FLAGS, *COMMON_FLAGS],
+    "demo": ["--listen", "--no-tui", *COMMON_FLAGS],
+}  # fmt: skip
 
 
 @dataclass
@@ -166,7 +182,7 @@ async def test_help_begins_with_examples_and_names_every_flag(command: str) -> N
     assert result.stdout.index(examples[0]) <= 2, "the examples come first, after one line of summary"
     assert result.stdout[usage].startswith(f"usage: pytunnel {command}".rstrip())
     text = "\n".join(result.stdout[usage:])
-    for flag in FLAGS.get(command, ["--help", "--version", "serve", "connect", "demo"]):
+    for flag in FLAGS.get(command, ["--help", "--version", *FLAGS]):
         assert re.search(rf"(^|[ ,\[]){flag}\b", text), flag
     assert max(map(len, result.stdout)) <= 120
 
@@ -191,11 +207,15 @@ async def test_version() -> None:
     assert (result.status, result.stdout, result.stderr) == (0, [f"pytunnel {__version__}"], [])
 
 
-@pytest.mark.parametrize("command", ["serve", "connect", "demo"])
+def test_every_subcommand_is_in_this_file_s_list() -> None:
+    assert set(COMMANDS) == set(FLAGS) == set(EXAMPLES) - {""}
+
+
+@pytest.mark.parametrize("command", list(FLAGS))
 async def test_the_examples_in_the_help_parse(command: str) -> None:
     """Every example is a command line that gets past the parser."""
     text = "\n".join((await run(command, "--help")).stdout).partition("\nusage: ")[0]
-    examples = re.findall(r"^  (?:URL=\$\()?pytunnel (.*?)(?:  .*|\)  .*| \| .*)?$", text, re.M)
+    examples = re.findall(r"^  (?:URL=\$\()?pytunnel (.*?)(?:  .*|\)  .*| [|<].*)?$", text, re.M)
     assert examples
     for example in examples:
         script = (
