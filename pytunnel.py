@@ -1578,7 +1578,14 @@ def mask_target(text: str) -> str:
 
 def mask_headers(headers: Headers) -> Headers:
     """Return header fields with the values of those that carry secrets masked."""
-    return [(name, MASK.encode() if name.lower() in SECRET_FIELDS else value) for name, value in headers]
+    masked = []
+    for name, value in headers:
+        if name.lower() in SECRET_FIELDS:
+            value = MASK.encode()
+        elif name.lower() in (b"location", b"referer"):
+            value = mask_target(value.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+        masked.append((name, value))
+    return masked
 
 
 class Note(NamedTuple):
@@ -1668,6 +1675,7 @@ class Exchange:
     ended: float | None = None
     replay_of: int | None = None
     version: int = 0  # the log's, when this was last changed
+    kept: int = 0  # bytes of heads and bodies
     readers: tuple[WebSocketReader | EventReader | None, WebSocketReader | EventReader | None] = (None, None)
 
     @property
@@ -1710,7 +1718,7 @@ class Exchange:
 
 
 def _size(headers: Headers) -> int:
-    return sum(len(name) + len(value) for name, value in headers)
+    return sum(map(len, itertools.chain.from_iterable(headers)))
 
 
 def one_line(summary: Mapping[str, Any]) -> str:
@@ -1807,11 +1815,10 @@ class ExchangeLog:
 
     def _keep(self, exchange: Exchange, size: int) -> None:
         if exchange.id in self.exchanges:
+            exchange.kept += size
             self._kept += size
         while len(self.exchanges) > MAX_EXCHANGES or self._kept > MAX_LOG:
-            oldest = self.exchanges.pop(next(iter(self.exchanges)))
-            bodies = len(oldest.request_body) + len(oldest.response_body)
-            self._kept -= bodies + _size(oldest.request_headers) + _size(oldest.response_headers)
+            self._kept -= self.exchanges.pop(next(iter(self.exchanges))).kept
 
 
 # ---- Views ----------------------------------------------------------------------------------------------------------
@@ -1950,6 +1957,7 @@ def as_curl(exchange: Exchange, url: str, *, reveal: bool = False) -> str:
     if body and not field_values(exchange.request_headers, b"content-type"):
         words += ["-H", "Content-Type:"]
     before, text = "", _text(body)
+    text = text if reveal or not text else mask_target(text)
     if text and "\0" not in text and len(body) < 100 * KiB:  # an argument that a kernel takes
         words += ["--data-raw", text]
     elif body:
@@ -1973,7 +1981,7 @@ def as_har(exchanges: Iterable[Exchange], urls: Mapping[str, str], *, reveal: bo
         mime, text = b"".join(field_values(headers, b"content-type")[:1]).decode("latin-1"), _text(body)
         if text is None:
             return {"mimeType": mime, "text": base64.b64encode(body).decode(), "encoding": "base64"}
-        return {"mimeType": mime, "text": text}
+        return {"mimeType": mime, "text": text if reveal else mask_target(text)}
 
     entries = []
     for e in exchanges:
@@ -1985,12 +1993,13 @@ def as_har(exchanges: Iterable[Exchange], urls: Mapping[str, str], *, reveal: bo
             **message(e.request_headers, e.bytes_in),
         }
         if e.request_body:
-            request["postData"] = content(e.request_headers, e.request_body)
+            posted = content(e.request_headers, e.request_body)
+            request["postData"] = {"_encoding" if name == "encoding" else name: posted[name] for name in posted}
         response = {
             "status": e.status or 0,
             "statusText": e.reason,
             "content": {"size": e.bytes_out, **content(e.response_headers, e.response_body)},
-            "redirectURL": b"".join(field_values(e.response_headers, b"location")).decode("latin-1"),
+            "redirectURL": dict(text_fields(e.response_headers, reveal=reveal)).get("Location", ""),
             **message(e.response_headers, e.bytes_out),
         }
         ms = {name: round(1000 * (value or 0.0), 3) for name, value in timings(e).items()}
@@ -3531,7 +3540,7 @@ class Edits(NamedTuple):
         names = [name.strip().encode() for name in drop]
         every = [*fields, *((name, b"") for name in names)]
         try:
-            check_fields([*itertools.chain.from_iterable(every)])
+            check_fields([part.replace(b"\0", b"\n") for part in itertools.chain.from_iterable(every)])
         except MessageError:
             raise UsageError("a header field's name or value has characters that may not be there") from None
         for known, _ in every:
@@ -6984,7 +6993,8 @@ def _parser() -> CommandParser:
     client.add_argument("--detach", action="store_true", help="go on in the background once the tunnels work")
     client.add_argument("--detached", help=argparse.SUPPRESS)  # what --detach starts; the file its stderr goes to
     client.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
-    client.add_argument("--wait-local", type=float, metavar="S", nargs="?", const=60.0, help="first wait for the local service: 60 s, else =S")
+    what = "first wait for the local service, 60 s or =S"
+    client.add_argument("--wait-local", type=float, metavar="S", nargs="?", const=60.0, help=what)
     client.add_argument("--max-retries", type=int, metavar="N", help="give up after N dials; default: never")
     client.add_argument("--url-file", metavar="FILE", help="write the public URL there while it works")
     client.add_argument("--format", metavar="F", help="what stdout gets instead of the URL, like 'url={url}'")
