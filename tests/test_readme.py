@@ -140,7 +140,7 @@ def test_exit_statuses() -> None:
 
 def test_events() -> None:
     emitted = set(re.findall(r'(?:\.|_)(?:emit|on_event)\("([a-z]+)"', SOURCE)) - {"listening"}  # which is serve's
-    (line,) = re.findall(r"`--json` writes one object a line: (.*)\.", README)
+    (line,) = re.findall(r"`connect --json` writes one object a line: (.*)\.", README)
     assert set(re.findall(r"`([a-z]+)`", line)) == emitted
 
 
@@ -213,8 +213,6 @@ def test_the_result_stands_early() -> None:
 @pytest.mark.parametrize(("alt", "path"), re.findall(r"!\[(.*?)\]\((.*?)\)", README))
 def test_pictures(alt: str, path: str) -> None:
     assert len(alt) > 30
-    if not (ROOT / "tests" / "pictures").is_dir():
-        pytest.skip("python tests/pictures.py has not drawn them yet")
     assert (ROOT / path).stat().st_size > 1000
     assert Path(path).name in (ROOT / "tests" / "pictures.py").read_text(encoding="utf-8")
 

@@ -139,16 +139,18 @@ async def test_script(tmp_path: Path) -> None:
 
 async def test_github_actions(tmp_path: Path) -> None:
     install, *steps = as_github_runs(JOBS[0])
-    assert install == "sh tools/pytunnel/install.sh" and (ROOT / "install.sh").exists()
+    command, path = install.splitlines()
+    assert command == "sh tools/pytunnel/install.sh" and (ROOT / "install.sh").exists()
     assert re.findall(r"^ +(PYTUNNEL_\w+): \$\{\{ (?:vars|secrets)\.\1 \}\}$", JOBS[0], re.MULTILINE) == [
         "PYTUNNEL_SERVER",
         "PYTUNNEL_TOKEN",
     ]
     async with machine(tmp_path, free_port()) as runner:
-        shared = tmp_path / "github_env"
-        shared.touch()
-        runner.environment["GITHUB_ENV"] = str(shared)
         start, check = steps
+        shared, paths = tmp_path / "github_env", tmp_path / "github_path"
+        runner.environment |= {"GITHUB_ENV": str(shared), "GITHUB_PATH": str(paths)}
+        assert await runner.run(path) == (0, "", "")
+        assert paths.read_text() == f"{tmp_path}/.local/bin\n"
         assert await runner.run(runner.on_our_port(start)) == (0, "", "")
         assert shared.read_text().startswith("URL=http://") and shared.read_text().count("\n") == 1
         runner.environment |= dict(line.split("=", 1) for line in shared.read_text().splitlines())
