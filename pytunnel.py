@@ -2445,7 +2445,8 @@ def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spa
         rows = {
             "URL": printable(url) + _target(snapshot, e),
             "Target": f"{e.tunnel} → {printable(local)}",
-            "Time": f"{moment:%Y-%m-%d %H:%M:%S}" + (f", a replay of number {e.replay_of}" if e.replay_of else ""),
+            "Time": f"{moment:%Y-%m-%d %H:%M:%S}",
+            "Number": f"{e.id}" + (f", a replay of {e.replay_of}" if e.replay_of else ""),
             "Content": f"request {human_size(e.bytes_in)}, response {human_size(e.bytes_out)}",
             "Error": printable(e.error),
             "Duration": human_time(duration) + (" so far" if e.ended is None else ""),
@@ -5794,6 +5795,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         where = f"{path}: tunnel {escape(name)}: "
         if not isinstance(tunnel, dict):
             raise UsageError(f"{where}it is not a table; write [tunnels.{escape(name)}] and below it target = \"3000\"")
+        if type(tunnel.get("target")) is int:  # a port needs no quotes
+            tunnel["target"] = str(tunnel["target"])
         _check_settings(tunnel, TUNNEL_SETTINGS, where)
         if "target" not in tunnel:
             raise UsageError(f"{where}it has no target; add one, like target = \"3000\"")
@@ -6331,12 +6334,19 @@ def _doctor_lines(finding: Finding) -> Iterator[str]:
         yield from wrapper.wrap(escape(line, 1000))
 
 
-async def doctor(server: str, token: str, targets: list[Target], idle: float, write: Callable[[str], None]) -> int:
-    """Write down what is found, line by line as it is found; return 0 when nothing is wrong, else 1."""
+async def doctor(
+    server: str,
+    token: str,
+    targets: list[Target],
+    idle: float,
+    write: Callable[[str], None],
+    render: Callable[[Finding], Iterable[str]] = _doctor_lines,
+) -> int:
+    """Write down what is found, as it is found; return 0 when nothing is wrong, else 1."""
     status = ExitStatus.OK
     async with contextlib.aclosing(diagnose(server, token, targets, idle=idle)) as findings:
         async for finding in findings:
-            for line in _doctor_lines(finding):
+            for line in render(finding):
                 write(line)
             if finding.ok is False:
                 status = ExitStatus.UNEXPECTED
@@ -6894,8 +6904,10 @@ def _login(options: argparse.Namespace, console: Console) -> int:
 def _doctor(options: argparse.Namespace, console: Console) -> int:
     settings = Settings(vars(options))
     targets = [target for text in options.targets if not (target := Target.parse(text)).folder]
-    server, token = settings.server.value, settings.token.value
-    return _run(doctor(server, token, targets, options.idle, console.stdout.write))
+    server, token, write = settings.server.value, settings.token.value, console.stdout.write
+    if options.json:
+        return _run(doctor(server, token, targets, options.idle, write, lambda found: [json.dumps(found._asdict())]))
+    return _run(doctor(server, token, targets, options.idle, write))
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -7047,7 +7059,8 @@ def _parser() -> CommandParser:
     expect.add_argument("--timeout", type=float, default=60.0, metavar="S", help="default: 60 s")
     expect.add_argument("--save", metavar="FILE", help="write the content of the last one there")
     replay = add("replay", "Send a recorded request to the local service again", running)
-    replay.add_argument("id", type=int, metavar="ID", help="its number in the terminal view, the inspector or --json")
+    what = "its number in the inspector, in the terminal view's details, or in --json"
+    replay.add_argument("id", type=int, metavar="ID", help=what)
     replay.add_argument("--times", type=int, default=1, metavar="N", help="this often; default: once")
     login = add("login", "Keep a server's token")
     login.add_argument("server", metavar="SERVER", help="its URL")
