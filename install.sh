@@ -165,7 +165,7 @@ run_tests() {
     say "Installing the checkout with what its tests need in .venv"
     pip_install .venv -e '.[test,dev]'
     say "Running the tests"
-    exec .venv/bin/python -m pytest "$@"
+    exec .venv/bin/python -m pytest -n auto --dist loadfile "$@"
 }
 
 main() {

@@ -1578,7 +1578,14 @@ def mask_target(text: str) -> str:
 
 def mask_headers(headers: Headers) -> Headers:
     """Return header fields with the values of those that carry secrets masked."""
-    return [(name, MASK.encode() if name.lower() in SECRET_FIELDS else value) for name, value in headers]
+    masked = []
+    for name, value in headers:
+        if name.lower() in SECRET_FIELDS:
+            value = MASK.encode()
+        elif name.lower() in (b"location", b"referer"):
+            value = mask_target(value.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+        masked.append((name, value))
+    return masked
 
 
 class Note(NamedTuple):
@@ -1610,15 +1617,14 @@ class WebSocketReader:
             self._skip -= skipped
             if self._skip or len(buffer) < 2:
                 return
-            size, extended = buffer[1] & 0x7F, {126: 2, 127: 8}.get(buffer[1] & 0x7F, 0)
-            start = 2 + extended + (4 if buffer[1] & 0x80 else 0)
-            if extended:
+            masked, size = buffer[1] & 0x80, buffer[1] & 0x7F
+            if extended := {126: 2, 127: 8}.get(size, 0):
                 size = int.from_bytes(buffer[2 : 2 + extended])
-            kept = min(size, MAX_NOTE)
+            start, kept = 2 + extended + (4 if masked else 0), min(size, MAX_NOTE)
             if len(buffer) < start + kept:
                 return
             payload = bytes(buffer[start : start + kept])
-            if buffer[1] & 0x80:
+            if masked:
                 mask = (bytes(buffer[start - 4 : start]) * (kept // 4 + 1))[:kept]
                 payload = (int.from_bytes(payload) ^ int.from_bytes(mask)).to_bytes(kept)
             kind = self.KINDS.get(buffer[0] & 0x0F, "reserved") + (", compressed" if buffer[0] & 0x40 else "")
@@ -1669,6 +1675,7 @@ class Exchange:
     ended: float | None = None
     replay_of: int | None = None
     version: int = 0  # the log's, when this was last changed
+    kept: int = 0  # bytes of heads and bodies
     readers: tuple[WebSocketReader | EventReader | None, WebSocketReader | EventReader | None] = (None, None)
 
     @property
@@ -1697,23 +1704,21 @@ class Exchange:
 
     def matches(self, query: str) -> bool:
         """Whether each word of a filter is found: `5xx`, `404`, `post`, `body:text`, or a part of what a list shows."""
-        status, texts = str(self.status or "---"), (self.method, self.target, self.tunnel, self.error)
-        line = " ".join(texts).lower()
-        for word in query.lower().split():
-            key, _, value = word.partition(":")
-            if key == "body" and value:
-                found = value.encode() in self.request_body.lower() or value.encode() in self.response_body.lower()
-            elif re.fullmatch(r"[1-5](xx|[0-9]{2})", word):
-                found = status == word or status[0] + "xx" == word
-            else:
-                found = word in line
-            if not found:
-                return False
-        return True
+        status = str(self.status or "---")
+        line = " ".join((self.method, self.target, self.tunnel, self.error)).lower()
+
+        def found(word: str) -> bool:
+            if word.startswith("body:") and (text := word[5:].encode()):
+                return text in self.request_body.lower() or text in self.response_body.lower()
+            if re.fullmatch(r"[1-5](xx|[0-9]{2})", word):
+                return word in (status, status[0] + "xx")
+            return word in line
+
+        return all(map(found, query.lower().split()))
 
 
 def _size(headers: Headers) -> int:
-    return sum(len(name) + len(value) for name, value in headers)
+    return sum(map(len, itertools.chain.from_iterable(headers)))
 
 
 def one_line(summary: Mapping[str, Any]) -> str:
@@ -1776,6 +1781,14 @@ class ExchangeLog:
             self.classes[exchange.status // 100] += 1
         self.touch(exchange)
 
+    def touch(self, exchange: Exchange | None = None) -> None:
+        """Something has changed: in an exchange, or in the link that they come over."""
+        self.version += 1
+        if exchange:
+            exchange.version = self.version
+        for listener in self.listeners:
+            listener()
+
     def since(self, version: int) -> list[Exchange]:
         """Return the exchanges that have changed since the log had this version."""
         return [exchange for exchange in self.exchanges.values() if exchange.version > version]
@@ -1792,8 +1805,7 @@ class ExchangeLog:
         return (ended[len(ended) // 2], ended[len(ended) * 9 // 10]) if ended else None
 
     def _record(self, exchange: Exchange, body: bytearray, data: bytes, now: float, *, from_visitor: bool) -> None:
-        reader = exchange.readers[0 if from_visitor else 1]
-        if reader:
+        if reader := exchange.readers[0 if from_visitor else 1]:
             at = now - exchange.started
             exchange.notes.extend(Note(at, from_visitor, *note) for note in reader.feed(data))
         if (room := MAX_PREFIX - len(body)) > 0 and exchange.id in self.exchanges:
@@ -1803,19 +1815,10 @@ class ExchangeLog:
 
     def _keep(self, exchange: Exchange, size: int) -> None:
         if exchange.id in self.exchanges:
+            exchange.kept += size
             self._kept += size
         while len(self.exchanges) > MAX_EXCHANGES or self._kept > MAX_LOG:
-            oldest = self.exchanges.pop(next(iter(self.exchanges)))
-            bodies = len(oldest.request_body) + len(oldest.response_body)
-            self._kept -= bodies + _size(oldest.request_headers) + _size(oldest.response_headers)
-
-    def touch(self, exchange: Exchange | None = None) -> None:
-        """Something has changed: in an exchange, or in the link that they come over."""
-        self.version += 1
-        if exchange:
-            exchange.version = self.version
-        for listener in self.listeners:
-            listener()
+            self._kept -= self.exchanges.pop(next(iter(self.exchanges))).kept
 
 
 # ---- Views ----------------------------------------------------------------------------------------------------------
@@ -1844,18 +1847,15 @@ def indent_json(text: str) -> str:
     """Return JSON with a line for each member; tokens stay as they were written, and half a text is no error."""
     out: list[str] = []
     depth, before, room = 0, "", 4 * MAX_VIEW
-
-    def indent() -> str:  # while there is room: a text that only opens brackets must not fill memory
-        nonlocal room
-        room -= 2 * depth
-        return "\n" + "  " * depth if room > 0 else ""
-
     for token in _JSON_TOKEN.findall(text):
-        depth -= token in ("}", "]") and depth > 0
         if token in ("}", "]"):
-            out.append("" if before in ("{", "[") else indent())
-        elif before in ("{", "[", ",") or (before and not depth):  # at depth 0 another document begins
-            out.append(indent())
+            depth = max(0, depth - 1)
+            new_line = before not in ("{", "[")
+        else:
+            new_line = before in ("{", "[", ",") or (before != "" and not depth)  # at depth 0 another document begins
+        if new_line:
+            room -= 2 * depth
+            out.append("\n" + "  " * depth if room > 0 else "")  # else a text of brackets only would fill memory
         elif before == ":":
             out.append(" ")
         out.append(token)
@@ -1888,6 +1888,14 @@ def unpack(coding: bytes, data: bytes) -> bytes:
     raise ValueError(f"{escape(coding)} cannot be unpacked here")
 
 
+def _text(data: bytes | bytearray, *, cut: bool = False) -> str | None:
+    """Return what UTF-8 says, None when it is something else; with `cut` the end may lie inside a character."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(data, final=not cut)
+    except UnicodeDecodeError:
+        return None
+
+
 def body_view(headers: Headers, body: bytes | bytearray, size: int, *, reveal: bool = False) -> View:
     """Return what to show of a body of `size` bytes, of which `body` is the kept beginning."""
     data, notes = bytes(body), []
@@ -1900,16 +1908,14 @@ def body_view(headers: Headers, body: bytes | bytearray, size: int, *, reveal: b
         for coding in field_tokens(headers, b"content-encoding") - {b"identity", b""}:
             data = unpack(coding, data)
             notes.append(f"unpacked from {escape(coding)}")
-        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=False)  # the last character may be cut
-        if "\0" in text:
-            raise ValueError("binary")
+        text = _text(data, cut=True)
     except ValueError as error:
-        if not isinstance(error, UnicodeDecodeError) and str(error) != "binary":
-            notes.append(str(error))
-        if content_type.startswith(b"image/") and size <= len(body):
-            return View("image", "", ", ".join(notes))
-        return View("hex", hex_dump(data), ", ".join(notes))
+        notes.append(str(error))
+        text = None
     note = ", ".join(notes)
+    if text is None or "\0" in text:
+        is_image = content_type.startswith(b"image/") and size <= len(body)
+        return View("image", "", note) if is_image else View("hex", hex_dump(data), note)
     if b"json" in content_type or text.lstrip()[:1] in ("{", "["):
         return View("json", indent_json(text), note)
     if content_type.startswith(b"application/x-www-form-urlencoded"):
@@ -1948,14 +1954,11 @@ def as_curl(exchange: Exchange, url: str, *, reveal: bool = False) -> str:
     for name, value in text_fields(exchange.request_headers, reveal=reveal):
         if name.lower() not in skipped:
             words += ["-H", f"{name}: {value}" if value else f"{name};"]
-    before = ""
     if body and not field_values(exchange.request_headers, b"content-type"):
         words += ["-H", "Content-Type:"]
-    try:
-        text = body.decode()
-    except UnicodeDecodeError:
-        text = "\0"
-    if body and "\0" not in text and len(body) < 100 * KiB:  # an argument that a kernel takes
+    before, text = "", _text(body)
+    text = text if reveal or not text else mask_target(text)
+    if text and "\0" not in text and len(body) < 100 * KiB:  # an argument that a kernel takes
         words += ["--data-raw", text]
     elif body:
         before = f"echo {base64.b64encode(body).decode()} | base64 -d | "
@@ -1967,45 +1970,39 @@ def as_curl(exchange: Exchange, url: str, *, reveal: bool = False) -> str:
 def as_har(exchanges: Iterable[Exchange], urls: Mapping[str, str], *, reveal: bool = False) -> dict[str, Any]:
     """Return an HTTP archive (HAR 1.2); `urls` are those of the tunnels by name, secrets are masked unless `reveal`."""
 
-    def fields(headers: Headers) -> list[dict[str, str]]:
-        return [{"name": name, "value": value} for name, value in text_fields(headers, reveal=reveal)]
+    def named(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+        return [{"name": name, "value": value} for name, value in pairs]
+
+    def message(headers: Headers, size: int) -> dict[str, Any]:
+        fields = named(text_fields(headers, reveal=reveal))
+        return {"httpVersion": "HTTP/1.1", "cookies": [], "headers": fields, "headersSize": -1, "bodySize": size}
 
     def content(headers: Headers, body: bytearray) -> dict[str, Any]:
-        mime = b"".join(field_values(headers, b"content-type")[:1]).decode("latin-1")
-        try:
-            return {"mimeType": mime, "text": body.decode()}
-        except UnicodeDecodeError:
+        mime, text = b"".join(field_values(headers, b"content-type")[:1]).decode("latin-1"), _text(body)
+        if text is None:
             return {"mimeType": mime, "text": base64.b64encode(body).decode(), "encoding": "base64"}
+        return {"mimeType": mime, "text": text if reveal else mask_target(text)}
 
     entries = []
     for e in exchanges:
-        seconds = timings(e)
         target = e.target if reveal else mask_target(e.target)
-        query = urllib.parse.parse_qsl(target.partition("?")[2], keep_blank_values=True)
         request = {
             "method": e.method,
             "url": urls.get(e.tunnel, "") + target,
-            "httpVersion": "HTTP/1.1",
-            "cookies": [],
-            "headers": fields(e.request_headers),
-            "queryString": [{"name": name, "value": value} for name, value in query],
-            "headersSize": -1,
-            "bodySize": e.bytes_in,
+            "queryString": named(urllib.parse.parse_qsl(target.partition("?")[2], keep_blank_values=True)),
+            **message(e.request_headers, e.bytes_in),
         }
         if e.request_body:
-            request["postData"] = content(e.request_headers, e.request_body)
+            posted = content(e.request_headers, e.request_body)
+            request["postData"] = {"_encoding" if name == "encoding" else name: posted[name] for name in posted}
         response = {
             "status": e.status or 0,
             "statusText": e.reason,
-            "httpVersion": "HTTP/1.1",
-            "cookies": [],
-            "headers": fields(e.response_headers),
             "content": {"size": e.bytes_out, **content(e.response_headers, e.response_body)},
-            "redirectURL": b"".join(field_values(e.response_headers, b"location")).decode("latin-1"),
-            "headersSize": -1,
-            "bodySize": e.bytes_out,
+            "redirectURL": dict(text_fields(e.response_headers, reveal=reveal)).get("Location", ""),
+            **message(e.response_headers, e.bytes_out),
         }
-        ms = {name: round(1000 * (value or 0.0), 3) for name, value in seconds.items()}
+        ms = {name: round(1000 * (value or 0.0), 3) for name, value in timings(e).items()}
         entries.append(
             {
                 "startedDateTime": datetime.datetime.fromtimestamp(e.time, datetime.UTC).isoformat(),
@@ -2448,7 +2445,8 @@ def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spa
         rows = {
             "URL": printable(url) + _target(snapshot, e),
             "Target": f"{e.tunnel} → {printable(local)}",
-            "Time": f"{moment:%Y-%m-%d %H:%M:%S}" + (f", a replay of number {e.replay_of}" if e.replay_of else ""),
+            "Time": f"{moment:%Y-%m-%d %H:%M:%S}",
+            "Number": f"{e.id}" + (f", a replay of {e.replay_of}" if e.replay_of else ""),
             "Content": f"request {human_size(e.bytes_in)}, response {human_size(e.bytes_out)}",
             "Error": printable(e.error),
             "Duration": human_time(duration) + (" so far" if e.ended is None else ""),
@@ -3495,9 +3493,7 @@ class Target(NamedTuple):
             return cls(text, text.removeprefix("unix:"), 0)
         scheme, separator, rest = text.partition("://")
         if not separator:
-            scheme, rest = "http", text
-        if re.fullmatch(r"[0-9]{1,5}", rest) and not separator:
-            rest = f"localhost:{rest}"
+            scheme, rest = "http", f"localhost:{text}" if re.fullmatch(r"[0-9]{1,5}", text) else text
         try:
             host, port = parse_host(rest.removesuffix("/"))
         except MessageError:
@@ -3545,7 +3541,7 @@ class Edits(NamedTuple):
         names = [name.strip().encode() for name in drop]
         every = [*fields, *((name, b"") for name in names)]
         try:
-            check_fields([part for pair in every for part in pair])
+            check_fields([part.replace(b"\0", b"\n") for part in itertools.chain.from_iterable(every)])
         except MessageError:
             raise UsageError("a header field's name or value has characters that may not be there") from None
         for known, _ in every:
@@ -3679,39 +3675,33 @@ class LocalService:
             self._pruning = loop.call_later(LOCAL_IDLE, self._prune)
 
     def _prune(self) -> None:
-        oldest = asyncio.get_running_loop().time() - LOCAL_IDLE
-        while self._idle and self._idle[0].idle_since <= oldest:
+        loop = asyncio.get_running_loop()
+        while self._idle and self._idle[0].idle_since <= loop.time() - LOCAL_IDLE:
             self._idle.pop(0).abort()
-        again = self._idle and asyncio.get_running_loop().call_at(self._idle[0].idle_since + LOCAL_IDLE, self._prune)
-        self._pruning = again or None
+        self._pruning = loop.call_at(self._idle[0].idle_since + LOCAL_IDLE, self._prune) if self._idle else None
 
     async def connect(self) -> LocalConnection:
         """Return a new connection. Raises StreamReset with the code for the visitor."""
-        loop = asyncio.get_running_loop()
-        error: OSError | None = None
-        for address in sorted(self.target.addresses, key=lambda address: address != self._address):
+        loop, target, tls, error = asyncio.get_running_loop(), self.target, self._tls, None
+        name = target.host if tls else None
+        for address in sorted(target.addresses, key=lambda address: address != self._address):
+            if target.port:
+                dial = loop.create_connection(LocalConnection, address, target.port, ssl=tls, server_hostname=name)
+            else:
+                dial = loop.create_unix_connection(LocalConnection, address)
             try:
                 async with asyncio.timeout(LOCAL_CONNECT_TIMEOUT):
-                    if self.target.port:
-                        _, connection = await loop.create_connection(
-                            LocalConnection,
-                            address,
-                            self.target.port,
-                            ssl=self._tls,
-                            server_hostname=self.target.host if self._tls else None,
-                        )
-                    else:
-                        _, connection = await loop.create_unix_connection(LocalConnection, self.target.host)
+                    _, connection = await dial
             except TimeoutError:
-                kind = "TLS connection" if self._tls else "connection"
-                reason = f"no {kind} to {self.target.text} within {LOCAL_CONNECT_TIMEOUT:g} s"
+                kind = "TLS connection" if tls else "connection"
+                reason = f"no {kind} to {target.text} within {LOCAL_CONNECT_TIMEOUT:g} s"
                 raise StreamReset(ErrorCode.LOCAL_TIMEOUT, reason) from None
             except OSError as failure:
                 error = error or failure
             else:
                 self._address = address
                 return connection
-        raise StreamReset(ErrorCode.LOCAL_REFUSED, f"cannot connect to {self.target.text}: {_describe(error)}")
+        raise StreamReset(ErrorCode.LOCAL_REFUSED, f"cannot connect to {target.text}: {_describe(error)}")
 
     def close(self) -> None:
         """Drop the idle connections."""
@@ -3752,14 +3742,9 @@ class Replay:
         """Return the content, then b""."""
         return self._chunks.pop() if self._chunks else b""
 
-    def write_head(self, head: ResponseHead, *, end: bool = False) -> None:
-        """The log has it."""
-
-    async def write(self, data: bytes, *, end: bool = False) -> None:
-        """The log has it."""
-
-    def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None:
-        """The log has it."""
+    def write_head(self, head: ResponseHead, *, end: bool = False) -> None: ...
+    async def write(self, data: bytes, *, end: bool = False) -> None: ...
+    def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None: ...
 
 
 class Forwarding:
@@ -3775,7 +3760,6 @@ class Forwarding:
         self._parser = ResponseParser(head.method)
         self._has_body = stream.has_content and stream.kind is Kind.HTTP
         self._chunked = self._has_body and not field_values(head.headers, b"content-length")
-        self._received = False  # any byte of a response
 
     async def run(self) -> None:
         """Carry the exchange to its end. Raises StreamReset when it has none."""
@@ -3785,7 +3769,7 @@ class Forwarding:
             try:
                 return await self._attempt(connection)
             except StreamReset:
-                if self._received:
+                if self._exchange.answered is not None:
                     raise
             # It closed the idle connection just as the request went out. Nothing was answered, and the method is safe
             # (RFC 9110 section 9.2.2): once more. Other methods never use a connection that may be about to close.
@@ -3822,21 +3806,21 @@ class Forwarding:
     async def _respond(self, connection: LocalConnection) -> None:
         parser = self._parser
         while not parser.done:
-            data = await connection.read()
-            if data:
-                if not self._received:
-                    self._received, self._exchange.answered = True, self._time()
+            events: list[ResponseHead | bytes] = []
+            if data := await connection.read():
+                if self._exchange.answered is None:
+                    self._exchange.answered = self._time()
                 events = parser.receive_data(data)
             else:
                 parser.receive_eof()
-                events = []
-            body = []
             for event in events:
-                if isinstance(event, bytes):
-                    body.append(event)
-                else:
+                if isinstance(event, ResponseHead):
                     self._write_head(event, end=parser.done and event is events[-1])
-            await self._write_body(b"".join(body))
+            if parser.head and parser.head.status != 101:
+                body = b"".join([event for event in events if isinstance(event, bytes)])
+                self._log.send(self._exchange, body, self._time())
+                if not self._stream.finished and (body or parser.done):
+                    await self._stream.write(body, end=parser.done)
 
     def _write_head(self, head: ResponseHead, *, end: bool) -> None:
         if head.status == 101 and self._stream.kind is not Kind.UPGRADE:
@@ -3845,14 +3829,6 @@ class Forwarding:
         if not head.interim:
             self._log.respond(self._exchange, head)
         self._stream.write_head(head, end=end and head.status != 101)
-
-    async def _write_body(self, data: bytes) -> None:
-        head = self._parser.head
-        if head is None or head.status == 101:
-            return
-        self._log.send(self._exchange, data, self._time())
-        if not self._stream.finished and (data or self._parser.done):
-            await self._stream.write(data, end=self._parser.done)
 
     async def _upload(self, connection: LocalConnection, *, chunked: bool) -> bool:
         """Send the request's content, or a pipe's bytes; True says that all of it went out."""
@@ -4370,8 +4346,8 @@ LISTING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="vi
 <title>%(title)s</title>
 <style>
 body{font:16px/1.7 system-ui;margin:2rem auto;max-width:50rem;padding:0 1rem;color-scheme:light dark}
-h1{font-size:1.2rem}table{width:100%%}td:last-child{text-align:right;font-variant-numeric:tabular-nums}
-td{overflow-wrap:anywhere}
+h1{font-size:1.2rem}table{width:100%%}td{overflow-wrap:anywhere}
+td:last-child{text-align:right;font-variant-numeric:tabular-nums}
 </style>
 <h1>%(title)s</h1>
 <table>%(rows)s
@@ -4384,11 +4360,7 @@ class Found(NamedTuple):
 
     path: Path
     status: os.stat_result
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it is a folder; else it is a regular file."""
-        return stat.S_ISDIR(self.status.st_mode)
+    is_folder: bool
 
 
 def _find(root: Path, names: list[str]) -> Found | None:
@@ -4397,11 +4369,12 @@ def _find(root: Path, names: list[str]) -> Found | None:
         return None
     try:
         path = root.joinpath(*names).resolve(strict=True)
-        found = Found(path, path.stat())
+        status = path.stat()
     except (OSError, RuntimeError):  # the latter for a loop of links, before Python 3.13
         return None
     inside = path.is_relative_to(root) and all(map(FILE_NAME.fullmatch, path.relative_to(root).parts))
-    return found if inside and (found.is_folder or stat.S_ISREG(found.status.st_mode)) else None  # no FIFO, no device
+    found = Found(path, status, stat.S_ISDIR(status.st_mode))
+    return found if inside and (found.is_folder or stat.S_ISREG(status.st_mode)) else None  # no FIFO, no device
 
 
 def _listing(root: Path, names: list[str]) -> str:
@@ -4415,7 +4388,25 @@ def _listing(root: Path, names: list[str]) -> str:
     return LISTING % {"title": html.escape(escape("/".join(["", *names, ""]))), "rows": "".join(rows)}
 
 
-def _folder_app(root: Path, *, spa: bool) -> web.Application:
+@contextlib.asynccontextmanager
+async def _running(app: web.Application) -> AsyncIterator[int]:
+    """Run an application on a free port of 127.0.0.1, which is what the context gives."""
+    from aiohttp import web
+
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+def folder_service(root: Path, *, spa: bool = False) -> contextlib.AbstractAsyncContextManager[int]:
+    """Serve a folder on a free port of 127.0.0.1, which is what the context gives.
+
+    With `spa`, a browser gets the root's index.html for each path that has no file.
+    """
     from aiohttp import web, web_fileresponse
 
     root = root.resolve()
@@ -4444,7 +4435,6 @@ def _folder_app(root: Path, *, spa: bool) -> web.Application:
         names = [urllib.parse.unquote(name, errors="surrogateescape") for name in path.split("/")[1:]]
         if slash := names[-1:] == [""]:
             names.pop()
-        wants_page = spa and "text/html" in request.headers.get("Accept", "") and all(map(FILE_NAME.fullmatch, names))
         found = _find(root, names)
         if found and found.is_folder:
             index = _find(root, [*names, "index.html"])
@@ -4455,6 +4445,7 @@ def _folder_app(root: Path, *, spa: bool) -> web.Application:
             found = index
         elif slash:
             found = None
+        wants_page = spa and "text/html" in request.headers.get("Accept", "") and all(map(FILE_NAME.fullmatch, names))
         if not found and wants_page:
             found = _find(root, ["index.html"])
         if not found or found.is_folder:
@@ -4469,32 +4460,9 @@ def _folder_app(root: Path, *, spa: bool) -> web.Application:
 
     app = web.Application()
     app.router.add_get("/{path:(?s:.*)}", serve)  # which answers 405 to other methods
-    return app
+    return _running(app)
 
 
-@contextlib.asynccontextmanager
-async def _running(app: web.Application) -> AsyncIterator[int]:
-    """Run an application on a free port of 127.0.0.1, which is what the context gives."""
-    from aiohttp import web
-
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
-
-
-@contextlib.asynccontextmanager
-async def folder_service(root: Path, *, spa: bool = False) -> AsyncIterator[int]:
-    """Serve a folder on a free port of 127.0.0.1, which is what the context gives.
-
-    With `spa`, a browser gets the root's index.html for each path that has no file.
-    """
-    async with _running(_folder_app(root, spa=spa)) as port:
-        yield port
 # ---- Inspector ------------------------------------------------------------------------------------------------------
 # The client's log as a page in the developer's browser. What it shows was written by strangers, so it is only ever set
 # as text; and every other page in that browser can reach its port, so each request has to show that it is our own.
@@ -5661,8 +5629,7 @@ $("file").onchange = async () => {
 """
 
 
-@contextlib.asynccontextmanager
-async def demo_service() -> AsyncIterator[int]:
+def demo_service() -> contextlib.AbstractAsyncContextManager[int]:
     """Run the sample service on a free port of 127.0.0.1, which is what the context gives."""
     from aiohttp import WSMsgType, web
 
@@ -5694,8 +5661,7 @@ async def demo_service() -> AsyncIterator[int]:
 
     app = web.Application()
     app.add_routes([web.get("/", page), web.get("/events", events), web.get("/ws", echo), web.post("/upload", upload)])
-    async with _running(app) as port:
-        yield port
+    return _running(app)
 
 
 # ---- Settings -------------------------------------------------------------------------------------------------------
@@ -5829,6 +5795,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         where = f"{path}: tunnel {escape(name)}: "
         if not isinstance(tunnel, dict):
             raise UsageError(f"{where}it is not a table; write [tunnels.{escape(name)}] and below it target = \"3000\"")
+        if type(tunnel.get("target")) is int:  # a port needs no quotes
+            tunnel["target"] = str(tunnel["target"])
         _check_settings(tunnel, TUNNEL_SETTINGS, where)
         if "target" not in tunnel:
             raise UsageError(f"{where}it has no target; add one, like target = \"3000\"")
@@ -5969,22 +5937,14 @@ class Run:
         """Return the clients that run here; what killed ones have left is removed."""
         runs = []
         for path in sorted((state_directory() / "run").glob("*.json")):
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            try:
                 run = cls(path, parse_object(path.read_text(encoding="utf-8")))
-                if run.status():
-                    runs.append(run)
-                    continue
-                if os.name == "posix":  # it may only be stopped, or busy
-                    os.kill(run.pid, 0)
-                    continue
-            path.unlink(missing_ok=True)
+                with contextlib.suppress(Unreachable):  # it is stopped, or busy
+                    run.ask("/api/status", within=2.0)
+                runs.append(run)
+            except (OSError, ValueError, LookupError, TypeError, TunnelError):
+                path.unlink(missing_ok=True)
         return runs
-
-    def status(self) -> dict[str, Any]:
-        """Return what its inspector says of it, {} when it does not answer."""
-        with contextlib.suppress(TunnelError):
-            return dict(self.ask("/api/status", within=2.0))
-        return {}
 
     @classmethod
     def find(cls, name: str | None) -> Run:
@@ -6004,7 +5964,10 @@ class Run:
         return [str(tunnel["name"]) for tunnel in self.tunnels]
 
     def ask(self, path: str, /, *, post: bool = False, within: float = 10.0, **query: object) -> Any:
-        """Return the inspector's answer: an object, or bytes that are no JSON. Raises TunnelError with its reason."""
+        """Return the inspector's answer: an object, or bytes that are no JSON.
+
+        Raises TunnelError with its reason, Unreachable when it does not answer in time.
+        """
         import urllib.request
 
         url = self.inspector + path + ("?" + urllib.parse.urlencode(query) if query else "")
@@ -6019,8 +5982,10 @@ class Run:
             with error, contextlib.suppress(ValueError):
                 raise TunnelError(escape(str(parse_object(error.read().decode()).get("error")))) from None
             raise TunnelError(f"the client answered with HTTP status {error.code}") from None
+        except TimeoutError:
+            raise Unreachable(f"process {self.pid} does not answer") from None
         except (OSError, ValueError) as error:
-            raise TunnelError(f"the client at {self.inspector} does not answer: {_describe(error)}") from None
+            raise TunnelError(f"no client at {self.inspector}: {_describe(error)}") from None
 
 
 # ---- Python API -----------------------------------------------------------------------------------------------------
@@ -6070,17 +6035,18 @@ async def connect(
     """
     settings = Settings(locals())
     async with open_folders(settings.from_targets([str(target) for target in targets])) as tunnels:
-        client = TunnelClient(settings.server.value, settings.checked_token(), tunnels)
-        running = asyncio.ensure_future(client.run())
+        live = asyncio.Event()
+        token, on_event = settings.checked_token(), lambda event, **_: live.set() if event == "ready" else None
+        client = TunnelClient(settings.server.value, token, tunnels, on_event=on_event)
+        running, waiting = asyncio.ensure_future(client.run()), asyncio.ensure_future(live.wait())
         try:
-            while client.problem and not running.done():
-                changed = asyncio.ensure_future(client.wait_changed(client.log.version))
-                await asyncio.wait([running, changed], return_when=asyncio.FIRST_COMPLETED)
-                changed.cancel()
+            await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
             if running.done():
                 running.result()
             yield client
         finally:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
             client.stop()
             client.stop()
             await running
@@ -6159,48 +6125,37 @@ class Finding(NamedTuple):
 
 
 class Doctor:
-    """The checks of a server, in their order; later ones go by what earlier ones have found."""
+    """The checks of a server, to be made in this order, as later ones go by what earlier ones have found."""
 
-    def __init__(self, server: str, token: str, http: aiohttp.ClientSession) -> None:
-        self._server, self._token, self._http = server, token, http
+    def __init__(self, server: str, token: str, http: aiohttp.ClientSession, stack: contextlib.AsyncExitStack) -> None:
+        self._server, self._token, self._http, self._stack = server, token, http, stack
         self._at = urllib.parse.urlsplit(server)
         self._url = Origin.from_url(server).url(f"doctor-{secrets.token_hex(4)}")  # until the login gives a real one
         self.through = self._front = self._date = ""  # the proxy on this side; what stands in front on the other
         self._addresses: set[str] = set()
-        self.is_ours = self.upgrades = self.connected = False
-        self._client: TunnelClient | None = None
-        self._running: asyncio.Future[None]
-        self._events: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
-
-    async def close(self) -> None:
-        """Take down the tunnel that the login made."""
-        if self._client:
-            self._client.stop()
-            await asyncio.gather(self._running, return_exceptions=True)
+        self.client: TunnelClient | None = None
 
     async def proxy(self) -> Verdict:
-        """Whether a proxy stands between this machine and the server."""
         import urllib.request
 
         if not urllib.request.proxy_bypass(str(self._at.hostname)):
             self.through = urllib.request.getproxies().get(self._at.scheme, "")
+        if not self.through:
+            return True, "none on the way to this server", ""
         detail = f"{self.through.rpartition('@')[2]}, as {self._at.scheme.upper()}_PROXY says"
-        if self.through and not self.through.startswith("http://"):
-            return False, detail, "Only a proxy at http:// can be used; or name the server's host in NO_PROXY."
-        return True, detail if self.through else "none on the way to this server", ""
+        if self.through.startswith("http://"):
+            return True, detail, ""
+        return False, detail, "Only a proxy at http:// can be used; or name the server's host in NO_PROXY."
 
     async def address(self) -> Verdict:
-        """Whether the server's host has an address."""
         host = str(self._at.hostname)
-        try:
-            self._addresses = await self._resolve(host)
-        except socket.gaierror:
+        self._addresses = await self._resolve(host)
+        if not self._addresses:
             advice = f"Check the spelling, or add a DNS record for {host} with the server's address."
             return None if self.through else False, f"{host} has no address", advice
         return True, f"{host} is at {', '.join(sorted(self._addresses))}", ""
 
     async def certificate(self) -> Verdict:
-        """Whether the server's certificate is trusted, and for how long."""
         host, context = self._at.hostname, ssl.create_default_context()
         _, writer = await asyncio.open_connection(host, self._at.port or 443, ssl=context, server_hostname=host)
         certificate = writer.get_extra_info("peercert")
@@ -6211,12 +6166,10 @@ class Doctor:
         return None if advice else True, f"trusted until {certificate['notAfter']}, for {names}", advice
 
     async def answers(self) -> Verdict:
-        """Whether it is pytunnel that answers."""
         status, headers = await self._get(self._server)
         self._front = f"{headers.get('Server', '')} {headers.get('Via', '')}".strip()
         self._date, problem, location = (headers.get(name, "") for name in ("Date", "X-Pytunnel-Error", "Location"))
-        self.is_ours = problem == "not-a-link"
-        if self.is_ours:
+        if problem == "not-a-link":
             return True, f"pytunnel answers{' through ' * bool(self._front)}{self._front}", ""
         if problem:
             return False, f"pytunnel answers {status} {problem}", "Dial the server's own host, not a tunnel's."
@@ -6225,7 +6178,6 @@ class Doctor:
         return False, f"something else answers: status {status}, {self._front or 'with no Server field'}", SERVER_ADVICE
 
     async def clock(self) -> Verdict:
-        """Whether this machine and the server agree on the time."""
         ahead = time.time() - email.utils.parsedate_to_datetime(self._date).timestamp()
         if abs(ahead) <= MAX_SKEW:
             return True, "this machine and the server agree", ""
@@ -6233,42 +6185,33 @@ class Doctor:
         return False, detail, "Set the one that is wrong, as by `timedatectl set-ntp true`: certificates depend on it."
 
     async def upgrade(self) -> Verdict:
-        """Whether a WebSocket gets through to the server."""
         import aiohttp
 
         url, patience = self._server + LINK_PATH, aiohttp.ClientWSTimeout(ws_close=1.0)
         try:
             async with self._http.ws_connect(url, protocols=(SUBPROTOCOL,), compress=0, timeout=patience) as ws:
-                self.upgrades = ws.protocol == SUBPROTOCOL
+                if ws.protocol == SUBPROTOCOL:
+                    return True, "gets through", ""
         except aiohttp.WSServerHandshakeError as error:
             advice = next(text for front, text in UPGRADE_ADVICE.items() if front in self._front.lower())
             return False, f"refused with status {error.status}", advice
-        if not self.upgrades:
-            return False, f"opened, but without {SUBPROTOCOL}", "Sec-WebSocket-Protocol has to be passed on, too."
-        return True, "gets through", ""
+        return False, f"opened, but without {SUBPROTOCOL}", "Sec-WebSocket-Protocol has to be passed on, too."
 
     async def login(self) -> Verdict:
-        """Whether the server knows the token; from here on there is a tunnel for the checks that follow."""
+        """From here on there is a tunnel, to where nothing listens, so that visitors get to hear just that."""
         name = default_name(self._token, platform.node(), "doctor")  # one and the same, for the server keeps names
-        tunnel = Tunnel(name, Target.parse("127.0.0.1:1"))  # where nothing listens, so that visitors get to hear that
-        self._client = TunnelClient(self._server, self._token, [tunnel], on_event=self._note)
-        self._running = asyncio.ensure_future(self._client.run())
-        self._running.add_done_callback(lambda _: self._note("ended"))
-        event, fields = await self._events.get()
-        self.connected = event == "ready"
-        if self.connected:
-            self._url = fields["url"]
-            return True, "the server knows the token, and gives tunnels", ""
-        return False, str(fields.get("reason") or self._running.exception()), ""
+        tunnel = connect("127.0.0.1:1", server=self._server, token=self._token, name=name)
+        self._stack.enter_context(contextlib.suppress(TunnelError))  # at the end, of a session that was lost for good
+        self.client = await self._stack.enter_async_context(tunnel)
+        self._url = self.client.url
+        return True, "the server knows the token, and gives tunnels", ""
 
     async def names(self) -> Verdict:
-        """Whether any name below the server's leads to the same place."""
         host = str(urllib.parse.urlsplit(self._url).hostname)
         wildcard = f"*.{host.partition('.')[2]}"
         records = "".join(f"\n    {wildcard}. {'AAAA' if ':' in ip else 'A'} {ip}" for ip in sorted(self._addresses))
-        try:
-            found = await self._resolve(self._dialled(host))
-        except socket.gaierror:
+        found = await self._resolve(host)
+        if not found:
             advice = f"Add the DNS record that leads all names to the server:{records}"
             if host.endswith(".sslip.io"):
                 advice = "Your resolver does not answer for sslip.io: use another one, or a domain of your own."
@@ -6279,7 +6222,6 @@ class Doctor:
         return True, f"{wildcard} is in the same place", ""
 
     async def visitor(self) -> Verdict:
-        """Whether a visitor gets to a tunnel."""
         import aiohttp
 
         name = urllib.parse.urlsplit(self._url).netloc
@@ -6290,67 +6232,59 @@ class Doctor:
             advice = f"It takes a certificate for {wildcard}, or a tunnel with a --name that has one."
             return None, f"{name}: {_describe(error)}", advice
         problem = headers.get("X-Pytunnel-Error", "")
-        if problem.startswith("local-"):
-            return True, f"a request to {name} arrives here", ""
-        if problem == "unknown-tunnel" and not self.connected:
-            return True, f"a request to {name} arrives at the server", ""
+        if problem.startswith("local-") or (problem == "unknown-tunnel" and not self.client):
+            return True, f"a request to {name} arrives {'here' if self.client else 'at the server'}", ""
         if problem == "not-a-link":  # so it is the server's own host that the server has seen
-            return False if self.connected else None, f"Host is not {name} any more when it arrives", HOST_ADVICE
+            return False if self.client else None, f"Host is not {name} any more when it arrives", HOST_ADVICE
         advice = f"What stands in front has to take {wildcard} as well; in nginx server_name says so."
         return False, f"something else answers {name}: status {status} {problem or headers.get('Server', '')}", advice
 
-    async def idle(self, seconds: float) -> Verdict:
-        """Whether a link that carries nothing is left alone."""
-        with contextlib.suppress(TimeoutError):
-            event, fields = await asyncio.wait_for(self._events.get(), seconds)
-            return False, f"lost: {fields.get('reason', event)}", IDLE_ADVICE
-        return True, f"left alone for {seconds:g} s", ""
-
-    def _note(self, event: str, **fields: Any) -> None:
-        if event != "request":
-            self._events.put_nowait((event, fields))
-
-    def _dialled(self, host: str) -> str:
-        return str(self._at.hostname) if host.endswith(".localhost") else host  # browsers know it, resolvers do not
-
     async def _resolve(self, host: str) -> set[str]:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        """Return a host's addresses; `*.localhost`, which browsers know and resolvers may not, is the server's."""
+        if host.endswith(".localhost"):
+            host = str(self._at.hostname)
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except socket.gaierror:
+            return set()
         return {str(address[0]) for *_, address in found}
 
     async def _get(self, url: str) -> tuple[int, Mapping[str, str]]:
         """Return status and headers of LINK_PATH, which tells the server's own host from a tunnel."""
         at = urllib.parse.urlsplit(url)
-        url = url if self._dialled(str(at.hostname)) == at.hostname else self._server
-        async with self._http.get(url + LINK_PATH, headers={"Host": at.netloc}, allow_redirects=False) as response:
+        url = (self._server if str(at.hostname).endswith(".localhost") else url) + LINK_PATH
+        async with self._http.get(url, headers={"Host": at.netloc}, allow_redirects=False) as response:
             return response.status, response.headers
 
 
-async def _local_answer(target: Target) -> str:
-    """Return what a local service answers, at one address. Raises what keeps it from that."""
-    connection = await LocalService(target, insecure=True).connect()
-    parser, fields = ResponseParser(b"GET"), [(b"Host", b"localhost"), (b"Connection", b"close")]
-    try:
-        await connection.write(RequestHead(b"GET", b"/", fields).to_wire(chunked=False, upgrade=False))
-        while data := await connection.read():
-            for event in parser.receive_data(data):
-                if isinstance(event, ResponseHead) and not event.interim:
-                    return f"HTTP status {event.status}"
-        raise StreamReset(ErrorCode.LOCAL_RESET, "it closed the connection without an answer")
-    except MessageError as error:
-        raise StreamReset(ErrorCode.LOCAL_INVALID, f"its answer is not HTTP: {error}") from None
-    finally:
-        connection.abort()
+async def check_idle(client: TunnelClient, seconds: float) -> Verdict:
+    """Whether a link that carries nothing is left alone."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while not client.problem:
+                await client.wait_changed(client.log.version)
+        return False, f"lost: {client.problem}", IDLE_ADVICE
+    return True, f"left alone for {seconds:g} s", ""
 
 
 async def check_target(target: Target) -> Verdict:
     """Whether a local service listens, at which of localhost's addresses, and speaks HTTP."""
     ok, details = False, []
+    head = RequestHead(b"GET", b"/", [(b"Host", b"localhost"), (b"Connection", b"close")])
     for address in target.addresses:
+        service, exchange = LocalService(target._replace(host=address), insecure=True), Exchange("", "GET", "/", 0.0)
+        route, detail = Route("", service, Edits(), Edits()), ""
         try:
             async with asyncio.timeout(CHECK_TIMEOUT / len(target.addresses)):
-                detail, ok = await _local_answer(target._replace(host=address)), True
-        except (StreamReset, OSError, TimeoutError) as error:
-            detail = error.reason if isinstance(error, StreamReset) else f"connected, but {_describe(error)}"
+                await Forwarding(Replay(b""), route, head, exchange, ExchangeLog()).run()
+        except StreamReset as error:
+            detail = error.reason.removeprefix(f"{target.text}: ")
+        except TimeoutError as error:
+            detail = f"connected, but {_describe(error)}"
+        finally:
+            service.close()
+        if exchange.status:  # the rest of the answer need not come
+            ok, detail = True, f"HTTP status {exchange.status}"
         details.append(f"{address}: {detail}")
     return ok, "; ".join(details), "" if ok else "Start the service, or see which port it says it listens on."
 
@@ -6361,7 +6295,7 @@ async def _checked(what: str, verdict: Awaitable[Verdict], advice: str = "", *, 
 
     try:
         return Finding(what, *await asyncio.wait_for(verdict, CHECK_TIMEOUT + extra))
-    except (OSError, aiohttp.ClientError, TimeoutError, ValueError) as error:
+    except (OSError, aiohttp.ClientError, TunnelError, ValueError) as error:
         return Finding(what, False, _describe(error), advice)
 
 
@@ -6369,29 +6303,25 @@ async def diagnose(server: str, token: str, targets: list[Target], *, idle: floa
     """Check everything between visitors and local services, one thing after another; `idle` is in seconds."""
     import aiohttp
 
-    async with aiohttp.ClientSession(trust_env=True, headers={"User-Agent": f"pytunnel/{__version__}"}) as http:
-        checks = Doctor(server, token, http)
-        try:
-            yield await _checked("proxy", checks.proxy())
-            address = await _checked("address", checks.address())
-            yield address
-            if address.ok and server.startswith("https:") and not checks.through:
-                yield await _checked("certificate", checks.certificate(), CERTIFICATE_ADVICE)
-            if address.ok is not False:
-                yield await _checked("server", checks.answers(), SERVER_ADVICE)
-            if checks.is_ours:
+    http = aiohttp.ClientSession(trust_env=True, headers={"User-Agent": f"pytunnel/{__version__}"})
+    async with http, contextlib.AsyncExitStack() as stack:
+        checks = Doctor(server, token, http, stack)
+        yield await _checked("proxy", checks.proxy())
+        yield (address := await _checked("address", checks.address()))
+        if address.ok and server.startswith("https:") and not checks.through:
+            yield await _checked("certificate", checks.certificate(), CERTIFICATE_ADVICE)
+        if address.ok is not False:
+            yield (answers := await _checked("server", checks.answers(), SERVER_ADVICE))
+            if answers.ok:
                 yield await _checked("clock", checks.clock())
-                yield await _checked("WebSocket", checks.upgrade())
-            if checks.upgrades:
-                yield await _checked("login", checks.login())
-            if address.ok is not False:
-                yield await _checked("names", checks.names())
-            if checks.is_ours:
+                yield (upgrade := await _checked("WebSocket", checks.upgrade()))
+                if upgrade.ok:
+                    yield await _checked("login", checks.login())
+            yield await _checked("names", checks.names())
+            if answers.ok:
                 yield await _checked("visitor", checks.visitor())
-            if checks.connected and idle:
-                yield await _checked("idle link", checks.idle(idle), extra=idle)
-        finally:
-            await checks.close()
+            if checks.client and idle:
+                yield await _checked("idle link", check_idle(checks.client, idle), extra=idle)
     for target in targets:
         yield await _checked(f"local service {target.text}", check_target(target), extra=1)
 
@@ -6404,12 +6334,19 @@ def _doctor_lines(finding: Finding) -> Iterator[str]:
         yield from wrapper.wrap(escape(line, 1000))
 
 
-async def doctor(server: str, token: str, targets: list[Target], idle: float, write: Callable[[str], None]) -> int:
-    """Write down what is found, line by line as it is found; return 0 when nothing is wrong, else 1."""
+async def doctor(
+    server: str,
+    token: str,
+    targets: list[Target],
+    idle: float,
+    write: Callable[[str], None],
+    render: Callable[[Finding], Iterable[str]] = _doctor_lines,
+) -> int:
+    """Write down what is found, as it is found; return 0 when nothing is wrong, else 1."""
     status = ExitStatus.OK
     async with contextlib.aclosing(diagnose(server, token, targets, idle=idle)) as findings:
         async for finding in findings:
-            for line in _doctor_lines(finding):
+            for line in render(finding):
                 write(line)
             if finding.ok is False:
                 status = ExitStatus.UNEXPECTED
@@ -6581,19 +6518,27 @@ class Command:
     def _wait(self) -> int:
         assert self._process
         group, own_group = self._process.pid, os.getpgrp()
-        has_terminal = os.isatty(0) and os.tcgetpgrp(0) == own_group
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})  # of this thread; else it may not take it back
         while True:
-            if has_terminal:
+            terminal = _foreground_group()
+            if terminal == own_group:
                 os.tcsetpgrp(0, group)
-                self.send_signal(signal.SIGCONT)  # it may have been stopped when it read before it had the terminal
-            _, status = os.waitpid(group, os.WUNTRACED)
-            if has_terminal:
+            if terminal:
+                self.send_signal(signal.SIGCONT)  # it may have been stopped when it read, or together with us
+            _, status = os.waitpid(group, os.WUNTRACED if terminal else 0)
+            if _foreground_group() == group:
                 os.tcsetpgrp(0, own_group)
             if not os.WIFSTOPPED(status):
                 self._process.returncode = os.waitstatus_to_exitcode(status)
                 return self._process.returncode
-            os.kill(os.getpid(), signal.SIGSTOP)  # Ctrl-Z is for both, and so is the shell's `fg`
+            signal.raise_signal(signal.SIGSTOP)  # Ctrl-Z is for both, and so are the shell's `fg` and `bg`
+
+
+def _foreground_group() -> int:
+    """Return the process group that has our terminal, 0 when stdin is none."""
+    with contextlib.suppress(OSError):
+        return os.tcgetpgrp(0)
+    return 0
 
 
 async def _serve(options: argparse.Namespace, console: Console) -> int:
@@ -6729,6 +6674,8 @@ def _detach(options: argparse.Namespace, console: Console) -> int:
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
         )
     assert process.stdout
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, signal.default_int_handler)
     try:
         output, live, _ = process.stdout.read().partition(LIVE)
     except KeyboardInterrupt:
@@ -6794,8 +6741,9 @@ async def _share_here(
                 return await command.wait()
 
             return await _run_client(client, console, run_command(), command.send_signal)
-        on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
-        if on_terminal and not (options.no_tui or options.json or os.environ.get("CI")):
+        plain = options.no_tui or options.json or os.environ.get("CI") or os.environ.get("TERM") == "dumb"
+        streams = sys.stdin, sys.stdout, sys.stderr
+        if not plain and all(stream is not None and stream.isatty() for stream in streams):
             stack.callback(setattr, console, "say", console.say)
             view = Terminal(client, client.stop, inspector_url=inspector.url)
             console.say, console.format, console.quiet = view.notice, "", True
@@ -6866,7 +6814,10 @@ async def _demo(options: argparse.Namespace, console: Console) -> int:
 def _status(options: argparse.Namespace, console: Console) -> int:
     runs = Run.all()
     for run in runs:
-        status = run.status() or {"problem": "it does not answer", "total": 0}
+        try:
+            status = run.ask("/api/status", within=2.0)
+        except TunnelError as error:
+            status = {"problem": str(error), "total": 0}
         for tunnel in run.tunnels:
             state = status["problem"] or "connected"
             if options.json:
@@ -6953,8 +6904,10 @@ def _login(options: argparse.Namespace, console: Console) -> int:
 def _doctor(options: argparse.Namespace, console: Console) -> int:
     settings = Settings(vars(options))
     targets = [target for text in options.targets if not (target := Target.parse(text)).folder]
-    server, token = settings.server.value, settings.token.value
-    return _run(doctor(server, token, targets, options.idle, console.stdout.write))
+    server, token, write = settings.server.value, settings.token.value, console.stdout.write
+    if options.json:
+        return _run(doctor(server, token, targets, options.idle, write, lambda found: [json.dumps(found._asdict())]))
+    return _run(doctor(server, token, targets, options.idle, write))
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -7063,7 +7016,8 @@ def _parser() -> CommandParser:
     client.add_argument("--detach", action="store_true", help="go on in the background once the tunnels work")
     client.add_argument("--detached", help=argparse.SUPPRESS)  # what --detach starts; the file its stderr goes to
     client.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
-    client.add_argument("--wait-local", type=float, metavar="S", help="wait for the local service first; default: 60 s")
+    what = "first wait for the local service, 60 s or =S"
+    client.add_argument("--wait-local", type=float, metavar="S", nargs="?", const=60.0, help=what)
     client.add_argument("--max-retries", type=int, metavar="N", help="give up after N dials; default: never")
     client.add_argument("--url-file", metavar="FILE", help="write the public URL there while it works")
     client.add_argument("--format", metavar="F", help="what stdout gets instead of the URL, like 'url={url}'")
@@ -7105,7 +7059,8 @@ def _parser() -> CommandParser:
     expect.add_argument("--timeout", type=float, default=60.0, metavar="S", help="default: 60 s")
     expect.add_argument("--save", metavar="FILE", help="write the content of the last one there")
     replay = add("replay", "Send a recorded request to the local service again", running)
-    replay.add_argument("id", type=int, metavar="ID", help="its number in the terminal view, the inspector or --json")
+    what = "its number in the inspector, in the terminal view's details, or in --json"
+    replay.add_argument("id", type=int, metavar="ID", help=what)
     replay.add_argument("--times", type=int, default=1, metavar="N", help="this often; default: once")
     login = add("login", "Keep a server's token")
     login.add_argument("server", metavar="SERVER", help="its URL")

@@ -325,8 +325,8 @@ async def test_names_that_are_missing(tmp_path: Path, names: dict[str, str]) -> 
 
 
 async def test_sslip_that_is_not_resolved(names: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    async with aiohttp.ClientSession() as http:
-        checks = pytunnel.Doctor("http://192.0.2.1:8080", TOKEN, http)
+    async with aiohttp.ClientSession() as http, contextlib.AsyncExitStack() as stack:
+        checks = pytunnel.Doctor("http://192.0.2.1:8080", TOKEN, http, stack)
 
         async def refuse(*_: Any, **__: Any) -> None:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -422,7 +422,7 @@ async def test_local_services(tmp_path: Path) -> None:
                 assert detail == "127.0.0.1: HTTP status 404; ::1: HTTP status 200"
     ok, detail, advice = await local(str(origin.port))
     assert (ok, detail.count("connection refused") >= 1, bool(advice)) == (False, True, True)
-    for answer, words in [(b"SSH-2.0-OpenSSH\r\n\r\n", "not HTTP"), (b"", "without an answer")]:
+    for answer, words in [(b"SSH-2.0-OpenSSH\r\n\r\n", "not an HTTP/1 response"), (b"", "no response")]:
         async with RawOrigin(answer, keep_alive=False) as origin:
             ok, detail, _ = await local(f"127.0.0.1:{origin.port}")
             assert (ok, words in detail) == (False, True), detail

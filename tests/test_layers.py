@@ -37,7 +37,11 @@ class Section(NamedTuple):
         """The names that the section's top level binds."""
         table = symtable.symtable(ast.unparse(self.tree), self.name, "exec")
         bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-        return bound | {child.get_name() for child in table.get_children() if child.get_type() != "annotation"}
+        return bound | {
+            child.get_name()
+            for child in table.get_children()
+            if child.get_type() != "annotation" and child.get_name() != "lambda"
+        }
 
     @property
     def used(self) -> set[str]:

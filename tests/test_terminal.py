@@ -203,13 +203,13 @@ DETAILS_80x24 = """\
  URL       https://web.t.example.com/webhooks/stripe?token=•••
  Target    web → localhost:3000
  Time      2025-07-22 10:18:16
+ Number    5
  Content   request 59 B, response 15 B
  Duration  187 ms
    server        0 ms
    link         23 ms  ███████
    local       150 ms  █████████████████████████████████████████████
    content      37 ms  ███████████
-
 
 
 
