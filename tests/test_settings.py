@@ -175,6 +175,11 @@ def test_all_that_a_named_tunnel_may_have(place: Place, tmp_path: Path) -> None:
     )
 
 
+def test_a_port_in_a_file_needs_no_quotes(place: Place) -> None:
+    place.config.write_text("[tunnels.web]\ntarget = 3000\n")
+    assert Settings({}).named()["web"].target == Target("3000", "localhost", 3000)
+
+
 # ---------------------------------------------------------------------------------------- What is wrong in a file
 
 
@@ -193,7 +198,9 @@ def test_all_that_a_named_tunnel_may_have(place: Place, tmp_path: Path) -> None:
         ("server = 1", "server is not text in quotes"),
         ("token = true", "token is not text in quotes"),
         ("tunnels = []", "tunnels is not a table"),
-        ("[tunnels.web]\ntarget = 3000", "tunnel web: target is not text in quotes"),
+        ("[tunnels.web]\ntarget = true", "tunnel web: target is not "),
+        ("[tunnels.web]\ntarget = 3000.0", "tunnel web: target is not "),
+        ('[tunnels.web]\ntarget = ["3000"]', "tunnel web: target is not "),
         ('[tunnels.web]\ntarget = "1"\nheader = "K: V"', "tunnel web: header is not a list of texts"),
         ('[tunnels.web]\ntarget = "1"\nroute = [1]', "tunnel web: route is not a list of texts"),
         ('[tunnels.web]\ntarget = "1"\nspa = "yes"', "tunnel web: spa is not true or false"),
