@@ -228,6 +228,7 @@ MAX_PREFIX = 256 * KiB  # bytes of each body that are kept with them
 MAX_LOG = 32 * MiB  # bytes of heads and bodies in the log; the oldest exchanges make room
 MAX_NOTE = 512  # bytes kept of a WebSocket message or an event
 MAX_NOTES = 64  # of these in one exchange, the last ones
+MAX_DIFF = 1000  # lines of a response that are compared with another's: the time goes with their product
 MAX_VIEW = 1 * MiB  # bytes of a body that are unpacked for a person to see, whatever a bomb holds
 MAX_MARKS = 3  # combining marks shown on one character; Vietnamese needs 2, a flood brings a thousand
 MAX_SHOWN = 5000  # lines of a body in the terminal view
@@ -1562,28 +1563,29 @@ def tunnel_name(host: str, zones: Iterable[str]) -> str | None:
 # One request and its response, as whoever watches sees it. Terminal view, inspector, scripts and the Python API read
 # this one log; nothing here holds up the traffic, and it is bounded in number and bytes.
 
-SECRET_FIELDS = frozenset(
-    b"authorization proxy-authorization cookie set-cookie x-api-key x-auth-token x-csrf-token".split()
-)
+# A parameter, member of JSON or field is secret by its name. Its parts are bounded, so that no text takes long.
+_SECRET = r"token|secret|passw(?:or)?d|pwd|api_?key|signature|session|credential|jwt|auth(?![a-z])"
 _SECRET_PARAMETER = re.compile(
-    r"(?i)(?<![^?&\s])([a-z_.-]*(?:token|secret|password|passwd|api_?key|signature|auth)=|(?:sig|key|code)=)[^&#\s]+"
+    rf"(?i)(?<![^?&\s])((?:[\w.%\[\]-]{{0,64}}(?:{_SECRET})[\w.%\[\]-]{{0,64}}|sig|key|code)=)[^&#\s]+"
 )
+_SECRET_MEMBER = re.compile(rf'(?i)("[^"\n]{{0,64}}(?:{_SECRET})[^"\n]{{0,64}}"\s{{0,8}}:\s{{0,8}})"(?:[^"\\]|\\.)*"?')
+_SECRET_FIELD = re.compile(rb"(?i).*(?:token|secret|password|api-?key|authorization|cookie\Z|credential)")
 MASK = "•••"
 
 
-def mask_target(text: str) -> str:
-    """Return a target, or a form, with the values of parameters that look like secrets masked."""
-    return _SECRET_PARAMETER.sub(rf"\1{MASK}", text)
+def mask(text: str) -> str:
+    """Return a target or a body with the values of parameters and JSON members that look like secrets masked."""
+    return _SECRET_MEMBER.sub(rf'\1"{MASK}"', _SECRET_PARAMETER.sub(rf"\1{MASK}", text))
 
 
 def mask_headers(headers: Headers) -> Headers:
     """Return header fields with the values of those that carry secrets masked."""
     masked = []
     for name, value in headers:
-        if name.lower() in SECRET_FIELDS:
+        if _SECRET_FIELD.match(name):
             value = MASK.encode()
         elif name.lower() in (b"location", b"referer"):
-            value = mask_target(value.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+            value = mask(value.decode(errors="surrogateescape")).encode(errors="surrogateescape")
         masked.append((name, value))
     return masked
 
@@ -1689,12 +1691,12 @@ class Exchange:
         return self.target.partition("?")[0]
 
     def summary(self) -> dict[str, Any]:
-        """Return it as a program sees it in a list: plain JSON values; sizes in bytes, `ms` None while it runs."""
+        """Return it as a program sees it: JSON values, secrets masked, sizes in bytes, `ms` None while it runs."""
         return {
             "id": self.id,
             "name": self.tunnel,
             "method": self.method,
-            "path": self.target,
+            "path": mask(self.target),
             "status": self.status,
             "ms": round(self.duration * 1000, 1) if self.ended else None,
             "bytes_in": self.bytes_in,
@@ -1801,7 +1803,7 @@ class ExchangeLog:
 
     def percentiles(self) -> tuple[float, float] | None:
         """Return p50 and p90 of the durations of those that have ended, in seconds; None without any."""
-        ended = sorted(e.duration for e in self.exchanges.values() if e.ended is not None and e.status != 101)
+        ended = sorted(e.duration for e in list(self.exchanges.values()) if e.ended is not None and e.status != 101)
         return (ended[len(ended) // 2], ended[len(ended) * 9 // 10]) if ended else None
 
     def _record(self, exchange: Exchange, body: bytearray, data: bytes, now: float, *, from_visitor: bool) -> None:
@@ -1916,10 +1918,11 @@ def body_view(headers: Headers, body: bytes | bytearray, size: int, *, reveal: b
     if text is None or "\0" in text:
         is_image = content_type.startswith(b"image/") and size <= len(body)
         return View("image", "", note) if is_image else View("hex", hex_dump(data), note)
+    text = text if reveal else mask(text)
     if b"json" in content_type or text.lstrip()[:1] in ("{", "["):
         return View("json", indent_json(text), note)
     if content_type.startswith(b"application/x-www-form-urlencoded"):
-        pairs = urllib.parse.parse_qsl(text if reveal else mask_target(text), keep_blank_values=True)
+        pairs = urllib.parse.parse_qsl(text, keep_blank_values=True)
         return View("form", "\n".join(f"{name} = {value}" for name, value in pairs), note)
     return View("text", text, note)
 
@@ -1943,7 +1946,7 @@ def timings(exchange: Exchange) -> dict[str, float | None]:
 
 def as_curl(exchange: Exchange, url: str, *, reveal: bool = False) -> str:
     """Return a shell command that sends the request to its tunnel at `url`; secrets are masked unless `reveal`."""
-    target = exchange.target if reveal else mask_target(exchange.target)
+    target = exchange.target if reveal else mask(exchange.target)
     words = ["curl", "--globoff"] if set(target) & set("[]{}") else ["curl"]
     if "/." in target:
         words.append("--path-as-is")
@@ -1957,7 +1960,7 @@ def as_curl(exchange: Exchange, url: str, *, reveal: bool = False) -> str:
     if body and not field_values(exchange.request_headers, b"content-type"):
         words += ["-H", "Content-Type:"]
     before, text = "", _text(body)
-    text = text if reveal or not text else mask_target(text)
+    text = text if reveal or not text else mask(text)
     if text and "\0" not in text and len(body) < 100 * KiB:  # an argument that a kernel takes
         words += ["--data-raw", text]
     elif body:
@@ -1981,11 +1984,11 @@ def as_har(exchanges: Iterable[Exchange], urls: Mapping[str, str], *, reveal: bo
         mime, text = b"".join(field_values(headers, b"content-type")[:1]).decode("latin-1"), _text(body)
         if text is None:
             return {"mimeType": mime, "text": base64.b64encode(body).decode(), "encoding": "base64"}
-        return {"mimeType": mime, "text": text if reveal else mask_target(text)}
+        return {"mimeType": mime, "text": text if reveal else mask(text)}
 
     entries = []
     for e in exchanges:
-        target = e.target if reveal else mask_target(e.target)
+        target = e.target if reveal else mask(e.target)
         request = {
             "method": e.method,
             "url": urls.get(e.tunnel, "") + target,
@@ -1995,12 +1998,13 @@ def as_har(exchanges: Iterable[Exchange], urls: Mapping[str, str], *, reveal: bo
         if e.request_body:
             posted = content(e.request_headers, e.request_body)
             request["postData"] = {"_encoding" if name == "encoding" else name: posted[name] for name in posted}
+        got = message(e.response_headers, e.bytes_out)
         response = {
             "status": e.status or 0,
             "statusText": e.reason,
             "content": {"size": e.bytes_out, **content(e.response_headers, e.response_body)},
-            "redirectURL": dict(text_fields(e.response_headers, reveal=reveal)).get("Location", ""),
-            **message(e.response_headers, e.bytes_out),
+            "redirectURL": "".join(field["value"] for field in got["headers"] if field["name"].lower() == "location"),
+            **got,
         }
         ms = {name: round(1000 * (value or 0.0), 3) for name, value in timings(e).items()}
         entries.append(
@@ -2026,7 +2030,8 @@ def diff(before: Exchange, after: Exchange) -> list[str]:
         return [f"{e.status} {e.reason}", *fields, "", *body.text.splitlines(), *filter(None, [body.note])]
 
     names = f"#{before.id}", f"#{after.id}"
-    return list(difflib.unified_diff(lines(before), lines(after), *names, lineterm=""))
+    old, new = lines(before)[:MAX_DIFF], lines(after)[:MAX_DIFF]
+    return list(difflib.unified_diff(old, new, *names, lineterm=""))
 
 
 # ---- Screen ---------------------------------------------------------------------------------------------------------
@@ -2317,7 +2322,7 @@ def _style(exchange: Exchange) -> str:
 
 
 def _target(snapshot: Snapshot, exchange: Exchange, limit: int = MAX_FIELD) -> str:
-    return printable(exchange.target if snapshot.screen.reveal else mask_target(exchange.target), limit)
+    return printable(exchange.target if snapshot.screen.reveal else mask(exchange.target), limit)
 
 
 def _link_state(snapshot: Snapshot) -> Spans:
@@ -2469,14 +2474,14 @@ def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spa
             kind = "" if note.kind in ("text", "event") else f"{note.kind} "
             yield from _labelled([(head, kind + printable(note.data))], width)
     else:
-        yield from _body(e, tab == "Body", e.bytes_in if tab == "Body" else e.bytes_out, width)
+        yield from _body(e, tab == "Body", e.bytes_in if tab == "Body" else e.bytes_out, width, screen.reveal)
 
 
 @functools.lru_cache(maxsize=4)  # what has not changed is not read again; sizes only grow
-def _body(exchange: Exchange, of_request: bool, size: int, width: int) -> list[Spans]:
+def _body(exchange: Exchange, of_request: bool, size: int, width: int, reveal: bool) -> list[Spans]:
     e = exchange
     headers, body = (e.request_headers, e.request_body) if of_request else (e.response_headers, e.response_body)
-    view = body_view(headers, bytes(body), size)
+    view = body_view(headers, bytes(body), size, reveal=reveal)
     lines = (printable(line.rstrip("\r").expandtabs(4), len(view.text) * 10) for line in view.text.split("\n"))
     wrapped = (line for text in lines for line in wrap(text, max(1, width - 2)))
     found: list[Spans] = [[("", f" {line}")] for line in itertools.islice(wrapped, MAX_SHOWN)] if view.text else []
@@ -3989,7 +3994,9 @@ class TunnelClient:
         after: int = 0,
         timeout: float | None = 60.0,
     ) -> Exchange:
-        """Return the `count`th exchange that has ended and that fits; those that are in the log already count, too.
+        """Return the `count`th exchange that fits and has ended, or is an event stream or a WebSocket that has begun.
+
+        Those that are in the log already count, too.
 
         `path` is without the query, `*` and `?` in it are wildcards; `after` is the id of an exchange to start behind.
         Raises TimeoutError after `timeout` seconds.
@@ -4000,8 +4007,9 @@ class TunnelClient:
             while True:
                 changed, version = self.log.since(version), self.log.version
                 for e in changed:
-                    fits = method.upper() in ("", e.method) and tunnel in ("", e.tunnel) and e.replay_of is None
-                    if fits and e.ended is not None and e.id > after and fnmatch.fnmatchcase(e.path, pattern):
+                    arrived = e.id > after and e.replay_of is None and (e.ended is not None or any(e.readers))
+                    fits = method.upper() in ("", e.method) and tunnel in ("", e.tunnel)
+                    if arrived and fits and fnmatch.fnmatchcase(e.path, pattern):
                         found[e.id] = e
                 if len(found) >= count:
                     return list(found.values())[count - 1]
@@ -4209,6 +4217,8 @@ class TunnelClient:
     async def _enter_session(self, ready: Message) -> Link:
         """Return the link to run: of the session that goes on, or of a new one."""
         urls = [escape(str(tunnel.get("url"))) for tunnel in ready.get("tunnels", list) if isinstance(tunnel, dict)]
+        if len(urls) != len(self.tunnels):
+            raise ProtocolError(f"{len(urls)} tunnels, asked for were {len(self.tunnels)}")
         resumed = ready.get("resumed", bool)
         if not resumed or not self._link:
             if self._link:
@@ -4332,7 +4342,8 @@ class TunnelClient:
         finally:
             self.log.finish(exchange, asyncio.get_running_loop().time())
             self._on_event("request", exchange=exchange)
-            if exchange.status in (400, 403) and not self._hinted and REFUSED_HOST.search(exchange.response_body):
+            suspect = exchange.status in (400, 403) or exchange.bytes_out == len("Invalid Host header")  # webpack's 200
+            if suspect and not self._hinted and REFUSED_HOST.search(exchange.response_body):
                 self._hinted = True
                 self._emit("hint", message="the local service refuses this host name; add --host-header rewrite")
 
@@ -5046,7 +5057,11 @@ class Inspector:
         try:
             self._admit(request)
             answer = await self._answer(request)
-            response = answer if isinstance(answer, web.Response) else web.json_response(answer)
+            if isinstance(answer, web.Response):
+                response = answer
+            else:  # in a thread, as all views of large bodies: the traffic has the event loop
+                text = await asyncio.to_thread(json.dumps, answer)
+                response = web.Response(text=text, content_type="application/json")
         except (MessageError, web.HTTPRequestEntityTooLarge) as error:
             response = web.json_response({"error": str(error)}, status=error.status)
         except Exception:
@@ -5090,7 +5105,7 @@ class Inspector:
             return await self._changes(query)
         if what == "GET /api/har":
             exchanges = [self._find(query["id"])] if "id" in query else list(self._log.exchanges.values())
-            return as_har(exchanges, self._urls(), reveal=reveal)
+            return await asyncio.to_thread(as_har, exchanges, self._urls(), reveal=reveal)
         if what == "GET /api/wait":
             return await self._wait(query)
         if what == "POST /api/clear":
@@ -5101,7 +5116,7 @@ class Inspector:
             return self._status()
         exchange = self._find(re.findall("/([0-9]{1,15})|$", request.path)[0])
         if what == "GET /api/exchanges/ID":
-            return self._detail(exchange, reveal=reveal)
+            return await asyncio.to_thread(self._detail, exchange, reveal=reveal)
         if what == "POST /api/exchanges/ID/replay":
             return await self._replay(exchange, await request.read())
         if what == "GET /api/exchanges/ID/body":
@@ -5156,8 +5171,8 @@ class Inspector:
 
     @staticmethod
     def _row(exchange: Exchange) -> dict[str, Any]:
-        path = mask_target(exchange.target)[:MAX_NOTE]
-        return {**exchange.summary(), "path": path, "time": exchange.time, "replay_of": exchange.replay_of}
+        summary = exchange.summary()
+        return {**summary, "path": summary["path"][:MAX_NOTE], "time": exchange.time, "replay_of": exchange.replay_of}
 
     def _detail(self, e: Exchange, *, reveal: bool) -> dict[str, Any]:
         def message(headers: Headers, body: bytearray, size: int) -> dict[str, Any]:
@@ -5168,12 +5183,12 @@ class Inspector:
         return {
             **self._row(e),
             "version": e.version,
-            "target": e.target if reveal else mask_target(e.target),
+            "target": e.target if reveal else mask(e.target),
             "reason": e.reason,
             "timings": timings(e),
             "request": message(e.request_headers, e.request_body, e.bytes_in),
             "response": message(e.response_headers, e.response_body, e.bytes_out),
-            "notes": [{**note._asdict(), "data": note.data.decode("utf-8", "backslashreplace")} for note in e.notes],
+            "notes": [{**n._asdict(), "data": n.data.decode("utf-8", "backslashreplace")} for n in list(e.notes)],
             "curl": as_curl(e, url, reveal=reveal),
         }
 
@@ -5193,7 +5208,7 @@ class Inspector:
             again = await self._client.replay(exchange, **edits)
         except (AttributeError, TypeError, ValueError) as error:
             raise MessageError(f"not a request: {error}") from None
-        return {**self._row(again), "diff": diff(exchange, again)}
+        return {**self._row(again), "diff": await asyncio.to_thread(diff, exchange, again)}
 
 
 def _number(query: Mapping[str, str], name: str, default: float, most: float) -> float:
@@ -5210,7 +5225,7 @@ def _edits(exchange: Exchange, wanted: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError or TypeError.
     """
     edits: dict[str, Any] = {name: str(wanted[name]) for name in ("method", "target") if name in wanted}
-    if edits.get("target") == mask_target(exchange.target):
+    if edits.get("target") == mask(exchange.target):
         del edits["target"]
     new = [edits.get("target", "")]
     if "headers" in wanted:
@@ -5357,6 +5372,7 @@ else:
             mode[0] &= ~self._termios.IXON
             mode[3] &= ~(self._termios.ICANON | self._termios.ECHO)
             mode[6][self._termios.VMIN], mode[6][self._termios.VTIME] = 1, 0
+            mode[6][self._termios.VQUIT] = b"\0"  # would end the process on the spot
             self._termios.tcsetattr(self._fd, self._termios.TCSANOW, mode)
             self.active = True
             self._loop.add_reader(self._fd, self._read)
@@ -5421,6 +5437,7 @@ class Terminal:
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._device = TerminalDevice(self._receive, self._wake.set)
+        self.failed = False
         self._drawn: list[str] = []
         self._size = os.terminal_size((0, 0))
         self._notice_until = 0.0
@@ -5473,6 +5490,7 @@ class Terminal:
                         await self._wake.wait()
         except Exception:
             self._end()  # the tunnel goes on without a view
+            self.failed = True
             log.exception("the terminal view failed")
 
     def _until_next(self) -> float | None:
@@ -5673,9 +5691,18 @@ def state_directory() -> Path:
     for variable in ("PYTUNNEL_STATE_DIR", "STATE_DIRECTORY"):
         if os.environ.get(variable):
             return Path(os.environ[variable])
+    return user_directory("state")
+
+
+def user_directory(kind: str) -> Path:
+    """Return this user's directory for `state` or `config`. Raises UsageError when there is no home."""
     import platformdirs
 
-    return Path(platformdirs.user_state_dir("pytunnel"))
+    try:
+        return Path(getattr(platformdirs, f"user_{kind}_dir")("pytunnel"))
+    except RuntimeError:
+        variables = "HOME, or PYTUNNEL_STATE_DIR and PYTUNNEL_CONFIG"
+        raise UsageError(f"this user has no home directory; set {variables}") from None
 
 
 def make_token() -> str:
@@ -5791,6 +5818,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {escape(str(error))}") from None
     _check_settings(settings, SETTINGS, f"{path}: ")
+    try:
+        parse_server(settings.get("server", "localhost"))
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     for name, tunnel in settings.get("tunnels", {}).items():
         where = f"{path}: tunnel {escape(name)}: "
         if not isinstance(tunnel, dict):
@@ -5819,11 +5850,9 @@ class Settings:
 
     def __init__(self, flags: Mapping[str, Any], *, project: bool = False) -> None:
         """Read them; `project` says that ./pytunnel.toml counts. Raises UsageError."""
-        import platformdirs
-
         self._flags = flags
         self.memory = Memory(state_directory())
-        own = os.environ.get("PYTUNNEL_CONFIG") or Path(platformdirs.user_config_dir("pytunnel")) / "config.toml"
+        own = os.environ.get("PYTUNNEL_CONFIG") or user_directory("config") / "config.toml"
         self.files = {path: read_settings(path) for path in [Path("pytunnel.toml")] * project + [Path(own)]}
         kept = [(file.get("server"), str(path)) for path, file in self.files.items()]
         last = (self.memory.server, "the last one that worked"), ("localhost", "default")
@@ -5866,13 +5895,21 @@ class Settings:
             raise UsageError("two targets with one name; give each its own, like web=3000 api=8080")
         return tunnels
 
-    def named(self) -> dict[str, Tunnel]:
-        """Return the tunnels of the settings files, by name; those of ./pytunnel.toml first."""
-        tables: dict[str, dict[str, Any]] = {}
-        for file in self.files.values():
+    def named(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Return the tunnels of the files by name: which file, and what it says. ./pytunnel.toml counts first."""
+        found: dict[str, tuple[str, dict[str, Any]]] = {}
+        for path, file in self.files.items():
             for name, table in file.get("tunnels", {}).items():
-                tables.setdefault(name, {key.replace("-", "_"): value for key, value in table.items()})
-        return {name: self._tunnel(name, table["target"], table) for name, table in tables.items()}
+                found.setdefault(name, (str(path), table))
+        return found
+
+    def from_file(self, name: str) -> Tunnel:
+        """Return one of these tunnels. Raises UsageError with its file and name."""
+        path, table = self.named()[name]
+        try:
+            return self._tunnel(name, table["target"], {key.replace("-", "_"): value for key, value in table.items()})
+        except UsageError as error:
+            raise UsageError(f"{path}: tunnel {escape(name)}: {error}") from None
 
     def _tunnel(self, name: str, target: str, options: Mapping[str, Any]) -> Tunnel:
         parsed = Target.parse(target)
@@ -5968,6 +6005,7 @@ class Run:
 
         Raises TunnelError with its reason, Unreachable when it does not answer in time.
         """
+        import http.client
         import urllib.request
 
         url = self.inspector + path + ("?" + urllib.parse.urlencode(query) if query else "")
@@ -5984,7 +6022,7 @@ class Run:
             raise TunnelError(f"the client answered with HTTP status {error.code}") from None
         except TimeoutError:
             raise Unreachable(f"process {self.pid} does not answer") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise TunnelError(f"no client at {self.inspector}: {_describe(error)}") from None
 
 
@@ -6047,7 +6085,6 @@ async def connect(
         finally:
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
-            client.stop()
             client.stop()
             await running
 
@@ -6620,7 +6657,7 @@ def _start(options: argparse.Namespace, console: Console) -> int:
             raise UsageError(f"no tunnel is called {escape(name)!r}; did you mean {nearest!r}?")
     if not names:
         raise UsageError(f"which tunnel? give --all, or some of: {', '.join(tunnels)}")
-    return _share(settings, [tunnels[name] for name in names], options, console)
+    return _share(settings, list(map(settings.from_file, names)), options, console)
 
 
 def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespace, console: Console) -> int:
@@ -6633,6 +6670,8 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
     for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
         if target.is_loopback and target.port in inspectors:
             raise UsageError(f"port {target.port} is a pytunnel inspector; it stays on this machine")
+    if options.url_file and os.path.exists(options.url_file) and not os.path.isfile(options.url_file):
+        raise UsageError(f"--url-file {escape(options.url_file)} is there, and not a file; give another path")
     if options.detach and not options.detached:
         return _detach(options, console)
 
@@ -6746,7 +6785,9 @@ async def _share_here(
         if not plain and all(stream is not None and stream.isatty() for stream in streams):
             stack.callback(setattr, console, "say", console.say)
             view = Terminal(client, client.stop, inspector_url=inspector.url)
-            console.say, console.format, console.quiet = view.notice, "", True
+            write = console.stderr.write
+            console.say = lambda line: write(line) if view.failed else view.notice(line)
+            console.format, console.quiet = "", True
             await stack.enter_async_context(view)
         return await _run_client(client, console)
 
@@ -6873,12 +6914,11 @@ def _config(options: argparse.Namespace, console: Console) -> int:
     if token.value:
         token = Setting(f"{token.value[:4]}…", token.source)
     rows = {"server": settings.server, "token": token}
-    for name, tunnel in settings.named().items():
-        source = next(path for path, file in settings.files.items() if name in file.get("tunnels", {}))
-        rows[f"tunnels.{name}"] = Setting(tunnel.target.text, str(source))
+    rows |= {f"tunnels.{name}": Setting(table["target"], path) for name, (path, table) in settings.named().items()}
     for key, setting in rows.items():
         fields = {"setting": key, "value": setting.value or None, "source": setting.source}
-        console.stdout.write(json.dumps(fields) if options.json else f"{key} = {setting.value}  ({setting.source})")
+        line = escape(f"{key} = {setting.value}  ({setting.source})", 1000)
+        console.stdout.write(json.dumps(fields) if options.json else line)
     return ExitStatus.OK
 
 
@@ -6888,7 +6928,7 @@ def _login(options: argparse.Namespace, console: Console) -> int:
     server = parse_server(options.server)
     token = options.token or os.environ.get("PYTUNNEL_TOKEN")
     if not token:
-        token = getpass.getpass("token: ") if sys.stdin.isatty() else sys.stdin.readline()
+        token = getpass.getpass("token: ") if os.isatty(0) else os.read(0, MAX_HELLO).decode(errors="replace")
     token = check_token(token.strip(), "copy the whole of what `pytunnel serve` printed")
 
     async def log_in() -> int:
@@ -6897,7 +6937,11 @@ def _login(options: argparse.Namespace, console: Console) -> int:
 
     _run(log_in())
     Memory(state_directory()).remember(server, token)
-    console.say(f"{server} knows this token; from now on `pytunnel connect 3000` uses both")
+    used = Settings({})
+    if (used.server.value, used.token.value) == (server, token):
+        console.say(f"{server} knows this token; from now on `pytunnel connect 3000` uses both")
+    else:
+        console.say(f"{server} knows this token; both are kept, but {used.server.source} counts before them")
     return ExitStatus.OK
 
 
@@ -6996,6 +7040,20 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(ExitStatus.USAGE, f"error: {message}; see {self.prog} --help\n")
 
 
+def seconds(text: str) -> float:
+    """Read a flag's duration. Raises ValueError, as argparse wants it."""
+    if not 0 <= (value := float(text)) < 1e8:
+        raise ValueError
+    return value
+
+
+def count(text: str) -> int:
+    """Read a flag's number of times. Raises ValueError."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
 def _parser() -> CommandParser:
     common = CommandParser(add_help=False)
     common.add_argument("--json", action="store_true", help="for programs: one JSON object a line on stdout")
@@ -7017,7 +7075,7 @@ def _parser() -> CommandParser:
     client.add_argument("--detached", help=argparse.SUPPRESS)  # what --detach starts; the file its stderr goes to
     client.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
     what = "first wait for the local service, 60 s or =S"
-    client.add_argument("--wait-local", type=float, metavar="S", nargs="?", const=60.0, help=what)
+    client.add_argument("--wait-local", type=seconds, metavar="S", nargs="?", const=60.0, help=what)
     client.add_argument("--max-retries", type=int, metavar="N", help="give up after N dials; default: never")
     client.add_argument("--url-file", metavar="FILE", help="write the public URL there while it works")
     client.add_argument("--format", metavar="F", help="what stdout gets instead of the URL, like 'url={url}'")
@@ -7027,9 +7085,9 @@ def _parser() -> CommandParser:
     serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
     serve.add_argument("--token", metavar="T", help="default: one that is made once and kept")
     serve.add_argument("--trusted-proxy", action="append", default=[], metavar="CIDR", help="believe its X-Forwarded-*")
-    serve.add_argument("--grace", type=float, default=GRACE, metavar="S", help=f"sessions outlive links by {GRACE:g} s")
-    serve.add_argument("--hold", type=float, default=HOLD, metavar="S", help=f"requests wait {HOLD:g} s for a client")
-    serve.add_argument("--drain", type=float, default=DRAIN, metavar="S", help=f"exchanges get {DRAIN:g} s on SIGTERM")
+    serve.add_argument("--grace", type=seconds, default=GRACE, metavar="S", help=f"a session without a link: {GRACE:g} s")
+    serve.add_argument("--hold", type=seconds, default=HOLD, metavar="S", help=f"a request without a client: {HOLD:g} s")
+    serve.add_argument("--drain", type=seconds, default=DRAIN, metavar="S", help=f"exchanges after SIGTERM: {DRAIN:g} s")
     connect = add("connect", "Give local services public URLs", link, client)
     connect.usage = "pytunnel connect [OPTION...] TARGET... [-- COMMAND...]"
     what = "[NAME=] port, host:port, URL, unix:/path or ./folder"
@@ -7055,20 +7113,20 @@ def _parser() -> CommandParser:
     expect = add("expect", "Wait until a request has arrived", running)
     expect.add_argument("--method", default="", metavar="M", help="default: any")
     expect.add_argument("--path", default="", metavar="P", help="* and ? are wildcards; default: any")
-    expect.add_argument("--count", type=int, default=1, metavar="N", help="this many of them; default: 1")
-    expect.add_argument("--timeout", type=float, default=60.0, metavar="S", help="default: 60 s")
+    expect.add_argument("--count", type=count, default=1, metavar="N", help="this many of them; default: 1")
+    expect.add_argument("--timeout", type=seconds, default=60.0, metavar="S", help="default: 60 s")
     expect.add_argument("--save", metavar="FILE", help="write the content of the last one there")
     replay = add("replay", "Send a recorded request to the local service again", running)
     what = "its number in the inspector, in the terminal view's details, or in --json"
     replay.add_argument("id", type=int, metavar="ID", help=what)
-    replay.add_argument("--times", type=int, default=1, metavar="N", help="this often; default: once")
+    replay.add_argument("--times", type=count, default=1, metavar="N", help="this often; default: once")
     login = add("login", "Keep a server's token")
     login.add_argument("server", metavar="SERVER", help="its URL")
     login.add_argument("--token", metavar="T", help="default: asked for, or read from stdin")
     add("config", "Show which values are in force, and where they come from", link)
     doctor = add("doctor", "Find out what is wrong on the way", link)
     doctor.add_argument("targets", nargs="*", metavar="TARGET", help="local services to look at, too")
-    doctor.add_argument("--idle", type=float, default=0.0, metavar="S", help="see whether an idle link lasts this long")
+    doctor.add_argument("--idle", type=seconds, default=0.0, metavar="S", help="does an idle link last this long?")
     demo = add("demo", "Try it on this machine")
     demo.add_argument("--listen", metavar="HOST:PORT", help=f"default: 127.0.0.1:{DEFAULT_PORT}, or a free port")
     demo.add_argument("--no-tui", action="store_true", help="plain lines, also on a terminal")
@@ -7093,6 +7151,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # else a socket could become the stdout that was closed
+    os.close(number)
     parser = _parser()
     words = sys.argv[1:] if argv is None else argv
     end = words.index("--") if "--" in words else len(words)
