@@ -2507,12 +2507,13 @@ def write_private(path: Path, text: str) -> None:
 
 def read_or_make(path: Path, make: Callable[[], str]) -> str:
     """Return a file's one line, which is made and kept when it is not there."""
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        text = make()
-        write_private(path, text + "\n")
-    return text
+    if not path.exists():
+        own = path.with_name(f".{path.name}.{os.getpid()}.new")
+        write_private(own, make() + "\n")
+        with contextlib.suppress(FileExistsError):  # another process was faster, and what it made counts
+            os.link(own, path)
+        own.unlink()
+    return path.read_text(encoding="utf-8").strip()
 
 
 # ---- Link -----------------------------------------------------------------------------------------------------------
@@ -3540,10 +3541,10 @@ class Edits(NamedTuple):
         fields: Headers = []
         for line in put:
             name, colon, value = line.partition(":")
-            fields.append((name.strip().encode(), value.strip().encode()))
+            fields.append((os.fsencode(name.strip()), os.fsencode(value.strip())))
             if not colon:
                 raise UsageError(f"{escape(line)!r} is not a header field: write it like 'Name: value'")
-        names = [name.strip().encode() for name in drop]
+        names = [os.fsencode(name.strip()) for name in drop]
         every = [*fields, *((name, b"") for name in names)]
         try:
             check_fields([part.replace(b"\0", b"\n") for part in itertools.chain.from_iterable(every)])
@@ -3551,7 +3552,7 @@ class Edits(NamedTuple):
             raise UsageError("a header field's name or value has characters that may not be there") from None
         for known, _ in every:
             if known.lower() in FRAMING | HOP_BY_HOP:
-                raise UsageError(f"{known.decode()} belongs to the connection; it is made anew on each side")
+                raise UsageError(f"{escape(known)} belongs to the connection; it is made anew on each side")
         return cls(fields, frozenset(name.lower() for name in names))
 
     def apply(self, headers: Headers) -> Headers:
@@ -4334,7 +4335,8 @@ class TunnelClient:
                 exchange.status = exchange.status or PROBLEMS[PROBLEM_OF.get(error.code, "internal")][0]
             stream.abort(error.code, error.reason, flush=True)
         except asyncio.CancelledError:
-            exchange.error = "" if exchange.status == 101 else "the visitor went away"
+            gone = "the visitor went away" if exchange.replay_of is None else f"no end within {REPLAY_TIMEOUT:g} s"
+            exchange.error = "" if exchange.status == 101 else gone
         except Exception:
             exchange.error = "a bug in pytunnel"
             stream.abort(ErrorCode.INTERNAL)
@@ -5977,7 +5979,8 @@ class Run:
             try:
                 run = cls(path, parse_object(path.read_text(encoding="utf-8")))
                 with contextlib.suppress(Unreachable):  # it is stopped, or busy
-                    run.ask("/api/status", within=2.0)
+                    if run.ask("/api/status", within=2.0)["pid"] != run.pid:
+                        raise LookupError("another one has this port now")
                 runs.append(run)
             except (OSError, ValueError, LookupError, TypeError, TunnelError):
                 path.unlink(missing_ok=True)
@@ -6082,11 +6085,15 @@ async def connect(
             if running.done():
                 running.result()
             yield client
+            client.stop()
+            await asyncio.wait([running], timeout=1.0)  # for responses that are on their way
+            if running.done():
+                running.result()
         finally:
             waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
             client.stop()
-            await running
+            client.stop()
+            await asyncio.gather(waiting, running, return_exceptions=True)
 
 
 def _dialled(host: str | None, everywhere: str) -> str:
@@ -7084,10 +7091,13 @@ def _parser() -> CommandParser:
     serve.add_argument("--listen", default=f":{DEFAULT_PORT}", metavar="HOST:PORT", help="default: 8080, everywhere")
     serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
     serve.add_argument("--token", metavar="T", help="default: one that is made once and kept")
+    for flag, default, what in (
+        ("--grace", GRACE, f"sessions outlive links by {GRACE:g} s"),
+        ("--hold", HOLD, f"requests wait {HOLD:g} s for a client"),
+        ("--drain", DRAIN, f"exchanges get {DRAIN:g} s on SIGTERM"),
+    ):
+        serve.add_argument(flag, type=seconds, default=default, metavar="S", help=what)
     serve.add_argument("--trusted-proxy", action="append", default=[], metavar="CIDR", help="believe its X-Forwarded-*")
-    serve.add_argument("--grace", type=seconds, default=GRACE, metavar="S", help=f"a session without a link: {GRACE:g} s")
-    serve.add_argument("--hold", type=seconds, default=HOLD, metavar="S", help=f"a request without a client: {HOLD:g} s")
-    serve.add_argument("--drain", type=seconds, default=DRAIN, metavar="S", help=f"exchanges after SIGTERM: {DRAIN:g} s")
     connect = add("connect", "Give local services public URLs", link, client)
     connect.usage = "pytunnel connect [OPTION...] TARGET... [-- COMMAND...]"
     what = "[NAME=] port, host:port, URL, unix:/path or ./folder"

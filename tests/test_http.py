@@ -167,7 +167,7 @@ def test_a_nul_cannot_be_encoded() -> None:
 
 
 def test_heads_up_to_the_limit() -> None:
-    fits = b"x" * (MAX_HEAD - 3 - len(b"200\0\0a\0"))
+    fits = b"x" * (MAX_HEAD - pytunnel.OPEN_HEADER.size - len(b"200\0\0a\0"))
     assert len(ResponseHead(200, b"", [(b"a", fits)]).encode()) + pytunnel.OPEN_HEADER.size == MAX_HEAD
     with pytest.raises(MessageError) as caught:
         ResponseHead(200, b"", [(b"a", fits + b"x")]).encode()

@@ -234,7 +234,8 @@ def example_settings(place: Path) -> Path:
 
 def test_settings_file(place: Path) -> None:
     example_settings(place)
-    tunnels = pytunnel.Settings({}, project=True).named()
+    settings = pytunnel.Settings({}, project=True)
+    tunnels = {name: settings.from_file(name) for name in settings.named()}
     assert {name: tunnel.target.text for name, tunnel in tunnels.items()} == {
         "web": "5173",
         "docs": str(place / "site"),

@@ -202,7 +202,7 @@ sys.exit(9)
 
 async def test_a_command_may_outlive_a_signal(machine: Machine, local: RawOrigin) -> None:
     """What it ignores does not end the tunnel either."""
-    body = "signal.signal(2, lambda *_: print('no', flush=True))\nprint('ready', flush=True)\nwhile 1: signal.pause()"
+    body = "signal.signal(2, lambda *_: os.write(1, b'no\\n'))\nprint('ready', flush=True)\nwhile 1: signal.pause()"
     async with await machine.start("connect", str(local.port), "--name", "web", "--", *script(body)) as client:
         await client.stdout_line("ready")
         for _ in range(3):
@@ -844,11 +844,16 @@ async def test_the_url_file_is_there_while_the_tunnel_works(machine: Machine, lo
 
 async def test_a_url_file_that_cannot_be_written_is_one_line(machine: Machine, local: RawOrigin) -> None:
     (machine.home / "folder").mkdir()
-    for path, reason in (("missing/url", "no such file or directory"), ("folder", "is a directory")):
+    os.mkfifo(machine.home / "pipe")
+    for path, status, error in (
+        ("missing/url", 1, "cannot write missing/url: no such file or directory"),
+        ("folder", 2, "--url-file folder is there, and not a file; give another path"),
+        ("pipe", 2, "--url-file pipe is there, and not a file; give another path"),
+    ):
         result = await machine.run("connect", f"web={local.port}", "--url-file", path)
-        assert (result.status, result.stdout) == (1, []), result
-        assert result.error == f"error: cannot write {path}: {reason}"
-        assert sorted(os.listdir(machine.home)) == ["folder", "state"]
+        assert (result.status, result.stdout) == (status, []), result
+        assert result.error == f"error: {error}"
+        assert sorted(os.listdir(machine.home)) == ["folder", "pipe", "state"]
 
 
 async def test_a_client_that_was_refused_leaves_no_url_file(machine: Machine) -> None:

@@ -357,10 +357,11 @@ async def test_what_is_kept_is_private(tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{port}"
         async with await Process.start("connect", f"{origin.port}", "--server", url, "--json", home=tmp_path) as client:
             await client.event("ready")
-            files = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "state").iterdir()}
+            found = [tmp_path / "state", *(tmp_path / "state").rglob("*")]
+            files = {path.name: path.stat().st_mode & 0o777 for path in found if path.is_file()}
             assert {"token", "names.json", "client.json"} <= set(files)
             assert set(files.values()) == {0o600}, files
-            assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
+            assert {path.stat().st_mode & 0o777 for path in found if path.is_dir()} == {0o700}
 
 
 async def test_a_token_that_is_given_is_not_kept_by_the_server(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def test_the_configuration_directory_is_the_user_s_own(place: Place, monkeypatch
 def test_named_tunnels_of_the_project_win(place: Place) -> None:
     place.config.write_text('[tunnels.web]\ntarget = "1"\n[tunnels.own]\ntarget = "2"\nspa = true\n')
     place.project.write_text('[tunnels.web]\ntarget = "3"\n[tunnels.api]\ntarget = "4"\n')
-    assert [(name, t.target.port) for name, t in Settings({}, project=True).named().items()] == [
+    settings = Settings({}, project=True)
+    assert [(name, settings.from_file(name).target.port) for name in settings.named()] == [
         ("web", 3), ("api", 4), ("own", 2),
     ]  # fmt: skip
     assert list(Settings({}).named()) == ["web", "own"]
@@ -161,7 +162,7 @@ def test_all_that_a_named_tunnel_may_have(place: Place, tmp_path: Path) -> None:
         insecure = true
         """
     )
-    (tunnel,) = Settings({}, project=True).named().values()
+    tunnel = Settings({}, project=True).from_file("web")
     here = str(place.project.parent)
     assert tunnel == Tunnel(
         "web",
@@ -177,7 +178,7 @@ def test_all_that_a_named_tunnel_may_have(place: Place, tmp_path: Path) -> None:
 
 def test_a_port_in_a_file_needs_no_quotes(place: Place) -> None:
     place.config.write_text("[tunnels.web]\ntarget = 3000\n")
-    assert Settings({}).named()["web"].target == Target("3000", "localhost", 3000)
+    assert Settings({}).from_file("web").target == Target("3000", "localhost", 3000)
 
 
 # ---------------------------------------------------------------------------------------- What is wrong in a file
@@ -253,14 +254,15 @@ def test_a_file_that_cannot_be_read_is_one_line(place: Place) -> None:
 )
 def test_a_named_tunnel_that_makes_no_sense(place: Place, lines: str, error: type, message: str) -> None:
     place.config.write_text(f"[tunnels.web]\n{lines}\n")
-    with pytest.raises(error, match=re.escape(message)):
-        Settings({}).named()
+    settings = Settings({})  # a broken tunnel does not keep the others from being used
+    with pytest.raises(error, match=re.escape(f"{place.config}: tunnel web: ") + ".*" + re.escape(message)):
+        settings.from_file("web")
 
 
 def test_a_named_tunnel_has_a_name_that_is_allowed(place: Place) -> None:
     place.config.write_text('[tunnels."a.b"]\ntarget = "1"\n')
     with pytest.raises(Refused, match=r"'a\.b' is not allowed as a name"):
-        Settings({}).named()
+        Settings({}).from_file("a.b")
 
 
 def test_a_wrong_server_of_a_file_is_told_with_its_name(place: Place) -> None:
