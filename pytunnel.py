@@ -227,6 +227,7 @@ MAX_EXCHANGES = 500  # exchanges the client's log keeps
 MAX_PREFIX = 256 * KiB  # bytes of each body that are kept with them
 MAX_LOG = 32 * MiB  # bytes of heads and bodies in the log; the oldest exchanges make room
 MAX_NOTE = 512  # bytes kept of a WebSocket message or an event
+MAX_INFLATE = 16 * KiB  # bytes of a compressed WebSocket message that is unpacked
 MAX_NOTES = 64  # of these in one exchange, the last ones
 MAX_DIFF = 1000  # lines of a response that are compared with another's: the time goes with their product
 MAX_VIEW = 1 * MiB  # bytes of a body that are unpacked for a person to see, whatever a bomb holds
@@ -1608,6 +1609,7 @@ class WebSocketReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._skip = 0  # bytes of a long payload that are not kept
+        self._inflate: Any = zlib.decompressobj(-15)  # None once a compressed frame could not be followed
 
     def feed(self, data: bytes) -> Iterator[tuple[str, int, bytes]]:
         """Yield kind, size and first bytes of each frame."""
@@ -1619,20 +1621,34 @@ class WebSocketReader:
             self._skip -= skipped
             if self._skip or len(buffer) < 2:
                 return
-            masked, size = buffer[1] & 0x80, buffer[1] & 0x7F
-            if extended := {126: 2, 127: 8}.get(size, 0):
+            size, extended = buffer[1] & 0x7F, {126: 2, 127: 8}.get(buffer[1] & 0x7F, 0)
+            start = 2 + extended + (4 if buffer[1] & 0x80 else 0)
+            if extended:
                 size = int.from_bytes(buffer[2 : 2 + extended])
-            start, kept = 2 + extended + (4 if masked else 0), min(size, MAX_NOTE)
+            kept = min(size, MAX_INFLATE if buffer[0] & 0x40 and self._inflate else MAX_NOTE)
             if len(buffer) < start + kept:
                 return
             payload = bytes(buffer[start : start + kept])
-            if masked:
+            if buffer[1] & 0x80:
                 mask = (bytes(buffer[start - 4 : start]) * (kept // 4 + 1))[:kept]
                 payload = (int.from_bytes(payload) ^ int.from_bytes(mask)).to_bytes(kept)
-            kind = self.KINDS.get(buffer[0] & 0x0F, "reserved") + (", compressed" if buffer[0] & 0x40 else "")
+            kind = self.KINDS.get(buffer[0] & 0x0F, "reserved")
+            if buffer[0] & 0x40:
+                text = self._inflated(payload if kept == size and buffer[0] & 0x80 else None)
+                kind, payload = (kind, text) if text is not None else (f"{kind}, compressed", payload)
             del buffer[: start + kept]
             self._skip = size - kept
-            yield kind, size, payload
+            yield kind, size, payload[:MAX_NOTE]
+
+    def _inflated(self, payload: bytes | None) -> bytes | None:
+        """Return what a compressed message holds (RFC 7692 section 7.2.2); None from the first that is not whole."""
+        if self._inflate and payload is not None:
+            with contextlib.suppress(zlib.error):
+                text: bytes = self._inflate.decompress(payload + b"\0\0\xff\xff", MAX_DATA)
+                if not self._inflate.unconsumed_tail:
+                    return text
+        self._inflate = None
+        return None
 
 
 class EventReader:
@@ -1731,7 +1747,7 @@ def one_line(summary: Mapping[str, Any]) -> str:
 
 
 class ExchangeLog:
-    """The last exchanges of a client, at most MAX_EXCHANGES of them and MAX_LOG bytes; the oldest make room."""
+    """The last exchanges of a client, at most MAX_EXCHANGES of them and MAX_LOG bytes; those ended first make room."""
 
     def __init__(self) -> None:
         self.exchanges: dict[int, Exchange] = {}  # by id, the oldest first
@@ -1810,7 +1826,8 @@ class ExchangeLog:
         if reader := exchange.readers[0 if from_visitor else 1]:
             at = now - exchange.started
             exchange.notes.extend(Note(at, from_visitor, *note) for note in reader.feed(data))
-        if (room := MAX_PREFIX - len(body)) > 0 and exchange.id in self.exchanges:
+        room = 0 if isinstance(reader, WebSocketReader) else MAX_PREFIX - len(body)
+        if room > 0 and exchange.id in self.exchanges:
             body += data[:room]
             self._keep(exchange, min(len(data), room))
         self.touch(exchange)
@@ -1820,7 +1837,8 @@ class ExchangeLog:
             exchange.kept += size
             self._kept += size
         while len(self.exchanges) > MAX_EXCHANGES or self._kept > MAX_LOG:
-            self._kept -= self.exchanges.pop(next(iter(self.exchanges))).kept
+            ended = (e.id for e in self.exchanges.values() if e.ended is not None)
+            self._kept -= self.exchanges.pop(next(ended, next(iter(self.exchanges)))).kept
 
 
 # ---- Views ----------------------------------------------------------------------------------------------------------
@@ -1901,7 +1919,7 @@ def _text(data: bytes | bytearray, *, cut: bool = False) -> str | None:
 def body_view(headers: Headers, body: bytes | bytearray, size: int, *, reveal: bool = False) -> View:
     """Return what to show of a body of `size` bytes, of which `body` is the kept beginning."""
     data, notes = bytes(body), []
-    if not size:
+    if not body:
         return View("empty")
     if size > len(data):
         notes.append(f"the first {human_size(len(data))} of {human_size(size)}")
@@ -4024,7 +4042,9 @@ class TunnelClient:
         """
         body = edits.get("body")
         if body is None:
-            if exchange.bytes_in > len(exchange.request_body) or exchange.status == 101:
+            if exchange.status == 101:
+                raise MessageError("a WebSocket cannot be replayed")
+            if exchange.bytes_in > len(exchange.request_body):
                 raise MessageError(f"only {len(exchange.request_body)} bytes of its content were kept")
             body = bytes(exchange.request_body)
         headers: Headers = edits.get("headers", exchange.request_headers)
@@ -6685,10 +6705,7 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
     def remember() -> None:
         settings.memory.remember(settings.server.value, settings.token.value)
 
-    status = _run(_share_here(settings.server.value, settings.token.value, tunnels, options, console, remember))
-    if options.detached:
-        Path(options.detached).unlink(missing_ok=True)  # nothing went wrong
-    return status
+    return _run(_share_here(settings.server.value, settings.token.value, tunnels, options, console, remember))
 
 
 def _remove(path: str) -> None:
@@ -6765,8 +6782,10 @@ async def _share_here(
         if live.is_set() and options.detached and console.stdout.is_alive():
             console.stdout.write(LIVE.decode())
             console.stdout.close()
-            with open(os.devnull, "wb") as nowhere:
+            with open(os.devnull, "wb") as nowhere:  # nobody will read on
                 os.dup2(nowhere.fileno(), 1)
+                os.dup2(nowhere.fileno(), 2)
+            _remove(options.detached)
 
     async with contextlib.AsyncExitStack() as stack:
         tunnels = await stack.enter_async_context(open_folders(tunnels))

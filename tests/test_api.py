@@ -9,6 +9,7 @@ import datetime
 import gzip
 import itertools
 import json
+import random
 import resource
 import shutil
 import struct
@@ -541,9 +542,10 @@ def test_the_log_keeps_so_many_bytes(head: int, sent: int, received: int) -> Non
     size = 2 * head + min(sent, MAX_PREFIX) + min(received // 2 * 2, MAX_PREFIX)
     assert len(log.exchanges) == min(MAX_EXCHANGES, MAX_LOG // size)
     assert exchanges[-1].bytes_out == sent and len(exchanges[-1].response_body) == min(sent, MAX_PREFIX)
-    before = len(exchanges[0].response_body)
-    log.send(exchanges[0], bytes(1000), 0.0)
-    assert len(exchanges[0].response_body) == before, "it is no longer in the log"
+    dropped = next(exchange for exchange in exchanges if exchange.id not in log.exchanges)
+    before = len(dropped.response_body)
+    log.send(dropped, bytes(1000), 0.0)
+    assert len(dropped.response_body) == before, "it is no longer in the log"
     log.finish(exchanges[0], 1.0)
     assert log.in_flight == 349
 
@@ -569,14 +571,22 @@ def test_the_log_keeps_the_last_notes() -> None:
     assert len(exchange.notes) == MAX_NOTES and exchange.notes[-1].at == MAX_NOTES + 4
 
 
-def test_no_more_than_the_prefix_is_kept_of_a_long_upgrade() -> None:
+def test_an_exchange_that_runs_outlasts_those_that_have_ended() -> None:
+    log = ExchangeLog()
+    running = begun(log)
+    for _ in range(2 * MAX_EXCHANGES):
+        log.finish(begun(log), 1.0)
+    assert next(iter(log.exchanges.values())) is running and len(log.exchanges) == MAX_EXCHANGES
+
+
+def test_of_a_websocket_only_its_messages_are_kept() -> None:
     log = ExchangeLog()
     exchange = begun(log)
     log.respond(exchange, ResponseHead(101, b"", [(b"Upgrade", b"WebSocket"), (b"Connection", b"Upgrade")]))
     frame = b"\x82\x7f" + (MAX_PREFIX * 8).to_bytes(8)
     for data in (frame, *[bytes(MAX_PREFIX)] * 8, b"\x89\x00"):
         log.send(exchange, data, 0.0)
-    assert len(exchange.response_body) == MAX_PREFIX
+    assert exchange.response_body == b""
     assert [(note.kind, note.size, len(note.data)) for note in exchange.notes] == [
         ("binary", MAX_PREFIX * 8, MAX_NOTE), ("ping", 0, 0),
     ]  # fmt: skip
@@ -610,7 +620,7 @@ FRAMES = st.lists(
         st.sampled_from([0, 1, 2, 8, 9, 10, 3]),
         st.binary(max_size=200) | st.integers(0, 1500).map(lambda size: pattern(0, size)),
         st.none() | st.binary(min_size=4, max_size=4),
-        st.sampled_from([0x80, 0, 0xC0]),
+        st.sampled_from([0x80, 0]),
         st.integers(0, 2),
     ),
     max_size=6,
@@ -621,8 +631,7 @@ FRAMES = st.lists(
 def test_websocket_frames_are_read_in_any_slices(frames: list[tuple[Any, ...]], places: list[int]) -> None:
     kinds = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong", 3: "reserved"}
     expected = [
-        (kinds[opcode] + (", compressed" if flags & 0x40 else ""), len(payload), payload[:MAX_NOTE])
-        for opcode, payload, _, flags, _ in frames
+        (kinds[opcode], len(payload), payload[:MAX_NOTE]) for opcode, payload, *_ in frames
     ]
     data = b"".join(frame_of(*frame) for frame in frames)
     for pieces in ([data], cut(data, places), [data[i : i + 1] for i in range(len(data))]):
@@ -980,3 +989,29 @@ def test_human_size(size: float, text: str) -> None:
 @given(st.integers(0, 999 * 1024**4))
 def test_a_size_has_few_characters(size: int) -> None:
     assert len(human_size(size)) <= 8
+
+
+def test_compressed_websocket_messages_are_read_until_one_is_too_long() -> None:
+    squeeze = zlib.compressobj(wbits=-15)
+
+    def message(text: bytes) -> bytes:
+        data = (squeeze.compress(text) + squeeze.flush(zlib.Z_SYNC_FLUSH)).removesuffix(b"\0\0\xff\xff")
+        return b"\xc1" + (bytes([len(data)]) if len(data) < 126 else b"\x7e" + len(data).to_bytes(2)) + data
+
+    reader = WebSocketReader()
+    first, second = message(b"hello, hello"), message(b"hello again")  # which refers to the first
+    assert [note for byte in first + second for note in reader.feed(bytes([byte]))] == [
+        ("text", len(first) - 2, b"hello, hello"),
+        ("text", len(second) - 2, b"hello again"),
+    ]
+    long = message(random.Random(1).randbytes(pytunnel.MAX_INFLATE + 1))
+    assert [note[0] for note in reader.feed(long)] == ["text, compressed"]
+    assert [note[0] for note in reader.feed(message(b"hello"))] == ["text, compressed"]
+
+
+def test_a_websocket_bomb_is_not_unpacked() -> None:
+    squeeze = zlib.compressobj(9, wbits=-15)
+    data = squeeze.compress(bytes(8 * pytunnel.MiB)) + squeeze.flush(zlib.Z_SYNC_FLUSH)
+    bomb = b"\xc2\x7e" + len(data).to_bytes(2) + data
+    ((kind, size, kept),) = WebSocketReader().feed(bomb)
+    assert (kind, size, len(kept)) == ("binary, compressed", len(data), pytunnel.MAX_NOTE)
