@@ -157,6 +157,8 @@ uninstall() {
         say "Removed $removed"
     fi
     [ -n "$removed" ] || say "pytunnel is not installed for you: nothing to remove"
+    state=${PYTUNNEL_STATE_DIR:-${XDG_STATE_HOME:-$HOME/.local/state}/pytunnel}
+    [ ! -d "$state" ] || say "Tokens and names stay in $state: remove it, too, when you will not need them again"
 }
 
 run_tests() {

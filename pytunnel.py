@@ -1120,6 +1120,12 @@ def _decode_head(payload: bytes, one: re.Pattern[bytes], two: re.Pattern[bytes])
         raise ProtocolError(f"a head with {error}") from None
 
 
+def fields_of(payload: bytes) -> Headers:
+    """Return the fields of a head that was checked before."""
+    parts = payload.split(b"\0")[2:]
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
 def _wire_head(start_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     lines = [start_line, *(b"%b: %b" % pair for pair in headers), b"", b""]
     return b"\r\n".join(lines)
@@ -1636,6 +1642,8 @@ class WebSocketReader:
             if buffer[0] & 0x40:
                 text = self._inflated(payload if kept == size and buffer[0] & 0x80 else None)
                 kind, payload = (kind, text) if text is not None else (f"{kind}, compressed", payload)
+            elif kind == "close" and kept >= 2:
+                kind, payload = f"close {int.from_bytes(payload[:2])}", payload[2:]
             del buffer[: start + kept]
             self._skip = size - kept
             yield kind, size, payload[:MAX_NOTE]
@@ -1677,11 +1685,11 @@ class Exchange:
     started: float
     time: float = 0.0  # when it started, in seconds since 1970
     id: int = 0  # counts from 1
-    request_headers: Headers = field(default_factory=list)
-    response_headers: Headers = field(default_factory=list)
+    request_head: bytes = b""  # as in OPEN and HEAD: one object, where a list of fields would be dozens
+    response_head: bytes = b""
     request_body: bytearray = field(default_factory=bytearray)
     response_body: bytearray = field(default_factory=bytearray)
-    notes: collections.deque[Note] = field(default_factory=lambda: collections.deque(maxlen=MAX_NOTES))
+    notes: collections.deque[Note] | tuple[Note, ...] = ()  # the last MAX_NOTES
     status: int | None = None  # what the visitor gets; None: nothing
     reason: str = ""
     bytes_in: int = 0
@@ -1705,6 +1713,16 @@ class Exchange:
     def path(self) -> str:
         """The target without its query."""
         return self.target.partition("?")[0]
+
+    @property
+    def request_headers(self) -> Headers:
+        """The fields of the request."""
+        return fields_of(self.request_head)
+
+    @property
+    def response_headers(self) -> Headers:
+        """The fields of the response, none before it has a head."""
+        return fields_of(self.response_head)
 
     def summary(self) -> dict[str, Any]:
         """Return it as a program sees it: JSON values, secrets masked, sizes in bytes, `ms` None while it runs."""
@@ -1735,10 +1753,6 @@ class Exchange:
         return all(map(found, query.lower().split()))
 
 
-def _size(headers: Headers) -> int:
-    return sum(map(len, itertools.chain.from_iterable(headers)))
-
-
 def one_line(summary: Mapping[str, Any]) -> str:
     """Return an exchange's summary as a line for a terminal."""
     error = f"  {escape(summary['error'])}" if summary["error"] else ""
@@ -1750,7 +1764,8 @@ class ExchangeLog:
     """The last exchanges of a client, at most MAX_EXCHANGES of them and MAX_LOG bytes; those ended first make room."""
 
     def __init__(self) -> None:
-        self.exchanges: dict[int, Exchange] = {}  # by id, the oldest first
+        # By id, the oldest first; a plain dict looks through all that was removed to find its first key.
+        self.exchanges: collections.OrderedDict[int, Exchange] = collections.OrderedDict()
         self.listeners: set[Callable[[], object]] = set()  # called at each change; they return at once
         self.version = 0  # counts changes
         self.total = self.in_flight = self.bytes_in = self.bytes_out = 0
@@ -1763,19 +1778,21 @@ class ExchangeLog:
         self.in_flight += 1
         exchange.id = self.total
         self.exchanges[exchange.id] = exchange
-        self._keep(exchange, _size(exchange.request_headers))
+        self._keep(exchange, len(exchange.request_head))
         self.touch(exchange)
 
-    def respond(self, exchange: Exchange, head: ResponseHead) -> None:
-        """Note the head that the visitor gets."""
+    def respond(self, exchange: Exchange, head: ResponseHead, payload: bytes) -> None:
+        """Note the head that the visitor gets, and the same as in its HEAD."""
         exchange.status, exchange.reason = head.status, head.reason.decode("latin-1")
-        exchange.response_headers = head.headers
+        exchange.response_head = payload
         content_type = b"".join(field_values(head.headers, b"content-type")).lower()
         if head.status == 101 and field_tokens(head.headers, b"upgrade") == {b"websocket"}:
             exchange.readers = WebSocketReader(), WebSocketReader()
         elif content_type.startswith(b"text/event-stream"):
             exchange.readers = None, EventReader()
-        self._keep(exchange, _size(head.headers))
+        if exchange.readers[1]:
+            exchange.notes = collections.deque(maxlen=MAX_NOTES)
+        self._keep(exchange, len(payload))
         self.touch(exchange)
 
     def receive(self, exchange: Exchange, data: bytes, now: float) -> None:
@@ -1825,7 +1842,8 @@ class ExchangeLog:
     def _record(self, exchange: Exchange, body: bytearray, data: bytes, now: float, *, from_visitor: bool) -> None:
         if reader := exchange.readers[0 if from_visitor else 1]:
             at = now - exchange.started
-            exchange.notes.extend(Note(at, from_visitor, *note) for note in reader.feed(data))
+            notes = cast(collections.deque[Note], exchange.notes)
+            notes.extend(Note(at, from_visitor, *note) for note in reader.feed(data))
         room = 0 if isinstance(reader, WebSocketReader) else MAX_PREFIX - len(body)
         if room > 0 and exchange.id in self.exchanges:
             body += data[:room]
@@ -2043,7 +2061,8 @@ def diff(before: Exchange, after: Exchange) -> list[str]:
     """Return what differs between two responses, as lines of a unified diff; none when nothing does."""
 
     def lines(e: Exchange) -> list[str]:
-        fields = [f"{name}: {value}" for name, value in text_fields(e.response_headers)]
+        shown = text_fields(e.response_headers)
+        fields = [f"{name}: {value}" for name, value in shown if name.lower() != "date"]  # which always differs
         body = body_view(e.response_headers, e.response_body, e.bytes_out)
         return [f"{e.status} {e.reason}", *fields, "", *body.text.splitlines(), *filter(None, [body.note])]
 
@@ -2275,7 +2294,7 @@ class Screen:
         elif name == "/" and not self.opened:
             self.typing = True
         elif name == "escape":
-            self.filter = ""
+            self.filter, self.following = "", True
         return None
 
     def arrange(self, snapshot: Snapshot, width: int, height: int) -> None:
@@ -2308,6 +2327,7 @@ class Screen:
             self.selected, self.following = self.shown[index].id, index == 0
 
     def _type(self, name: str) -> None:
+        self.following = True
         if name in ("enter", "escape"):
             self.typing = False
         if name == "escape":
@@ -2475,10 +2495,11 @@ def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spa
             "Duration": human_time(duration) + (" so far" if e.ended is None else ""),
         }
         yield from _labelled(((f"{label:<8}", text) for label, text in rows.items() if text), width)
-        longest = max(0, width - 24)
-        for name, seconds in timings(e).items():
+        longest, parts = max(0, width - 24), timings(e)
+        total = max(1e-6, sum(seconds or 0.0 for seconds in parts.values()))
+        for name, seconds in parts.items():
             if seconds is not None:
-                bar = "█" * min(longest, round(seconds / max(duration, 1e-6) * longest))
+                bar = "█" * round(seconds / total * longest)
                 yield from _labelled([(f"  {name:<8}", f"{human_time(seconds):>8}  {bar}")], width)
     elif tab == "Headers":
         for title, headers in (" Request", e.request_headers), ("", []), (" Response", e.response_headers):
@@ -2620,10 +2641,10 @@ class Stream:
 
     # Writing
 
-    def write_head(self, head: ResponseHead, *, end: bool = False) -> None:
-        """Send a response head; `end` says that no content follows."""
+    def write_head(self, payload: bytes, *, interim: bool = False, end: bool = False) -> None:
+        """Send a response head, encoded; `end` says that no content follows."""
         self._check()
-        self._link.session.send_head(self.id, head.encode(), interim=head.interim, end=end)
+        self._link.session.send_head(self.id, payload, interim=interim, end=end)
         self.finished = end
         self._link.wake()
 
@@ -3011,7 +3032,9 @@ def problem_page(problem: str, accept: str, encoder: ResponseEncoder, fields: He
     if "text/html" in accept:
         kind = b"text/html; charset=utf-8"
         title = f"{status} {problem}"
-        text = f"<!doctype html><title>{title}</title><h1>{title}</h1><p>{html.escape(sentence)}</p>\n"
+        style = "font:16px/1.5 system-ui;margin:3rem auto;max-width:40rem;padding:0 1rem;color-scheme:light dark"
+        start = f'<!doctype html><html lang="en" style="{style}"><meta name="viewport" content="width=device-width">'
+        text = f"{start}<title>{title}</title><h1>{title}</h1><p>{html.escape(sentence)}</p>\n"
     elif "json" in accept:
         kind = b"application/json"
         text = json.dumps({"error": problem, "status": status, "message": sentence}) + "\n"
@@ -3258,7 +3281,8 @@ class TunnelServer:
             self._listener = await loop.create_server(self._http, self._host, self.port, backlog=1024)
         except OSError as error:
             where = f"{self._host or '*'}:{self.port}"
-            raise TunnelError(f"cannot listen on {where}: {error.strerror}; choose another with --listen") from None
+            reason = os.strerror(error.errno or 0).lower()
+            raise TunnelError(f"cannot listen on {where}: {reason}; choose another with --listen") from None
         self.port = self._listener.sockets[0].getsockname()[1]
 
     async def drain(self) -> None:
@@ -3766,7 +3790,7 @@ class Replay:
         """Return the content, then b""."""
         return self._chunks.pop() if self._chunks else b""
 
-    def write_head(self, head: ResponseHead, *, end: bool = False) -> None: ...
+    def write_head(self, payload: bytes, *, interim: bool = False, end: bool = False) -> None: ...
     async def write(self, data: bytes, *, end: bool = False) -> None: ...
     def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None: ...
 
@@ -3850,9 +3874,10 @@ class Forwarding:
         if head.status == 101 and self._stream.kind is not Kind.UPGRADE:
             raise MessageError("101 without an Upgrade", 502)
         head = ResponseHead(head.status, head.reason, self._edits.apply(head.headers))
+        payload = head.encode()
         if not head.interim:
-            self._log.respond(self._exchange, head)
-        self._stream.write_head(head, end=end and head.status != 101)
+            self._log.respond(self._exchange, head, payload)
+        self._stream.write_head(payload, interim=head.interim, end=end and head.status != 101)
 
     async def _upload(self, connection: LocalConnection, *, chunked: bool) -> bool:
         """Send the request's content, or a pipe's bytes; True says that all of it went out."""
@@ -4054,12 +4079,13 @@ class TunnelClient:
         method, target = edits.get("method", exchange.method), edits.get("target", exchange.target)
         index = [tunnel.name for tunnel in self.tunnels].index(exchange.tunnel)
         try:
-            head = RequestHead.decode(RequestHead(method.encode(), target.encode(), headers).encode())
+            payload = RequestHead(method.encode(), target.encode(), headers).encode()
+            head = RequestHead.decode(payload)
         except ProtocolError as error:
             raise MessageError(str(error)) from None
         if not target.startswith("/"):
             raise MessageError("a target begins with /")
-        again = self._begin(index, head, replay_of=exchange.id)
+        again = self._begin(index, head, payload, replay_of=exchange.id)
         task = asyncio.ensure_future(self._exchange(Replay(body), index, head, again))
         self._forwarding.add(task)
         task.add_done_callback(self._forwarding.discard)
@@ -4128,7 +4154,7 @@ class TunnelClient:
             if self._connected_at < float("inf"):
                 retries = 0
             if self._max_retries is not None and retries >= self._max_retries:
-                raise Unreachable(f"no server at {self.server}: {reason}; gave up after {retries} retries")
+                raise Unreachable(f"no server at {self.server}: {reason}; --max-retries {retries} are used up")
             retries += 1
             delay = next(delays) if self.urls else min(next(delays), 1.0)
             if not self.urls and loop.time() + delay + BACKOFF_MIN > self._give_up_at:
@@ -4278,7 +4304,8 @@ class TunnelClient:
         link = self._link
         assert link
         if code is ErrorCode.REPLACED:
-            self._fatal = Refused("replaced", escape(reason))
+            names = ", ".join(tunnel.name for tunnel in self.tunnels)
+            self._fatal = Refused("replaced", f"{names}: {escape(reason)}; give this client another --name")
             link.lose(reason)
         elif not self._renewal:
             self._renewal = asyncio.ensure_future(self._renew(link, reason))
@@ -4326,19 +4353,19 @@ class TunnelClient:
     async def _forward(self, stream: Stream) -> None:
         try:
             head = RequestHead.decode(stream.head)
-            exchange = self._begin(stream.tunnel, head, waited=stream.waited)
+            exchange = self._begin(stream.tunnel, head, stream.head, waited=stream.waited)
         except (ProtocolError, IndexError):
             return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
         await self._exchange(stream, stream.tunnel, head, exchange)
 
-    def _begin(self, tunnel: int, head: RequestHead, **fields: Any) -> Exchange:
+    def _begin(self, tunnel: int, head: RequestHead, payload: bytes, **fields: Any) -> Exchange:
         exchange = Exchange(
             self.tunnels[tunnel].name,
             head.method.decode(),
             head.target.decode("utf-8", "backslashreplace"),
             started=asyncio.get_running_loop().time(),
             time=time.time(),
-            request_headers=head.headers,
+            request_head=payload,
             round_trip=self.round_trip,
             **fields,
         )
@@ -5902,7 +5929,7 @@ class Settings:
         """Return the token. Raises UsageError when there is none."""
         if not self.token.value:
             raise UsageError(f"no token for {self.server.value}: add --token with what `pytunnel serve` printed there")
-        return check_token(self.token.value, "copy the whole of what `pytunnel serve` printed")
+        return check_token(self.token.value, f"copy the whole of what `pytunnel serve` printed ({self.token.source})")
 
     def from_targets(self, texts: Sequence[str]) -> list[Tunnel]:
         """Return the tunnels of targets like `3000` or `web=3000`. Raises UsageError or Refused."""
@@ -6770,6 +6797,7 @@ async def _share_here(
     if options.wait_local is not None:
         await _wait_local(tunnels, options.wait_local)
     live = asyncio.Event()
+    hint = "" if options.run or options.wait_local is not None else await _not_running(tunnels)
 
     def emit(event: str, **fields: Any) -> None:
         if event == "ready" and fields["url"] == client.urls[-1]:
@@ -6779,6 +6807,8 @@ async def _share_here(
                 write_url(Path(options.url_file), client.urls)
             live.set()
         console.emit(event, **fields)
+        if event == "ready" and live.is_set() and hint:
+            console.emit("hint", message=hint)
         if live.is_set() and options.detached and console.stdout.is_alive():
             console.stdout.write(LIVE.decode())
             console.stdout.close()
@@ -6816,6 +6846,17 @@ async def _share_here(
             console.format, console.quiet = "", True
             await stack.enter_async_context(view)
         return await _run_client(client, console)
+
+
+async def _not_running(tunnels: Iterable[Tunnel]) -> str:
+    """Return a hint when a local service on this machine takes no connections."""
+    for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
+        if target.is_loopback:
+            try:
+                (await LocalService(target, insecure=True).connect()).abort()
+            except StreamReset as error:
+                return f"{error.reason}; visitors get an error until it runs"
+    return ""
 
 
 async def _wait_local(tunnels: Iterable[Tunnel], seconds: float) -> None:
@@ -6955,6 +6996,8 @@ def _login(options: argparse.Namespace, console: Console) -> int:
     token = options.token or os.environ.get("PYTUNNEL_TOKEN")
     if not token:
         token = getpass.getpass("token: ") if os.isatty(0) else os.read(0, MAX_HELLO).decode(errors="replace")
+    if not token.strip():
+        raise UsageError("no token was given: type it, write it to stdin, or add --token")
     token = check_token(token.strip(), "copy the whole of what `pytunnel serve` printed")
 
     async def log_in() -> int:
@@ -7128,7 +7171,7 @@ def _parser() -> CommandParser:
     connect.add_argument("--remove-header", action="append", metavar="K", help="drop a field from each request")
     connect.add_argument("--response-header", action="append", metavar="'K: V'", help="the same for responses")
     connect.add_argument("--remove-response-header", action="append", metavar="K", help="the same for responses")
-    connect.add_argument("--spa", action="store_true", help="a folder's index.html for paths that are no file")
+    connect.add_argument("--spa", action="store_true", help="a folder: its index.html for pages that are no file")
     connect.add_argument("--insecure", action="store_true", help="do not verify a local service's certificate")
     start = add("start", "Start tunnels that are set up in a file", link, client)
     start.add_argument("names", nargs="*", metavar="NAME", help="default: the only one there is")

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytunnel
-from pytunnel import Exchange, Headers, Inspector, ResponseHead, Target, Tunnel, TunnelClient
+from pytunnel import Exchange, Headers, Inspector, RequestHead, ResponseHead, Target, Tunnel, TunnelClient
 
 NOON = 1_767_269_520.0  # when the samples happened, in seconds since 1970
 AGENT = b"Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0"
@@ -73,7 +73,7 @@ class Samples:
         self.now += 1.7
         fields = [(b"Host", b"web.t.example.com"), (b"User-Agent", AGENT), (b"Accept", b"*/*"), *(headers or [])]
         exchange = Exchange(self.client.tunnels[0].name, method, target, self.now, time=NOON + self.now)
-        exchange.request_headers, exchange.round_trip = fields, 0.023
+        exchange.request_head, exchange.round_trip = RequestHead(b"", b"", fields).encode(), 0.023
         self.log.begin(exchange)
         if body:
             self.log.receive(exchange, body, self.now)
@@ -85,7 +85,8 @@ class Samples:
         """The local service answers."""
         headers = [(b"Content-Type", kind)] if kind else []
         e.answered = e.started + seconds
-        self.log.respond(e, ResponseHead(status, pytunnel.http.HTTPStatus(status).phrase.encode(), [*headers, *rest]))
+        head = ResponseHead(status, pytunnel.http.HTTPStatus(status).phrase.encode(), [*headers, *rest])
+        self.log.respond(e, head, head.encode())
 
     def add(
         self,

@@ -497,19 +497,26 @@ async def test_a_refused_host_is_hinted_at_once(status: int, body: bytes) -> Non
 # ---------------------------------------------------------------------------------------- The log's bounds
 
 
+def head_of(fields: list[Header]) -> bytes:
+    return pytunnel.RequestHead(b"GET", b"/", fields).encode()
+
+
 def begun(log: ExchangeLog, headers: list[Header] | None = None) -> Exchange:
-    exchange = Exchange("web", "GET", "/", started=0.0, request_headers=headers or [])
+    exchange = Exchange("web", "GET", "/", started=0.0, request_head=head_of(headers or []))
     log.begin(exchange)
     return exchange
+
+
+def answered(log: ExchangeLog, exchange: Exchange, head: ResponseHead) -> None:
+    log.respond(exchange, head, head.encode())
 
 
 def kept(log: ExchangeLog) -> int:
     """Bytes of heads and bodies, counted from scratch."""
     return sum(
-        len(e.request_body) + len(e.response_body)
-        + sum(len(name) + len(value) for name, value in [*e.request_headers, *e.response_headers])
+        len(e.request_body) + len(e.response_body) + len(e.request_head) + len(e.response_head)
         for e in log.exchanges.values()
-    )  # fmt: skip
+    )
 
 
 def test_the_log_keeps_the_last_exchanges() -> None:
@@ -532,14 +539,15 @@ def test_the_log_keeps_so_many_bytes(head: int, sent: int, received: int) -> Non
     for number in range(700):
         exchange = begun(log, fields)
         exchanges.append(exchange)
-        log.respond(exchange, ResponseHead(200, b"OK", fields))
+        answered(log, exchange, ResponseHead(200, b"OK", fields))
         for data in (bytes(sent // 2), bytes(sent - sent // 2)):
             log.send(exchange, data, 0.0)
             log.receive(exchange, bytes(received // 2), 0.0)
         if number % 2:
             log.finish(exchange, 1.0)
         assert len(log.exchanges) <= MAX_EXCHANGES and kept(log) <= MAX_LOG
-    size = 2 * head + min(sent, MAX_PREFIX) + min(received // 2 * 2, MAX_PREFIX)
+    heads = len(exchanges[-1].request_head) + len(exchanges[-1].response_head)
+    size = heads + min(sent, MAX_PREFIX) + min(received // 2 * 2, MAX_PREFIX)
     assert len(log.exchanges) == min(MAX_EXCHANGES, MAX_LOG // size)
     assert exchanges[-1].bytes_out == sent and len(exchanges[-1].response_body) == min(sent, MAX_PREFIX)
     dropped = next(exchange for exchange in exchanges if exchange.id not in log.exchanges)
@@ -560,7 +568,7 @@ def test_the_log_keeps_so_many_bytes(head: int, sent: int, received: int) -> Non
 def test_the_log_keeps_the_last_notes() -> None:
     log = ExchangeLog()
     exchange = begun(log)
-    log.respond(exchange, ResponseHead(200, b"OK", [(b"Content-Type", b"text/event-stream; charset=utf-8")]))
+    answered(log, exchange, ResponseHead(200, b"OK", [(b"Content-Type", b"text/event-stream; charset=utf-8")]))
     for number in range(MAX_NOTES + 5):
         log.send(exchange, b"data: %d %b\n\n" % (number, bytes(MAX_NOTE)), float(number))
     assert len(exchange.notes) == MAX_NOTES
@@ -582,7 +590,7 @@ def test_an_exchange_that_runs_outlasts_those_that_have_ended() -> None:
 def test_of_a_websocket_only_its_messages_are_kept() -> None:
     log = ExchangeLog()
     exchange = begun(log)
-    log.respond(exchange, ResponseHead(101, b"", [(b"Upgrade", b"WebSocket"), (b"Connection", b"Upgrade")]))
+    answered(log, exchange, ResponseHead(101, b"", [(b"Upgrade", b"WebSocket"), (b"Connection", b"Upgrade")]))
     frame = b"\x82\x7f" + (MAX_PREFIX * 8).to_bytes(8)
     for data in (frame, *[bytes(MAX_PREFIX)] * 8, b"\x89\x00"):
         log.send(exchange, data, 0.0)
@@ -631,7 +639,10 @@ FRAMES = st.lists(
 def test_websocket_frames_are_read_in_any_slices(frames: list[tuple[Any, ...]], places: list[int]) -> None:
     kinds = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong", 3: "reserved"}
     expected = [
-        (kinds[opcode], len(payload), payload[:MAX_NOTE]) for opcode, payload, *_ in frames
+        (f"close {int.from_bytes(payload[:2])}", len(payload), payload[:MAX_NOTE][2:])
+        if opcode == 8 and len(payload) >= 2
+        else (kinds[opcode], len(payload), payload[:MAX_NOTE])
+        for opcode, payload, *_ in frames
     ]
     data = b"".join(frame_of(*frame) for frame in frames)
     for pieces in ([data], cut(data, places), [data[i : i + 1] for i in range(len(data))]):
@@ -826,7 +837,7 @@ REQUESTS: dict[str, tuple[str, bytes, list[Header], bytes]] = {
 async def test_the_curl_command_sends_the_same_request(local: RawOrigin, tmp_path: Path, name: str) -> None:
     method, target, headers, body = REQUESTS[name]
     fields = [(b"Host", b"web.example"), (b"Content-Length", b"1"), (b"X-Forwarded-For", b"1.2.3.4"), *headers]
-    exchange = Exchange("web", method, target.decode(), 0.0, request_headers=fields, bytes_in=len(body))
+    exchange = Exchange("web", method, target.decode(), 0.0, request_head=head_of(fields), bytes_in=len(body))
     exchange.request_body += body
     command = as_curl(exchange, f"http://127.0.0.1:{local.port}", reveal=True)
     (tmp_path / "command.sh").write_text(command)
@@ -845,7 +856,7 @@ async def test_the_curl_command_sends_the_same_request(local: RawOrigin, tmp_pat
 
 def test_the_curl_command_masks_and_tells_what_is_missing() -> None:
     fields = [(b"Authorization", b"Bearer abc"), (b"Cookie", b"abc"), (b"X-Plain", b"abc")]
-    exchange = Exchange("web", "POST", "/x?token=abc&y=1", 0.0, request_headers=fields, bytes_in=10)
+    exchange = Exchange("web", "POST", "/x?token=abc&y=1", 0.0, request_head=head_of(fields), bytes_in=10)
     exchange.request_body += b"012"
     masked, plain = as_curl(exchange, "http://h"), as_curl(exchange, "http://h", reveal=True)
     assert masked.count("abc") == 1 and masked.count("•••") == 3 and "X-Plain: abc" in masked

@@ -786,7 +786,7 @@ async def test_max_retries_is_how_often_a_lost_server_is_dialled(machine: Machin
             assert len([event for event in client.events if event["event"] == "disconnected"]) == retries
             assert bool(relay.refused) is bool(retries)
             error = [line for line in client.stderr if line.startswith("error: ")]
-            assert len(error) == 1 and error[0].endswith(f"gave up after {retries} retries"), client.output()
+            assert len(error) == 1 and error[0].endswith(f"--max-retries {retries} are used up"), client.output()
     await machine.wait_clean()
 
 

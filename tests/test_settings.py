@@ -472,7 +472,7 @@ async def test_login_that_fails_keeps_nothing(tmp_path: Path) -> None:
             ([nowhere, "--token", TOKEN], 5, f"no server at {nowhere}: connection refused; check the address"),
             ([reset, "--token", TOKEN], 5, f"no server at {reset}: "),
             ([server.url, "--token", "short"], 2, "copy the whole of what"),
-            ([server.url], 2, "copy the whole of what"),  # stdin is empty
+            ([server.url], 2, "no token was given"),  # stdin is empty
             (["ftp://x", "--token", TOKEN], 2, "is not a server"),
             ([], 2, "pytunnel login --help"),
         ]
