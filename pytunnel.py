@@ -4092,8 +4092,9 @@ class TunnelClient:
         try:
             await asyncio.wait([task], timeout=REPLAY_TIMEOUT)
         finally:  # also when whoever asked for it has gone away
-            task.cancel()
+            in_time = not task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        again.error = again.error if in_time else f"no end within {REPLAY_TIMEOUT:g} s"
         return again
 
     def _emit(self, event: str, **fields: Any) -> None:
@@ -4382,8 +4383,7 @@ class TunnelClient:
                 exchange.status = exchange.status or PROBLEMS[PROBLEM_OF.get(error.code, "internal")][0]
             stream.abort(error.code, error.reason, flush=True)
         except asyncio.CancelledError:
-            gone = "the visitor went away" if exchange.replay_of is None else f"no end within {REPLAY_TIMEOUT:g} s"
-            exchange.error = "" if exchange.status == 101 else gone
+            exchange.error = "" if exchange.status == 101 else "the visitor went away"
         except Exception:
             exchange.error = "a bug in pytunnel"
             stream.abort(ErrorCode.INTERNAL)
@@ -6797,7 +6797,6 @@ async def _share_here(
     if options.wait_local is not None:
         await _wait_local(tunnels, options.wait_local)
     live = asyncio.Event()
-    hint = "" if options.run or options.wait_local is not None else await _not_running(tunnels)
 
     def emit(event: str, **fields: Any) -> None:
         if event == "ready" and fields["url"] == client.urls[-1]:
@@ -6807,8 +6806,6 @@ async def _share_here(
                 write_url(Path(options.url_file), client.urls)
             live.set()
         console.emit(event, **fields)
-        if event == "ready" and live.is_set() and hint:
-            console.emit("hint", message=hint)
         if live.is_set() and options.detached and console.stdout.is_alive():
             console.stdout.write(LIVE.decode())
             console.stdout.close()
@@ -6846,17 +6843,6 @@ async def _share_here(
             console.format, console.quiet = "", True
             await stack.enter_async_context(view)
         return await _run_client(client, console)
-
-
-async def _not_running(tunnels: Iterable[Tunnel]) -> str:
-    """Return a hint when a local service on this machine takes no connections."""
-    for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
-        if target.is_loopback:
-            try:
-                (await LocalService(target, insecure=True).connect()).abort()
-            except StreamReset as error:
-                return f"{error.reason}; visitors get an error until it runs"
-    return ""
 
 
 async def _wait_local(tunnels: Iterable[Tunnel], seconds: float) -> None:
