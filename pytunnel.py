@@ -1573,9 +1573,11 @@ def tunnel_name(host: str, zones: Iterable[str]) -> str | None:
 # A parameter, member of JSON or field is secret by its name. Its parts are bounded, so that no text takes long.
 _SECRET = r"token|secret|passw(?:or)?d|pwd|api_?key|signature|session|credential|jwt|auth(?![a-z])"
 _SECRET_PARAMETER = re.compile(
-    rf"(?i)(?<![^?&\s])((?:[\w.%\[\]-]{{0,64}}(?:{_SECRET})[\w.%\[\]-]{{0,64}}|sig|key|code)=)[^&#\s]+"
+    rf"(?i)(?<![^?&\s])((?:[\w.%\[\]-]{{0,64}}(?:{_SECRET})[\w.%\[\]-]{{0,64}}|sig|key|code)=)[^&#\s\"]+"
 )
-_SECRET_MEMBER = re.compile(rf'(?i)("[^"\n]{{0,64}}(?:{_SECRET})[^"\n]{{0,64}}"\s{{0,8}}:\s{{0,8}})"(?:[^"\\]|\\.)*"?')
+_SECRET_MEMBER = re.compile(
+    rf'(?i)("[^"\n]{{0,64}}(?:{_SECRET})[^"\n]{{0,64}}"\s{{0,8}}:\s{{0,8}})(?:"(?:[^"\\]|\\.)*"?|-?\w[\w.+-]*)'
+)
 _SECRET_FIELD = re.compile(rb"(?i).*(?:token|secret|password|api-?key|authorization|cookie\Z|credential)")
 MASK = "•••"
 
