@@ -1711,12 +1711,10 @@ class Exchange:
 
     @property
     def path(self) -> str:
-        """The target without its query."""
         return self.target.partition("?")[0]
 
     @property
     def request_headers(self) -> Headers:
-        """The fields of the request."""
         return fields_of(self.request_head)
 
     @property
@@ -2364,7 +2362,6 @@ def _target(snapshot: Snapshot, exchange: Exchange, limit: int = MAX_FIELD) -> s
 
 
 def _link_state(snapshot: Snapshot) -> Spans:
-    """Return the state of the link."""
     if not snapshot.problem:
         measured = f"  {human_time(snapshot.round_trip)}" if snapshot.round_trip is not None else ""
         return [("2xx", "● "), ("bold", "connected"), ("muted", measured)]
@@ -3058,11 +3055,8 @@ class Delivered:
     def __init__(self, *, keep_alive: bool = False) -> None:
         self.keep_alive = keep_alive
 
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """Nothing is left to write."""
-
-    async def write_eof(self) -> None:
-        """Nor to end."""
+    async def prepare(self, request: web.BaseRequest) -> None: ...  # nothing is left to write
+    async def write_eof(self) -> None: ...  # nor to end
 
 
 class RawPipe(asyncio.StreamReader):
@@ -3598,7 +3592,6 @@ class Edits(NamedTuple):
         return cls(fields, frozenset(name.lower() for name in names))
 
     def apply(self, headers: Headers) -> Headers:
-        """Return the fields as they go on."""
         if not (self.put or self.drop):
             return headers
         drop = self.drop.union(name.lower() for name, _ in self.put)
@@ -3654,7 +3647,6 @@ class LocalConnection(asyncio.Protocol):
             self._transport.write_eof()
 
     def abort(self) -> None:
-        """Close at once."""
         self._transport.abort()
 
     # asyncio's side
@@ -3752,7 +3744,6 @@ class LocalService:
         raise StreamReset(ErrorCode.LOCAL_REFUSED, f"cannot connect to {target.text}: {_describe(error)}")
 
     def close(self) -> None:
-        """Drop the idle connections."""
         if self._pruning:
             self._pruning.cancel()
         while self._idle:
@@ -3787,7 +3778,6 @@ class Replay:
         self._chunks = [content] if content else []
 
     async def read(self) -> bytes:
-        """Return the content, then b""."""
         return self._chunks.pop() if self._chunks else b""
 
     def write_head(self, payload: bytes, *, interim: bool = False, end: bool = False) -> None: ...
@@ -3937,7 +3927,6 @@ class Tunnel(NamedTuple):
 
     @property
     def targets(self) -> list[Target]:
-        """All its local services."""
         return [self.target, *(target for _, target in self.routes)]
 
     def open(self) -> list[Route]:
@@ -5088,7 +5077,6 @@ class Inspector:
 
     @property
     def url(self) -> str:
-        """Where to point a browser on this machine."""
         return f"http://127.0.0.1:{self.port}"
 
     async def close(self) -> None:
@@ -5304,7 +5292,6 @@ _LEAVE = "\x18\x1b[?2026l\x1b[m\x1b[?1006l\x1b[?1000l\x1b[?7h\x1b[?25h\x1b[?1049
 
 
 def colours(environment: Mapping[str, str]) -> int:
-    """Return how many colours to use."""
     if environment.get("NO_COLOR") or environment.get("TERM") == "dumb":
         return 0
     many = "256" in environment.get("TERM", "") or environment.get("COLORTERM") in ("truecolor", "24bit")
@@ -5336,18 +5323,15 @@ if sys.platform == "win32":
         foreground, ready = True, property(lambda self: self.active and self._frames.empty())
 
         def size(self) -> os.terminal_size:
-            """Return columns and lines."""
             return os.get_terminal_size(1)
 
         def enter(self) -> None:
-            """Take the console."""
             self._kernel.SetConsoleMode(self._in, 0x0281)  # processed, extended flags, virtual terminal input
             self._kernel.SetConsoleMode(self._out, 0x000D)  # processed, virtual terminal, no newline at the edge
             self.active = True
             self.write(_ENTER)
 
         def leave(self) -> None:
-            """Give it back."""
             if self.active:
                 self.active = False
                 self._put(_LEAVE)
@@ -5357,7 +5341,6 @@ if sys.platform == "win32":
         close = leave
 
         def write(self, text: str) -> None:
-            """Write, some time."""
             self._frames.put(text)
 
         def _read(self) -> None:
@@ -5412,7 +5395,6 @@ else:
             return self.active and not self._unsent
 
         def size(self) -> os.terminal_size:
-            """Return columns and lines."""
             return os.get_terminal_size(self._fd)
 
         def enter(self) -> None:
@@ -5441,7 +5423,6 @@ else:
                 os.write(self._fd, _LEAVE.encode())
 
         def close(self) -> None:
-            """Leave for good."""
             self.leave()
             os.close(self._fd)
 
@@ -6047,7 +6028,6 @@ class Run:
 
     @property
     def names(self) -> list[str]:
-        """The names of its tunnels."""
         return [str(tunnel["name"]) for tunnel in self.tunnels]
 
     def ask(self, path: str, /, *, post: bool = False, within: float = 10.0, **query: object) -> Any:
@@ -6475,8 +6455,6 @@ class Output(threading.Thread):
 
 
 class Console:
-    """Tells programs and people what happens."""
-
     def __init__(self, options: argparse.Namespace) -> None:
         """Report as the options say: `json`, `run`, and for clients `format` and `detached`."""
         self.as_json: bool = options.json
@@ -6487,7 +6465,6 @@ class Console:
         self._last_line = ""
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Report an event."""
         exchange = fields.pop("exchange", None)
         if exchange:
             if self.quiet and not self.as_json:
@@ -6503,13 +6480,11 @@ class Console:
         self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
 
     def fail(self, error: TunnelError) -> None:
-        """Report what a command ends with."""
         if self.as_json:
             self.emit("error", code=error.code, message=str(error))
         self.say(f"error: {error}")
 
     def close(self) -> None:
-        """Let everything out."""
         self.stdout.close()
         self.stderr.close()
 
