@@ -334,32 +334,23 @@ class ErrorCode(enum.IntEnum):
 class TunnelError(Exception):
     """What a command ends with; `str()` is one line for the user that says what to do next."""
 
-    exit_status = ExitStatus.UNEXPECTED
-    code = "error"
+    exit_status, code = ExitStatus.UNEXPECTED, "error"
 
 
 class UsageError(TunnelError):
-    exit_status = ExitStatus.USAGE
-    code = "usage"
+    exit_status, code = ExitStatus.USAGE, "usage"
 
 
 class Unreachable(TunnelError):
-    exit_status = ExitStatus.UNREACHABLE
-    code = "unreachable"
+    exit_status, code = ExitStatus.UNREACHABLE, "unreachable"
 
 
 class LocalDown(TunnelError):
-    """The local service did not come up."""
-
-    exit_status = ExitStatus.LOCAL_DOWN
-    code = "local-down"
+    exit_status, code = ExitStatus.LOCAL_DOWN, "local-down"
 
 
 class NotRun(TunnelError):
-    """The command after `--` cannot be run."""
-
-    exit_status = ExitStatus.NOT_RUN
-    code = "not-run"
+    exit_status, code = ExitStatus.NOT_RUN, "not-run"
 
 
 class Refused(TunnelError):
