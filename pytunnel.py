@@ -2561,6 +2561,13 @@ async def receive_message(ws: WebSocket) -> Message:
     return Message(received.data)
 
 
+async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks and return when they have ended, however they do."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class Stream:
     """One stream; whoever has it must close it.
 
@@ -2712,10 +2719,8 @@ class Link:
         finally:
             self.session.suspend()
             self._timer.cancel()
-            for end in ends:
-                end.cancel()
             try:
-                await asyncio.gather(*ends, return_exceptions=True)
+                await end_tasks(*ends)
             finally:  # cancelled here, too, when the connection ends while it is being given up
                 self._free.set()
 
@@ -3100,8 +3105,7 @@ class Visitor:
                 await asyncio.wait([upload], timeout=LINGER if head.status >= 400 else None)
         finally:
             if upload:
-                upload.cancel()
-                await asyncio.gather(upload, return_exceptions=True)
+                await end_tasks(upload)
 
     async def fail(self, problem: str) -> None:
         """Answer with an error page, or break the connection off when a response has begun."""
@@ -3829,8 +3833,7 @@ class Forwarding:
             if not kept:
                 connection.abort()  # first, because the wait below may be cancelled
             if upload:
-                upload.cancel()
-                await asyncio.gather(upload, return_exceptions=True)
+                await end_tasks(upload)
 
     async def _respond(self, connection: LocalConnection) -> None:
         parser = self._parser
@@ -3980,9 +3983,7 @@ class TunnelClient:
             if running.done():
                 running.result()
         finally:
-            for task in (clock, running, stopping):
-                task.cancel()
-            await asyncio.gather(clock, running, stopping, return_exceptions=True)
+            await end_tasks(clock, running, stopping)
             await self._end_session(StreamReset(ErrorCode.LINK_LOST, "the client stops"))
             for route in itertools.chain.from_iterable(self._routes):
                 route.service.close()
@@ -4269,16 +4270,13 @@ class TunnelClient:
 
     async def _end_session(self, error: StreamReset) -> None:
         if self._renewal:
-            self._renewal.cancel()
-            await asyncio.gather(self._renewal, return_exceptions=True)
+            await end_tasks(self._renewal)
             self._renewal = None
         if self._link:
             self._link.end(error)
             self._link = None
             self._session_id = ""
-        for task in self._forwarding:
-            task.cancel()
-        await asyncio.gather(*self._forwarding, return_exceptions=True)
+        await end_tasks(*self._forwarding)
 
     def _on_goaway(self, code: ErrorCode, reason: str) -> None:
         link = self._link
@@ -5477,11 +5475,9 @@ class Terminal:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
         self._end()
         self._device.close()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
 
     def _end(self) -> None:
         self._device.leave()
@@ -6630,9 +6626,7 @@ async def _serve(options: argparse.Namespace, console: Console) -> int:
         drained = asyncio.ensure_future(server.drain())
         again = asyncio.ensure_future(signals.get())
         await asyncio.wait([drained, again], timeout=options.drain, return_when=asyncio.FIRST_COMPLETED)
-        for task in (drained, again):
-            task.cancel()
-        await asyncio.gather(drained, again, return_exceptions=True)
+        await end_tasks(drained, again)
     await server.close()
     return ExitStatus.OK
 
@@ -6863,9 +6857,7 @@ async def _run_client(
                 client.stop()
             await running
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_tasks(*tasks)
     console.emit("closed")
     if companion and not tasks[1].cancelled():
         return int(tasks[1].result())
