@@ -3999,6 +3999,12 @@ class TunnelClient:
         return self.urls[0] if self.urls else ""
 
     @property
+    def urls_by_name(self) -> dict[str, str]:
+        """The public URL of each tunnel; "" before it is known."""
+        urls = itertools.chain(self.urls, itertools.repeat(""))
+        return {tunnel.name: url for tunnel, url in zip(self.tunnels, urls, strict=False)}
+
+    @property
     def round_trip(self) -> float | None:
         """Seconds to the server and back, when last measured: by a PING, else in the handshake."""
         return (self._link and self._link.session.round_trip) or self._round_trip
@@ -5131,7 +5137,7 @@ class Inspector:
             return await self._changes(query)
         if what == "GET /api/har":
             exchanges = [self._find(query["id"])] if "id" in query else list(self._log.exchanges.values())
-            return await asyncio.to_thread(as_har, exchanges, self._urls(), reveal=reveal)
+            return await asyncio.to_thread(as_har, exchanges, self._client.urls_by_name, reveal=reveal)
         if what == "GET /api/wait":
             return await self._wait(query)
         if what == "POST /api/clear":
@@ -5153,9 +5159,6 @@ class Inspector:
             return web.Response(body=body, content_type="application/octet-stream", headers=fields)
         raise MessageError("nothing here", 404)
 
-    def _urls(self) -> dict[str, str]:
-        return {tunnel.name: url for tunnel, url in zip(self._client.tunnels, self._client.urls, strict=False)}
-
     def _find(self, number: str) -> Exchange:
         exchange = self._log.exchanges.get(int(number)) if re.fullmatch("[0-9]{1,15}", number) else None
         if exchange is None:
@@ -5163,11 +5166,11 @@ class Inspector:
         return exchange
 
     def _status(self) -> dict[str, Any]:
-        client, log, urls = self._client, self._log, self._urls()
+        client, log, urls = self._client, self._log, self._client.urls_by_name
         retry_in = (client.retry_at or 0.0) - asyncio.get_running_loop().time()
         p50, p90 = log.percentiles() or (None, None)
         return {
-            "tunnels": [{"name": t.name, "url": urls.get(t.name, ""), "target": t.target.text} for t in client.tunnels],
+            "tunnels": [{"name": t.name, "url": urls[t.name], "target": t.target.text} for t in client.tunnels],
             "problem": client.problem,
             "retry_in": max(0.0, retry_in) if client.problem else None,
             "round_trip": client.round_trip,
@@ -5205,7 +5208,6 @@ class Inspector:
             fields, view = text_fields(headers, reveal=reveal), body_view(headers, body, size, reveal=reveal)
             return {"headers": fields, "body": view._asdict(), "size": size, "kept": len(body)}
 
-        url = self._urls().get(e.tunnel, "")
         return {
             **self._row(e),
             "version": e.version,
@@ -5215,7 +5217,7 @@ class Inspector:
             "request": message(e.request_headers, e.request_body, e.bytes_in),
             "response": message(e.response_headers, e.response_body, e.bytes_out),
             "notes": [{**n._asdict(), "data": n.data.decode("utf-8", "backslashreplace")} for n in list(e.notes)],
-            "curl": as_curl(e, url, reveal=reveal),
+            "curl": as_curl(e, self._client.urls_by_name[e.tunnel], reveal=reveal),
         }
 
     async def _wait(self, query: Mapping[str, str]) -> dict[str, Any]:
@@ -5526,11 +5528,11 @@ class Terminal:
             self._size, self._drawn = size, []
         if self._loop.time() >= self._notice_until:
             screen.notice = ""
-        urls = itertools.chain(client.urls, itertools.repeat(""))
+        urls = client.urls_by_name
         snapshot = Snapshot(
             screen,
             now=self._loop.time(),
-            tunnels=[(t.name, url, t.target.text) for t, url in zip(client.tunnels, urls, strict=False)],
+            tunnels=[(t.name, urls[t.name], t.target.text) for t in client.tunnels],
             inspector_url=self._inspector_url,
             problem=client.problem,
             retry_at=client.retry_at,
@@ -5609,7 +5611,7 @@ class Terminal:
         """Put a text into the clipboard, through the terminal (OSC 52), and through tmux when it is there."""
         text, exchange, reveal = self._client.url, self._screen.opened, self._screen.reveal
         if exchange:
-            text = as_curl(exchange, self._urls.get(exchange.tunnel, ""), reveal=reveal)
+            text = as_curl(exchange, self._client.urls_by_name[exchange.tunnel], reveal=reveal)
         encoded = base64.b64encode(text.encode()).decode()
         if not text or len(encoded) > MAX_CLIPBOARD:
             return self.notice(f"{human_size(len(text))} are too long for the clipboard" if text else "no URL yet")
@@ -5626,7 +5628,7 @@ class Terminal:
                 with contextlib.suppress(FileExistsError):
                     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                     with open(descriptor, "w", encoding="utf-8") as file:
-                        json.dump(as_har(exchanges, self._urls, reveal=reveal), file)
+                        json.dump(as_har(exchanges, self._client.urls_by_name, reveal=reveal), file)
                     return path
             raise AssertionError
 
@@ -5635,10 +5637,6 @@ class Terminal:
         except OSError as error:
             return self.notice(f"not exported: {_describe(error)}")
         self.notice(f"exported {len(exchanges)} to {path}, {'with' if reveal else 'without'} secrets")
-
-    @property
-    def _urls(self) -> dict[str, str]:
-        return {tunnel.name: url for tunnel, url in zip(self._client.tunnels, self._client.urls, strict=False)}
 
 
 # ---- Demo -----------------------------------------------------------------------------------------------------------
@@ -5972,8 +5970,8 @@ class Run:
         path = state_directory() / "run" / f"{os.getpid()}.json"
 
         def leave(client: TunnelClient) -> None:
-            pairs = zip(client.tunnels, client.urls, strict=True)
-            tunnels = [{"name": tunnel.name, "url": url, "target": tunnel.target.text} for tunnel, url in pairs]
+            urls = client.urls_by_name
+            tunnels = [{"name": t.name, "url": urls[t.name], "target": t.target.text} for t in client.tunnels]
             note = {"pid": os.getpid(), "inspector": inspector.url, "token": inspector.token, "tunnels": tunnels}
             with contextlib.suppress(OSError):  # a full disk is no reason to stop
                 write_private(path, json.dumps(note))
