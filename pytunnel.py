@@ -5811,17 +5811,17 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {"server": str, "token": str, "tunnels": dict}  # of a settings file
-TUNNEL_SETTINGS = {  # of each of its tunnels; also flags of `connect`
-    "target": str,
-    "host-header": str,
-    "header": list,
-    "remove-header": list,
-    "response-header": list,
-    "remove-response-header": list,
-    "route": list,
-    "spa": bool,
-    "insecure": bool,
+TUNNEL_FLAGS = {  # of `connect`, and settings of each tunnel in a file: type, what stands for the value, help
+    "route": (list, "P=TARGET", "where requests below a path go"),
+    "host-header": (str, "H", "the Host for the local service; `rewrite`: its own"),
+    "header": (list, "'K: V'", "put a field into each request"),
+    "remove-header": (list, "K", "drop a field from each request"),
+    "response-header": (list, "'K: V'", "the same for responses"),
+    "remove-response-header": (list, "K", "the same for responses"),
+    "spa": (bool, "", "a folder: its index.html for pages that are no file"),
+    "insecure": (bool, "", "do not verify a local service's certificate"),
 }
+TUNNEL_SETTINGS = {"target": str, **{name: type_ for name, (type_, _, _) in TUNNEL_FLAGS.items()}}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -7121,14 +7121,10 @@ def _parser() -> CommandParser:
     what = "[NAME=] port, host:port, URL, unix:/path or ./folder"
     connect.add_argument("targets", nargs="+", metavar="TARGET", help=what)
     connect.add_argument("--name", action="append", default=[], metavar="N", help="default: one that stays the same")
-    connect.add_argument("--route", action="append", metavar="P=TARGET", help="where requests below a path go")
-    connect.add_argument("--host-header", metavar="H", help="the Host for the local service; `rewrite`: its own")
-    connect.add_argument("--header", action="append", metavar="'K: V'", help="put a field into each request")
-    connect.add_argument("--remove-header", action="append", metavar="K", help="drop a field from each request")
-    connect.add_argument("--response-header", action="append", metavar="'K: V'", help="the same for responses")
-    connect.add_argument("--remove-response-header", action="append", metavar="K", help="the same for responses")
-    connect.add_argument("--spa", action="store_true", help="a folder: its index.html for pages that are no file")
-    connect.add_argument("--insecure", action="store_true", help="do not verify a local service's certificate")
+    for flag, (type_, metavar, what) in TUNNEL_FLAGS.items():
+        action = {str: "store", list: "append", bool: "store_true"}[type_]
+        value: dict[str, Any] = {"metavar": metavar} if metavar else {}
+        connect.add_argument(f"--{flag}", action=action, help=what, **value)
     start = add("start", "Start tunnels that are set up in a file", link, client)
     start.add_argument("names", nargs="*", metavar="NAME", help="default: the only one there is")
     start.add_argument("--all", action="store_true", help="all of them")
