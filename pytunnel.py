@@ -7016,39 +7016,27 @@ EXAMPLES = {
                             target = "5173"
                             host-header = "rewrite"
 """,
-    "status": """\
-  pytunnel status           a line for each tunnel of this machine
-  pytunnel status --json    the same for programs
-""",
+    "status": "  pytunnel status           a line for each tunnel of this machine\n",
     "stop": """\
   pytunnel stop             the only client of this machine
   pytunnel stop web         the client that has the tunnel web, with all its tunnels
-  pytunnel stop --all       all clients of this machine
 """,
     "expect": """\
   pytunnel expect --method POST --path /hook          wait until such a request has arrived; earlier ones count
   pytunnel expect --path '/hook/*' --count 3 --timeout 10
   pytunnel expect --path /hook --save body.json       keep its content
 """,
-    "replay": """\
-  pytunnel replay 12                send request 12 to the local service again
-  pytunnel replay 12 --times 10
-""",
+    "replay": "  pytunnel replay 12        send request 12 to the local service again\n",
     "login": """\
   pytunnel login https://t.example.com             asks for the token and keeps it
   pytunnel login https://t.example.com <token.txt  in a script
 """,
-    "config": """\
-  pytunnel config           the values in force for `start`, and where each comes from
-""",
+    "config": "  pytunnel config           the values in force for `start`, and where each comes from\n",
     "doctor": """\
   pytunnel doctor           the server used last, and the way there
   pytunnel doctor 3000 --server https://t.example.com
 """,
-    "demo": """\
-  pytunnel demo                        a server, a sample page and a tunnel to it, on this machine alone
-  pytunnel demo --listen 127.0.0.1:80  on another port
-""",
+    "demo": "  pytunnel demo             a server, a sample page and a tunnel to it, on this machine alone\n",
 }
 
 
