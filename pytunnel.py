@@ -6513,7 +6513,7 @@ def _signals(handler: Callable[[int], object]) -> Iterator[None]:
 PACKAGES = "aiohttp zstandard platformdirs"
 
 
-def _run(command: Coroutine[Any, Any, int]) -> int:
+def _run(command: Coroutine[Any, Any, _T]) -> _T:
     """Run a command on uvloop when it is installed, else on asyncio's own loop."""
     factory = None
     if os.environ.get("PYTUNNEL_LOOP") != "asyncio":
@@ -6597,9 +6597,7 @@ async def _serve(options: argparse.Namespace, console: Console) -> int:
     host, port = parse_listen(options.listen)
     given = options.token or os.environ.get("PYTUNNEL_TOKEN")
     token = check_token(given) if given else stored_token(state / "token")
-    domain = None
-    if options.domain:
-        domain = Origin.from_url(parse_server(options.domain))
+    domain = Origin.from_url(parse_server(options.domain)) if options.domain else None
     try:
         server = TunnelServer(
             tokens=[token],
@@ -6673,7 +6671,7 @@ def _start(options: argparse.Namespace, console: Console) -> int:
 
 
 def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespace, console: Console) -> int:
-    settings.checked_token()
+    server, token = settings.server.value, settings.checked_token()
     try:
         console.format.format(url="", name="", target="")
     except (LookupError, ValueError, AttributeError):
@@ -6686,11 +6684,8 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
         raise UsageError(f"--url-file {escape(options.url_file)} is there, and not a file; give another path")
     if options.detach and not options.detached:
         return _detach(options, console)
-
-    def remember() -> None:
-        settings.memory.remember(settings.server.value, settings.token.value)
-
-    return _run(_share_here(settings.server.value, settings.token.value, tunnels, options, console, remember))
+    remember = functools.partial(settings.memory.remember, server, token)
+    return _run(_share_here(server, token, tunnels, options, console, remember))
 
 
 def _remove(path: str) -> None:
@@ -6806,14 +6801,20 @@ async def _share_here(
         return await _run_client(client, console)
 
 
+async def _refusal(target: Target) -> str:
+    """Return why a local service takes no connections; "" when it does."""
+    try:
+        (await LocalService(target, insecure=True).connect()).abort()
+    except StreamReset as error:
+        return error.reason
+    return ""
+
+
 async def _not_running(tunnels: Iterable[Tunnel]) -> str:
     """Return a hint when a local service on this machine takes no connections."""
     for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
-        if target.is_loopback:
-            try:
-                (await LocalService(target, insecure=True).connect()).abort()
-            except StreamReset as error:
-                return f"{error.reason}; visitors get an error until it runs"
+        if target.is_loopback and (problem := await _refusal(target)):
+            return f"{problem}; visitors get an error until it runs"
     return ""
 
 
@@ -6822,13 +6823,9 @@ async def _wait_local(tunnels: Iterable[Tunnel], seconds: float) -> None:
     loop = asyncio.get_running_loop()
     until = loop.time() + seconds
     for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
-        while not target.folder:
-            try:
-                (await LocalService(target, insecure=True).connect()).abort()
-                break
-            except StreamReset as error:
-                if loop.time() > until:
-                    raise LocalDown(f"{error.reason}; it did not come up within {seconds:g} s") from None
+        while not target.folder and (problem := await _refusal(target)):
+            if loop.time() > until:
+                raise LocalDown(f"{problem}; it did not come up within {seconds:g} s")
             await asyncio.sleep(0.1)
 
 
@@ -6955,12 +6952,7 @@ def _login(options: argparse.Namespace, console: Console) -> int:
     if not token.strip():
         raise UsageError("no token was given: type it, write it to stdin, or add --token")
     token = check_token(token.strip(), "copy the whole of what `pytunnel serve` printed")
-
-    async def log_in() -> int:
-        await TunnelClient(server, token, []).log_in()
-        return ExitStatus.OK
-
-    _run(log_in())
+    _run(TunnelClient(server, token, []).log_in())
     Memory(state_directory()).remember(server, token)
     used = Settings({})
     if (used.server.value, used.token.value) == (server, token):
