@@ -2011,8 +2011,7 @@ def as_har(exchanges: Iterable[Exchange], urls: Mapping[str, str], *, reveal: bo
             return {"mimeType": mime, "text": base64.b64encode(body).decode(), "encoding": "base64"}
         return {"mimeType": mime, "text": text if reveal else mask(text)}
 
-    entries = []
-    for e in exchanges:
+    def entry(e: Exchange) -> dict[str, Any]:
         target = e.target if reveal else mask(e.target)
         request = {
             "method": e.method,
@@ -2032,17 +2031,17 @@ def as_har(exchanges: Iterable[Exchange], urls: Mapping[str, str], *, reveal: bo
             **got,
         }
         ms = {name: round(1000 * (value or 0.0), 3) for name, value in timings(e).items()}
-        entries.append(
-            {
-                "startedDateTime": datetime.datetime.fromtimestamp(e.time, datetime.UTC).isoformat(),
-                "time": sum(ms.values()),
-                "request": request,
-                "response": response,
-                "cache": {},
-                "timings": {"blocked": ms["server"], "send": ms["link"], "wait": ms["local"], "receive": ms["content"]},
-                "comment": e.error,
-            }
-        )
+        return {
+            "startedDateTime": datetime.datetime.fromtimestamp(e.time, datetime.UTC).isoformat(),
+            "time": sum(ms.values()),
+            "request": request,
+            "response": response,
+            "cache": {},
+            "timings": {"blocked": ms["server"], "send": ms["link"], "wait": ms["local"], "receive": ms["content"]},
+            "comment": e.error,
+        }
+
+    entries = list(map(entry, exchanges))
     return {"log": {"version": "1.2", "creator": {"name": "pytunnel", "version": __version__}, "entries": entries}}
 
 
