@@ -5130,7 +5130,9 @@ class Inspector:
         what = f"{request.method} {re.sub('/[0-9]{1,15}', '/ID', request.path, count=1)}"
         if what == "GET /":
             return web.Response(text=INSPECTOR_PAGE.replace("%TOKEN%", self.token), content_type="text/html")
-        if what == "GET /api/status":
+        acts = {"GET /api/status": lambda: None, "POST /api/clear": self._log.clear, "POST /api/stop": self._on_stop}
+        if what in acts:
+            acts[what]()
             return self._status()
         if what == "GET /api/exchanges":
             return await self._changes(query)
@@ -5139,12 +5141,6 @@ class Inspector:
             return await asyncio.to_thread(as_har, exchanges, self._client.urls_by_name, reveal=reveal)
         if what == "GET /api/wait":
             return await self._wait(query)
-        if what == "POST /api/clear":
-            self._log.clear()
-            return self._status()
-        if what == "POST /api/stop":
-            self._on_stop()
-            return self._status()
         exchange = self._find(re.findall("/([0-9]{1,15})|$", request.path)[0])
         if what == "GET /api/exchanges/ID":
             return await asyncio.to_thread(self._detail, exchange, reveal=reveal)
