@@ -6482,7 +6482,7 @@ class Console:
 
 
 # ---- Commands -------------------------------------------------------------------------------------------------------
-# Each subcommand wires things together, turns signals into stops, and returns an exit status.
+# Each subcommand wires things together, turns signals into stops, and returns an exit status, None for OK.
 
 
 @contextlib.contextmanager
@@ -6587,7 +6587,7 @@ def _foreground_group() -> int:
     return 0
 
 
-async def _serve(options: argparse.Namespace, console: Console) -> int:
+async def _serve(options: argparse.Namespace, console: Console) -> None:
     state = state_directory()
     host, port = parse_listen(options.listen)
     given = options.token or os.environ.get("PYTUNNEL_TOKEN")
@@ -6619,7 +6619,6 @@ async def _serve(options: argparse.Namespace, console: Console) -> int:
         await asyncio.wait([drained, again], timeout=options.drain, return_when=asyncio.FIRST_COMPLETED)
         await end_tasks(drained, again)
     await server.close()
-    return ExitStatus.OK
 
 
 def _invitation(host: str | None, port: int, domain: Origin | None, token: str, kept: Path) -> str:
@@ -6867,7 +6866,7 @@ async def _demo(options: argparse.Namespace, console: Console) -> int:
         return await _share_here(server.url, server.token, [tunnel], options, console)
 
 
-def _status(options: argparse.Namespace, console: Console) -> int:
+def _status(options: argparse.Namespace, console: Console) -> None:
     runs = Run.all()
     for run in runs:
         try:
@@ -6884,10 +6883,9 @@ def _status(options: argparse.Namespace, console: Console) -> int:
                 console.stdout.write(escape(f"{tunnel['name']}  {line}", 500))
     if not runs:
         console.say("no client runs here")
-    return ExitStatus.OK
 
 
-def _stop(options: argparse.Namespace, console: Console) -> int:
+def _stop(options: argparse.Namespace, console: Console) -> None:
     for run in Run.all() if options.all else [Run.find(options.name)]:
         run.ask("/api/stop", post=True)
         until = time.monotonic() + 2 * GOODBYE
@@ -6896,10 +6894,9 @@ def _stop(options: argparse.Namespace, console: Console) -> int:
                 raise TunnelError(f"process {run.pid} does not stop; end it with kill {run.pid}")
             time.sleep(0.02)
         console.say(f"stopped {', '.join(run.names)}")
-    return ExitStatus.OK
 
 
-def _expect(options: argparse.Namespace, console: Console) -> int:
+def _expect(options: argparse.Namespace, console: Console) -> None:
     run = Run.find(options.name)
     wanted = {"method": options.method.upper(), "path": options.path, "tunnel": options.name or ""}
     wanted |= {"count": options.count, "timeout": options.timeout}
@@ -6910,7 +6907,6 @@ def _expect(options: argparse.Namespace, console: Console) -> int:
             raise TunnelError(f"only {len(body)} of its {summary['bytes_in']} bytes were kept")
         Path(options.save).write_bytes(body)
     console.stdout.write(json.dumps(summary) if options.json else one_line(summary))
-    return ExitStatus.OK
 
 
 def _replay(options: argparse.Namespace, console: Console) -> int:
@@ -6923,7 +6919,7 @@ def _replay(options: argparse.Namespace, console: Console) -> int:
     return ExitStatus.UNEXPECTED if failed else ExitStatus.OK
 
 
-def _config(options: argparse.Namespace, console: Console) -> int:
+def _config(options: argparse.Namespace, console: Console) -> None:
     settings = Settings(vars(options), project=True)
     token = settings.token
     if token.value:
@@ -6934,10 +6930,9 @@ def _config(options: argparse.Namespace, console: Console) -> int:
         fields = {"setting": key, "value": setting.value or None, "source": setting.source}
         line = escape(f"{key} = {setting.value}  ({setting.source})", 1000)
         console.stdout.write(json.dumps(fields) if options.json else line)
-    return ExitStatus.OK
 
 
-def _login(options: argparse.Namespace, console: Console) -> int:
+def _login(options: argparse.Namespace, console: Console) -> None:
     import getpass
 
     server = parse_server(options.server)
@@ -6954,7 +6949,6 @@ def _login(options: argparse.Namespace, console: Console) -> int:
         console.say(f"{server} knows this token; from now on `pytunnel connect 3000` uses both")
     else:
         console.say(f"{server} knows this token; both are kept, but {used.server.source} counts before them")
-    return ExitStatus.OK
 
 
 def _doctor(options: argparse.Namespace, console: Console) -> int:
@@ -7133,7 +7127,7 @@ def _parser() -> CommandParser:
     return parser
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int | None]] = {
     "serve": lambda options, console: _run(_serve(options, console)),
     "connect": _connect,
     "start": _start,
@@ -7171,7 +7165,7 @@ def main(argv: list[str] | None = None) -> int:
     chatty = options.verbose or options.command == "serve"
     log.setLevel(logging.DEBUG if options.debug else logging.INFO if chatty else logging.WARNING)
     try:
-        return COMMANDS[options.command](options, console)
+        return COMMANDS[options.command](options, console) or ExitStatus.OK
     except TunnelError as error:
         log.debug("stopped", exc_info=True)
         console.fail(error)
