@@ -373,8 +373,6 @@ class MessageError(Exception):
 
 
 class StreamReset(Exception):
-    """A stream ended before its end, by either side."""
-
     def __init__(self, code: ErrorCode, reason: str = "") -> None:
         super().__init__(f"{code.name}: {reason}" if reason else code.name)
         self.code, self.reason = code, reason
@@ -2192,8 +2190,6 @@ def human_time(seconds: float) -> str:
 
 
 class Snapshot(NamedTuple):
-    """All that the view shows at one moment."""
-
     screen: Screen
     now: float  # in the time of the exchanges and of `retry_at`
     tunnels: list[tuple[str, str, str]]  # name, public URL ("" before it is known) and local target
@@ -3771,8 +3767,6 @@ class Replay:
 
 
 class Forwarding:
-    """One exchange on its way from a stream to the local service and back."""
-
     def __init__(
         self, stream: Stream | Replay, route: Route, head: RequestHead, exchange: Exchange, log: ExchangeLog
     ) -> None:
@@ -5785,8 +5779,6 @@ class Memory:
 
 
 class Setting(NamedTuple):
-    """A value and where it comes from."""
-
     value: str
     source: str
 
