@@ -3022,11 +3022,7 @@ def problem_page(problem: str, accept: str, encoder: ResponseEncoder, fields: He
         text = f"{status} {problem}: {sentence}\n"
     body = text.encode()
     headers = [(b"Content-Type", kind), (b"Content-Length", b"%d" % len(body)), (b"X-Pytunnel-Error", problem.encode())]
-    headers += fields
-    if status == 503:
-        headers.append((b"Retry-After", b"5"))
-    if status == 426:
-        headers.append((b"Upgrade", b"websocket"))
+    headers += fields + {503: [(b"Retry-After", b"5")], 426: [(b"Upgrade", b"websocket")]}.get(status, [])
     head = ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers)
     return encoder.head(head, _date()) + encoder.data(body) + encoder.end()
 
