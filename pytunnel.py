@@ -138,23 +138,14 @@ import tomllib
 import unicodedata
 import urllib.parse
 import zlib
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, cast
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Generator
+
     import aiohttp
     from aiohttp import web
 
@@ -334,32 +325,23 @@ class ErrorCode(enum.IntEnum):
 class TunnelError(Exception):
     """What a command ends with; `str()` is one line for the user that says what to do next."""
 
-    exit_status = ExitStatus.UNEXPECTED
-    code = "error"
+    exit_status, code = ExitStatus.UNEXPECTED, "error"
 
 
 class UsageError(TunnelError):
-    exit_status = ExitStatus.USAGE
-    code = "usage"
+    exit_status, code = ExitStatus.USAGE, "usage"
 
 
 class Unreachable(TunnelError):
-    exit_status = ExitStatus.UNREACHABLE
-    code = "unreachable"
+    exit_status, code = ExitStatus.UNREACHABLE, "unreachable"
 
 
 class LocalDown(TunnelError):
-    """The local service did not come up."""
-
-    exit_status = ExitStatus.LOCAL_DOWN
-    code = "local-down"
+    exit_status, code = ExitStatus.LOCAL_DOWN, "local-down"
 
 
 class NotRun(TunnelError):
-    """The command after `--` cannot be run."""
-
-    exit_status = ExitStatus.NOT_RUN
-    code = "not-run"
+    exit_status, code = ExitStatus.NOT_RUN, "not-run"
 
 
 class Refused(TunnelError):
@@ -391,8 +373,6 @@ class MessageError(Exception):
 
 
 class StreamReset(Exception):
-    """A stream ended before its end, by either side."""
-
     def __init__(self, code: ErrorCode, reason: str = "") -> None:
         super().__init__(f"{code.name}: {reason}" if reason else code.name)
         self.code, self.reason = code, reason
@@ -1713,12 +1693,10 @@ class Exchange:
 
     @property
     def path(self) -> str:
-        """The target without its query."""
         return self.target.partition("?")[0]
 
     @property
     def request_headers(self) -> Headers:
-        """The fields of the request."""
         return fields_of(self.request_head)
 
     @property
@@ -2024,8 +2002,7 @@ def as_har(exchanges: Iterable[Exchange], urls: Mapping[str, str], *, reveal: bo
             return {"mimeType": mime, "text": base64.b64encode(body).decode(), "encoding": "base64"}
         return {"mimeType": mime, "text": text if reveal else mask(text)}
 
-    entries = []
-    for e in exchanges:
+    def entry(e: Exchange) -> dict[str, Any]:
         target = e.target if reveal else mask(e.target)
         request = {
             "method": e.method,
@@ -2045,17 +2022,17 @@ def as_har(exchanges: Iterable[Exchange], urls: Mapping[str, str], *, reveal: bo
             **got,
         }
         ms = {name: round(1000 * (value or 0.0), 3) for name, value in timings(e).items()}
-        entries.append(
-            {
-                "startedDateTime": datetime.datetime.fromtimestamp(e.time, datetime.UTC).isoformat(),
-                "time": sum(ms.values()),
-                "request": request,
-                "response": response,
-                "cache": {},
-                "timings": {"blocked": ms["server"], "send": ms["link"], "wait": ms["local"], "receive": ms["content"]},
-                "comment": e.error,
-            }
-        )
+        return {
+            "startedDateTime": datetime.datetime.fromtimestamp(e.time, datetime.UTC).isoformat(),
+            "time": sum(ms.values()),
+            "request": request,
+            "response": response,
+            "cache": {},
+            "timings": {"blocked": ms["server"], "send": ms["link"], "wait": ms["local"], "receive": ms["content"]},
+            "comment": e.error,
+        }
+
+    entries = list(map(entry, exchanges))
     return {"log": {"version": "1.2", "creator": {"name": "pytunnel", "version": __version__}, "entries": entries}}
 
 
@@ -2215,8 +2192,6 @@ def human_time(seconds: float) -> str:
 
 
 class Snapshot(NamedTuple):
-    """All that the view shows at one moment."""
-
     screen: Screen
     now: float  # in the time of the exchanges and of `retry_at`
     tunnels: list[tuple[str, str, str]]  # name, public URL ("" before it is known) and local target
@@ -2366,7 +2341,6 @@ def _target(snapshot: Snapshot, exchange: Exchange, limit: int = MAX_FIELD) -> s
 
 
 def _link_state(snapshot: Snapshot) -> Spans:
-    """Return the state of the link."""
     if not snapshot.problem:
         measured = f"  {human_time(snapshot.round_trip)}" if snapshot.round_trip is not None else ""
         return [("2xx", "● "), ("bold", "connected"), ("muted", measured)]
@@ -2575,6 +2549,13 @@ async def receive_message(ws: WebSocket) -> Message:
     return Message(received.data)
 
 
+async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks and return when they have ended, however they do."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class Stream:
     """One stream; whoever has it must close it.
 
@@ -2726,10 +2707,8 @@ class Link:
         finally:
             self.session.suspend()
             self._timer.cancel()
-            for end in ends:
-                end.cancel()
             try:
-                await asyncio.gather(*ends, return_exceptions=True)
+                await end_tasks(*ends)
             finally:  # cancelled here, too, when the connection ends while it is being given up
                 self._free.set()
 
@@ -3045,11 +3024,7 @@ def problem_page(problem: str, accept: str, encoder: ResponseEncoder, fields: He
         text = f"{status} {problem}: {sentence}\n"
     body = text.encode()
     headers = [(b"Content-Type", kind), (b"Content-Length", b"%d" % len(body)), (b"X-Pytunnel-Error", problem.encode())]
-    headers += fields
-    if status == 503:
-        headers.append((b"Retry-After", b"5"))
-    if status == 426:
-        headers.append((b"Upgrade", b"websocket"))
+    headers += fields + {503: [(b"Retry-After", b"5")], 426: [(b"Upgrade", b"websocket")]}.get(status, [])
     head = ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers)
     return encoder.head(head, _date()) + encoder.data(body) + encoder.end()
 
@@ -3060,11 +3035,8 @@ class Delivered:
     def __init__(self, *, keep_alive: bool = False) -> None:
         self.keep_alive = keep_alive
 
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """Nothing is left to write."""
-
-    async def write_eof(self) -> None:
-        """Nor to end."""
+    async def prepare(self, request: web.BaseRequest) -> None: ...  # nothing is left to write
+    async def write_eof(self) -> None: ...  # nor to end
 
 
 class RawPipe(asyncio.StreamReader):
@@ -3117,8 +3089,7 @@ class Visitor:
                 await asyncio.wait([upload], timeout=LINGER if head.status >= 400 else None)
         finally:
             if upload:
-                upload.cancel()
-                await asyncio.gather(upload, return_exceptions=True)
+                await end_tasks(upload)
 
     async def fail(self, problem: str) -> None:
         """Answer with an error page, or break the connection off when a response has begun."""
@@ -3600,7 +3571,6 @@ class Edits(NamedTuple):
         return cls(fields, frozenset(name.lower() for name in names))
 
     def apply(self, headers: Headers) -> Headers:
-        """Return the fields as they go on."""
         if not (self.put or self.drop):
             return headers
         drop = self.drop.union(name.lower() for name, _ in self.put)
@@ -3656,7 +3626,6 @@ class LocalConnection(asyncio.Protocol):
             self._transport.write_eof()
 
     def abort(self) -> None:
-        """Close at once."""
         self._transport.abort()
 
     # asyncio's side
@@ -3754,7 +3723,6 @@ class LocalService:
         raise StreamReset(ErrorCode.LOCAL_REFUSED, f"cannot connect to {target.text}: {_describe(error)}")
 
     def close(self) -> None:
-        """Drop the idle connections."""
         if self._pruning:
             self._pruning.cancel()
         while self._idle:
@@ -3789,7 +3757,6 @@ class Replay:
         self._chunks = [content] if content else []
 
     async def read(self) -> bytes:
-        """Return the content, then b""."""
         return self._chunks.pop() if self._chunks else b""
 
     def write_head(self, payload: bytes, *, interim: bool = False, end: bool = False) -> None: ...
@@ -3798,8 +3765,6 @@ class Replay:
 
 
 class Forwarding:
-    """One exchange on its way from a stream to the local service and back."""
-
     def __init__(
         self, stream: Stream | Replay, route: Route, head: RequestHead, exchange: Exchange, log: ExchangeLog
     ) -> None:
@@ -3850,8 +3815,7 @@ class Forwarding:
             if not kept:
                 connection.abort()  # first, because the wait below may be cancelled
             if upload:
-                upload.cancel()
-                await asyncio.gather(upload, return_exceptions=True)
+                await end_tasks(upload)
 
     async def _respond(self, connection: LocalConnection) -> None:
         parser = self._parser
@@ -3939,7 +3903,6 @@ class Tunnel(NamedTuple):
 
     @property
     def targets(self) -> list[Target]:
-        """All its local services."""
         return [self.target, *(target for _, target in self.routes)]
 
     def open(self) -> list[Route]:
@@ -4002,9 +3965,7 @@ class TunnelClient:
             if running.done():
                 running.result()
         finally:
-            for task in (clock, running, stopping):
-                task.cancel()
-            await asyncio.gather(clock, running, stopping, return_exceptions=True)
+            await end_tasks(clock, running, stopping)
             await self._end_session(StreamReset(ErrorCode.LINK_LOST, "the client stops"))
             for route in itertools.chain.from_iterable(self._routes):
                 route.service.close()
@@ -4018,6 +3979,12 @@ class TunnelClient:
     def url(self) -> str:
         """The public URL of the first tunnel; "" before it is known."""
         return self.urls[0] if self.urls else ""
+
+    @property
+    def urls_by_name(self) -> dict[str, str]:
+        """The public URL of each tunnel; "" before it is known."""
+        urls = itertools.chain(self.urls, itertools.repeat(""))
+        return {tunnel.name: url for tunnel, url in zip(self.tunnels, urls, strict=False)}
 
     @property
     def round_trip(self) -> float | None:
@@ -4292,16 +4259,13 @@ class TunnelClient:
 
     async def _end_session(self, error: StreamReset) -> None:
         if self._renewal:
-            self._renewal.cancel()
-            await asyncio.gather(self._renewal, return_exceptions=True)
+            await end_tasks(self._renewal)
             self._renewal = None
         if self._link:
             self._link.end(error)
             self._link = None
             self._session_id = ""
-        for task in self._forwarding:
-            task.cancel()
-        await asyncio.gather(*self._forwarding, return_exceptions=True)
+        await end_tasks(*self._forwarding)
 
     def _on_goaway(self, code: ErrorCode, reason: str) -> None:
         link = self._link
@@ -5090,7 +5054,6 @@ class Inspector:
 
     @property
     def url(self) -> str:
-        """Where to point a browser on this machine."""
         return f"http://127.0.0.1:{self.port}"
 
     async def close(self) -> None:
@@ -5150,21 +5113,17 @@ class Inspector:
         what = f"{request.method} {re.sub('/[0-9]{1,15}', '/ID', request.path, count=1)}"
         if what == "GET /":
             return web.Response(text=INSPECTOR_PAGE.replace("%TOKEN%", self.token), content_type="text/html")
-        if what == "GET /api/status":
+        acts = {"GET /api/status": lambda: None, "POST /api/clear": self._log.clear, "POST /api/stop": self._on_stop}
+        if what in acts:
+            acts[what]()
             return self._status()
         if what == "GET /api/exchanges":
             return await self._changes(query)
         if what == "GET /api/har":
             exchanges = [self._find(query["id"])] if "id" in query else list(self._log.exchanges.values())
-            return await asyncio.to_thread(as_har, exchanges, self._urls(), reveal=reveal)
+            return await asyncio.to_thread(as_har, exchanges, self._client.urls_by_name, reveal=reveal)
         if what == "GET /api/wait":
             return await self._wait(query)
-        if what == "POST /api/clear":
-            self._log.clear()
-            return self._status()
-        if what == "POST /api/stop":
-            self._on_stop()
-            return self._status()
         exchange = self._find(re.findall("/([0-9]{1,15})|$", request.path)[0])
         if what == "GET /api/exchanges/ID":
             return await asyncio.to_thread(self._detail, exchange, reveal=reveal)
@@ -5178,9 +5137,6 @@ class Inspector:
             return web.Response(body=body, content_type="application/octet-stream", headers=fields)
         raise MessageError("nothing here", 404)
 
-    def _urls(self) -> dict[str, str]:
-        return {tunnel.name: url for tunnel, url in zip(self._client.tunnels, self._client.urls, strict=False)}
-
     def _find(self, number: str) -> Exchange:
         exchange = self._log.exchanges.get(int(number)) if re.fullmatch("[0-9]{1,15}", number) else None
         if exchange is None:
@@ -5188,11 +5144,11 @@ class Inspector:
         return exchange
 
     def _status(self) -> dict[str, Any]:
-        client, log, urls = self._client, self._log, self._urls()
+        client, log, urls = self._client, self._log, self._client.urls_by_name
         retry_in = (client.retry_at or 0.0) - asyncio.get_running_loop().time()
         p50, p90 = log.percentiles() or (None, None)
         return {
-            "tunnels": [{"name": t.name, "url": urls.get(t.name, ""), "target": t.target.text} for t in client.tunnels],
+            "tunnels": [{"name": t.name, "url": urls[t.name], "target": t.target.text} for t in client.tunnels],
             "problem": client.problem,
             "retry_in": max(0.0, retry_in) if client.problem else None,
             "round_trip": client.round_trip,
@@ -5230,7 +5186,6 @@ class Inspector:
             fields, view = text_fields(headers, reveal=reveal), body_view(headers, body, size, reveal=reveal)
             return {"headers": fields, "body": view._asdict(), "size": size, "kept": len(body)}
 
-        url = self._urls().get(e.tunnel, "")
         return {
             **self._row(e),
             "version": e.version,
@@ -5240,7 +5195,7 @@ class Inspector:
             "request": message(e.request_headers, e.request_body, e.bytes_in),
             "response": message(e.response_headers, e.response_body, e.bytes_out),
             "notes": [{**n._asdict(), "data": n.data.decode("utf-8", "backslashreplace")} for n in list(e.notes)],
-            "curl": as_curl(e, url, reveal=reveal),
+            "curl": as_curl(e, self._client.urls_by_name[e.tunnel], reveal=reveal),
         }
 
     async def _wait(self, query: Mapping[str, str]) -> dict[str, Any]:
@@ -5306,7 +5261,6 @@ _LEAVE = "\x18\x1b[?2026l\x1b[m\x1b[?1006l\x1b[?1000l\x1b[?7h\x1b[?25h\x1b[?1049
 
 
 def colours(environment: Mapping[str, str]) -> int:
-    """Return how many colours to use."""
     if environment.get("NO_COLOR") or environment.get("TERM") == "dumb":
         return 0
     many = "256" in environment.get("TERM", "") or environment.get("COLORTERM") in ("truecolor", "24bit")
@@ -5338,18 +5292,15 @@ if sys.platform == "win32":
         foreground, ready = True, property(lambda self: self.active and self._frames.empty())
 
         def size(self) -> os.terminal_size:
-            """Return columns and lines."""
             return os.get_terminal_size(1)
 
         def enter(self) -> None:
-            """Take the console."""
             self._kernel.SetConsoleMode(self._in, 0x0281)  # processed, extended flags, virtual terminal input
             self._kernel.SetConsoleMode(self._out, 0x000D)  # processed, virtual terminal, no newline at the edge
             self.active = True
             self.write(_ENTER)
 
         def leave(self) -> None:
-            """Give it back."""
             if self.active:
                 self.active = False
                 self._put(_LEAVE)
@@ -5359,7 +5310,6 @@ if sys.platform == "win32":
         close = leave
 
         def write(self, text: str) -> None:
-            """Write, some time."""
             self._frames.put(text)
 
         def _read(self) -> None:
@@ -5414,7 +5364,6 @@ else:
             return self.active and not self._unsent
 
         def size(self) -> os.terminal_size:
-            """Return columns and lines."""
             return os.get_terminal_size(self._fd)
 
         def enter(self) -> None:
@@ -5443,7 +5392,6 @@ else:
                 os.write(self._fd, _LEAVE.encode())
 
         def close(self) -> None:
-            """Leave for good."""
             self.leave()
             os.close(self._fd)
 
@@ -5481,14 +5429,20 @@ else:
 class Terminal:
     """Shows a client on this process's terminal while its context lasts; `stop` is what the key q calls."""
 
-    def __init__(self, client: TunnelClient, stop: Callable[[], None], *, inspector_url: str = "") -> None:
-        self._client, self._stop, self._inspector_url = client, stop, inspector_url
+    def __init__(
+        self,
+        client: TunnelClient,
+        stop: Callable[[], None],
+        *,
+        inspector_url: str = "",
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._client, self._stop, self._inspector_url, self._on_failure = client, stop, inspector_url, on_failure
         self._screen, self._reader = Screen(), KeyReader()
         self._keys: list[str] = []
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._device = TerminalDevice(self._receive, self._wake.set)
-        self.failed = False
         self._drawn: list[str] = []
         self._size = os.terminal_size((0, 0))
         self._notice_until = 0.0
@@ -5507,11 +5461,9 @@ class Terminal:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
         self._end()
         self._device.close()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
 
     def _end(self) -> None:
         self._device.leave()
@@ -5541,7 +5493,7 @@ class Terminal:
                         await self._wake.wait()
         except Exception:
             self._end()  # the tunnel goes on without a view
-            self.failed = True
+            self._on_failure()
             log.exception("the terminal view failed")
 
     def _until_next(self) -> float | None:
@@ -5560,11 +5512,11 @@ class Terminal:
             self._size, self._drawn = size, []
         if self._loop.time() >= self._notice_until:
             screen.notice = ""
-        urls = itertools.chain(client.urls, itertools.repeat(""))
+        urls = client.urls_by_name
         snapshot = Snapshot(
             screen,
             now=self._loop.time(),
-            tunnels=[(t.name, url, t.target.text) for t, url in zip(client.tunnels, urls, strict=False)],
+            tunnels=[(t.name, urls[t.name], t.target.text) for t in client.tunnels],
             inspector_url=self._inspector_url,
             problem=client.problem,
             retry_at=client.retry_at,
@@ -5643,7 +5595,7 @@ class Terminal:
         """Put a text into the clipboard, through the terminal (OSC 52), and through tmux when it is there."""
         text, exchange, reveal = self._client.url, self._screen.opened, self._screen.reveal
         if exchange:
-            text = as_curl(exchange, self._urls.get(exchange.tunnel, ""), reveal=reveal)
+            text = as_curl(exchange, self._client.urls_by_name[exchange.tunnel], reveal=reveal)
         encoded = base64.b64encode(text.encode()).decode()
         if not text or len(encoded) > MAX_CLIPBOARD:
             return self.notice(f"{human_size(len(text))} are too long for the clipboard" if text else "no URL yet")
@@ -5660,7 +5612,7 @@ class Terminal:
                 with contextlib.suppress(FileExistsError):
                     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                     with open(descriptor, "w", encoding="utf-8") as file:
-                        json.dump(as_har(exchanges, self._urls, reveal=reveal), file)
+                        json.dump(as_har(exchanges, self._client.urls_by_name, reveal=reveal), file)
                     return path
             raise AssertionError
 
@@ -5669,10 +5621,6 @@ class Terminal:
         except OSError as error:
             return self.notice(f"not exported: {_describe(error)}")
         self.notice(f"exported {len(exchanges)} to {path}, {'with' if reveal else 'without'} secrets")
-
-    @property
-    def _urls(self) -> dict[str, str]:
-        return {tunnel.name: url for tunnel, url in zip(self._client.tunnels, self._client.urls, strict=False)}
 
 
 # ---- Demo -----------------------------------------------------------------------------------------------------------
@@ -5835,8 +5783,6 @@ class Memory:
 
 
 class Setting(NamedTuple):
-    """A value and where it comes from."""
-
     value: str
     source: str
 
@@ -5847,17 +5793,17 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {"server": str, "token": str, "tunnels": dict}  # of a settings file
-TUNNEL_SETTINGS = {  # of each of its tunnels; also flags of `connect`
-    "target": str,
-    "host-header": str,
-    "header": list,
-    "remove-header": list,
-    "response-header": list,
-    "remove-response-header": list,
-    "route": list,
-    "spa": bool,
-    "insecure": bool,
+TUNNEL_FLAGS = {  # of `connect`, and settings of each tunnel in a file: type, what stands for the value, help
+    "route": (list, "P=TARGET", "where requests below a path go"),
+    "host-header": (str, "H", "the Host for the local service; `rewrite`: its own"),
+    "header": (list, "'K: V'", "put a field into each request"),
+    "remove-header": (list, "K", "drop a field from each request"),
+    "response-header": (list, "'K: V'", "the same for responses"),
+    "remove-response-header": (list, "K", "the same for responses"),
+    "spa": (bool, "", "a folder: its index.html for pages that are no file"),
+    "insecure": (bool, "", "do not verify a local service's certificate"),
 }
+TUNNEL_SETTINGS = {"target": str, **{name: type_ for name, (type_, _, _) in TUNNEL_FLAGS.items()}}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -6006,8 +5952,8 @@ class Run:
         path = state_directory() / "run" / f"{os.getpid()}.json"
 
         def leave(client: TunnelClient) -> None:
-            pairs = zip(client.tunnels, client.urls, strict=True)
-            tunnels = [{"name": tunnel.name, "url": url, "target": tunnel.target.text} for tunnel, url in pairs]
+            urls = client.urls_by_name
+            tunnels = [{"name": t.name, "url": urls[t.name], "target": t.target.text} for t in client.tunnels]
             note = {"pid": os.getpid(), "inspector": inspector.url, "token": inspector.token, "tunnels": tunnels}
             with contextlib.suppress(OSError):  # a full disk is no reason to stop
                 write_private(path, json.dumps(note))
@@ -6027,9 +5973,12 @@ class Run:
         for path in sorted((state_directory() / "run").glob("*.json")):
             try:
                 run = cls(path, parse_object(path.read_text(encoding="utf-8")))
-                with contextlib.suppress(Unreachable):  # it is stopped, or busy
+                try:
                     if run.ask("/api/status", within=2.0)["pid"] != run.pid:
                         raise LookupError("another one has this port now")
+                except Unreachable:  # it is stopped, or busy, or it was killed and something silent has its port
+                    if os.name == "posix":
+                        os.kill(run.pid, 0)
                 runs.append(run)
             except (OSError, ValueError, LookupError, TypeError, TunnelError):
                 path.unlink(missing_ok=True)
@@ -6049,7 +5998,6 @@ class Run:
 
     @property
     def names(self) -> list[str]:
-        """The names of its tunnels."""
         return [str(tunnel["name"]) for tunnel in self.tunnels]
 
     def ask(self, path: str, /, *, post: bool = False, within: float = 10.0, **query: object) -> Any:
@@ -6066,8 +6014,11 @@ class Run:
         try:
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             with opener.open(request, timeout=within) as response:
-                data: bytes = response.read()
-                return parse_object(data.decode()) if "json" in response.headers["Content-Type"] else data
+                kind = response.headers.get_content_type()
+                if kind not in ("application/json", "application/octet-stream"):
+                    raise ValueError("something else answers there")
+                data: bytes = response.read(MAX_LOG)
+                return parse_object(data.decode()) if kind == "application/json" else data
         except urllib.error.HTTPError as error:
             with error, contextlib.suppress(ValueError):
                 raise TunnelError(escape(str(parse_object(error.read().decode()).get("error")))) from None
@@ -6477,8 +6428,6 @@ class Output(threading.Thread):
 
 
 class Console:
-    """Tells programs and people what happens."""
-
     def __init__(self, options: argparse.Namespace) -> None:
         """Report as the options say: `json`, `run`, and for clients `format` and `detached`."""
         self.as_json: bool = options.json
@@ -6489,7 +6438,6 @@ class Console:
         self._last_line = ""
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Report an event."""
         exchange = fields.pop("exchange", None)
         if exchange:
             if self.quiet and not self.as_json:
@@ -6505,13 +6453,11 @@ class Console:
         self._last_line = line if event == "disconnected" else ""  # an outage is reported once, not at every dial
 
     def fail(self, error: TunnelError) -> None:
-        """Report what a command ends with."""
         if self.as_json:
             self.emit("error", code=error.code, message=str(error))
         self.say(f"error: {error}")
 
     def close(self) -> None:
-        """Let everything out."""
         self.stdout.close()
         self.stderr.close()
 
@@ -6529,7 +6475,7 @@ class Console:
 
 
 # ---- Commands -------------------------------------------------------------------------------------------------------
-# Each subcommand wires things together, turns signals into stops, and returns an exit status.
+# Each subcommand wires things together, turns signals into stops, and returns an exit status, None for OK.
 
 
 @contextlib.contextmanager
@@ -6555,7 +6501,7 @@ def _signals(handler: Callable[[int], object]) -> Iterator[None]:
 PACKAGES = "aiohttp zstandard platformdirs"
 
 
-def _run(command: Coroutine[Any, Any, int]) -> int:
+def _run(command: Coroutine[Any, Any, _T]) -> _T:
     """Run a command on uvloop when it is installed, else on asyncio's own loop."""
     factory = None
     if os.environ.get("PYTUNNEL_LOOP") != "asyncio":
@@ -6634,14 +6580,12 @@ def _foreground_group() -> int:
     return 0
 
 
-async def _serve(options: argparse.Namespace, console: Console) -> int:
+async def _serve(options: argparse.Namespace, console: Console) -> None:
     state = state_directory()
     host, port = parse_listen(options.listen)
     given = options.token or os.environ.get("PYTUNNEL_TOKEN")
     token = check_token(given) if given else stored_token(state / "token")
-    domain = None
-    if options.domain:
-        domain = Origin.from_url(parse_server(options.domain))
+    domain = Origin.from_url(parse_server(options.domain)) if options.domain else None
     try:
         server = TunnelServer(
             tokens=[token],
@@ -6666,11 +6610,8 @@ async def _serve(options: argparse.Namespace, console: Console) -> int:
         drained = asyncio.ensure_future(server.drain())
         again = asyncio.ensure_future(signals.get())
         await asyncio.wait([drained, again], timeout=options.drain, return_when=asyncio.FIRST_COMPLETED)
-        for task in (drained, again):
-            task.cancel()
-        await asyncio.gather(drained, again, return_exceptions=True)
+        await end_tasks(drained, again)
     await server.close()
-    return ExitStatus.OK
 
 
 def _invitation(host: str | None, port: int, domain: Origin | None, token: str, kept: Path) -> str:
@@ -6717,7 +6658,7 @@ def _start(options: argparse.Namespace, console: Console) -> int:
 
 
 def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespace, console: Console) -> int:
-    settings.checked_token()
+    server, token = settings.server.value, settings.checked_token()
     try:
         console.format.format(url="", name="", target="")
     except (LookupError, ValueError, AttributeError):
@@ -6730,11 +6671,8 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
         raise UsageError(f"--url-file {escape(options.url_file)} is there, and not a file; give another path")
     if options.detach and not options.detached:
         return _detach(options, console)
-
-    def remember() -> None:
-        settings.memory.remember(settings.server.value, settings.token.value)
-
-    return _run(_share_here(settings.server.value, settings.token.value, tunnels, options, console, remember))
+    remember = functools.partial(settings.memory.remember, server, token)
+    return _run(_share_here(server, token, tunnels, options, console, remember))
 
 
 def _remove(path: str) -> None:
@@ -6839,10 +6777,12 @@ async def _share_here(
         streams = sys.stdin, sys.stdout, sys.stderr
         if not plain and all(stream is not None and stream.isatty() for stream in streams):
             stack.callback(setattr, console, "say", console.say)
-            view = Terminal(client, client.stop, inspector_url=inspector.url)
-            write = console.stderr.write
-            console.say = lambda line: write(line) if view.failed else view.notice(line)
-            console.format, console.quiet = "", True
+
+            def without_view() -> None:
+                console.say, console.quiet = console.stderr.write, False
+
+            view = Terminal(client, client.stop, inspector_url=inspector.url, on_failure=without_view)
+            console.say, console.format, console.quiet = view.notice, "", True
             await stack.enter_async_context(view)
         return await _run_client(client, console)
 
@@ -6885,9 +6825,7 @@ async def _run_client(
                 client.stop()
             await running
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_tasks(*tasks)
     console.emit("closed")
     if companion and not tasks[1].cancelled():
         return int(tasks[1].result())
@@ -6907,7 +6845,7 @@ async def _demo(options: argparse.Namespace, console: Console) -> int:
         return await _share_here(server.url, server.token, [tunnel], options, console)
 
 
-def _status(options: argparse.Namespace, console: Console) -> int:
+def _status(options: argparse.Namespace, console: Console) -> None:
     runs = Run.all()
     for run in runs:
         try:
@@ -6924,10 +6862,9 @@ def _status(options: argparse.Namespace, console: Console) -> int:
                 console.stdout.write(escape(f"{tunnel['name']}  {line}", 500))
     if not runs:
         console.say("no client runs here")
-    return ExitStatus.OK
 
 
-def _stop(options: argparse.Namespace, console: Console) -> int:
+def _stop(options: argparse.Namespace, console: Console) -> None:
     for run in Run.all() if options.all else [Run.find(options.name)]:
         run.ask("/api/stop", post=True)
         until = time.monotonic() + 2 * GOODBYE
@@ -6936,10 +6873,9 @@ def _stop(options: argparse.Namespace, console: Console) -> int:
                 raise TunnelError(f"process {run.pid} does not stop; end it with kill {run.pid}")
             time.sleep(0.02)
         console.say(f"stopped {', '.join(run.names)}")
-    return ExitStatus.OK
 
 
-def _expect(options: argparse.Namespace, console: Console) -> int:
+def _expect(options: argparse.Namespace, console: Console) -> None:
     run = Run.find(options.name)
     wanted = {"method": options.method.upper(), "path": options.path, "tunnel": options.name or ""}
     wanted |= {"count": options.count, "timeout": options.timeout}
@@ -6950,7 +6886,6 @@ def _expect(options: argparse.Namespace, console: Console) -> int:
             raise TunnelError(f"only {len(body)} of its {summary['bytes_in']} bytes were kept")
         Path(options.save).write_bytes(body)
     console.stdout.write(json.dumps(summary) if options.json else one_line(summary))
-    return ExitStatus.OK
 
 
 def _replay(options: argparse.Namespace, console: Console) -> int:
@@ -6963,7 +6898,7 @@ def _replay(options: argparse.Namespace, console: Console) -> int:
     return ExitStatus.UNEXPECTED if failed else ExitStatus.OK
 
 
-def _config(options: argparse.Namespace, console: Console) -> int:
+def _config(options: argparse.Namespace, console: Console) -> None:
     settings = Settings(vars(options), project=True)
     token = settings.token
     if token.value:
@@ -6974,10 +6909,9 @@ def _config(options: argparse.Namespace, console: Console) -> int:
         fields = {"setting": key, "value": setting.value or None, "source": setting.source}
         line = escape(f"{key} = {setting.value}  ({setting.source})", 1000)
         console.stdout.write(json.dumps(fields) if options.json else line)
-    return ExitStatus.OK
 
 
-def _login(options: argparse.Namespace, console: Console) -> int:
+def _login(options: argparse.Namespace, console: Console) -> None:
     import getpass
 
     server = parse_server(options.server)
@@ -6987,19 +6921,13 @@ def _login(options: argparse.Namespace, console: Console) -> int:
     if not token.strip():
         raise UsageError("no token was given: type it, write it to stdin, or add --token")
     token = check_token(token.strip(), "copy the whole of what `pytunnel serve` printed")
-
-    async def log_in() -> int:
-        await TunnelClient(server, token, []).log_in()
-        return ExitStatus.OK
-
-    _run(log_in())
+    _run(TunnelClient(server, token, []).log_in())
     Memory(state_directory()).remember(server, token)
     used = Settings({})
     if (used.server.value, used.token.value) == (server, token):
         console.say(f"{server} knows this token; from now on `pytunnel connect 3000` uses both")
     else:
         console.say(f"{server} knows this token; both are kept, but {used.server.source} counts before them")
-    return ExitStatus.OK
 
 
 def _doctor(options: argparse.Namespace, console: Console) -> int:
@@ -7048,39 +6976,27 @@ EXAMPLES = {
                             target = "5173"
                             host-header = "rewrite"
 """,
-    "status": """\
-  pytunnel status           a line for each tunnel of this machine
-  pytunnel status --json    the same for programs
-""",
+    "status": "  pytunnel status           a line for each tunnel of this machine\n",
     "stop": """\
   pytunnel stop             the only client of this machine
   pytunnel stop web         the client that has the tunnel web, with all its tunnels
-  pytunnel stop --all       all clients of this machine
 """,
     "expect": """\
   pytunnel expect --method POST --path /hook          wait until such a request has arrived; earlier ones count
   pytunnel expect --path '/hook/*' --count 3 --timeout 10
   pytunnel expect --path /hook --save body.json       keep its content
 """,
-    "replay": """\
-  pytunnel replay 12                send request 12 to the local service again
-  pytunnel replay 12 --times 10
-""",
+    "replay": "  pytunnel replay 12        send request 12 to the local service again\n",
     "login": """\
   pytunnel login https://t.example.com             asks for the token and keeps it
   pytunnel login https://t.example.com <token.txt  in a script
 """,
-    "config": """\
-  pytunnel config           the values in force for `start`, and where each comes from
-""",
+    "config": "  pytunnel config           the values in force for `start`, and where each comes from\n",
     "doctor": """\
   pytunnel doctor           the server used last, and the way there
   pytunnel doctor 3000 --server https://t.example.com
 """,
-    "demo": """\
-  pytunnel demo                        a server, a sample page and a tunnel to it, on this machine alone
-  pytunnel demo --listen 127.0.0.1:80  on another port
-""",
+    "demo": "  pytunnel demo             a server, a sample page and a tunnel to it, on this machine alone\n",
 }
 
 
@@ -7153,14 +7069,10 @@ def _parser() -> CommandParser:
     what = "[NAME=] port, host:port, URL, unix:/path or ./folder"
     connect.add_argument("targets", nargs="+", metavar="TARGET", help=what)
     connect.add_argument("--name", action="append", default=[], metavar="N", help="default: one that stays the same")
-    connect.add_argument("--route", action="append", metavar="P=TARGET", help="where requests below a path go")
-    connect.add_argument("--host-header", metavar="H", help="the Host for the local service; `rewrite`: its own")
-    connect.add_argument("--header", action="append", metavar="'K: V'", help="put a field into each request")
-    connect.add_argument("--remove-header", action="append", metavar="K", help="drop a field from each request")
-    connect.add_argument("--response-header", action="append", metavar="'K: V'", help="the same for responses")
-    connect.add_argument("--remove-response-header", action="append", metavar="K", help="the same for responses")
-    connect.add_argument("--spa", action="store_true", help="a folder: its index.html for pages that are no file")
-    connect.add_argument("--insecure", action="store_true", help="do not verify a local service's certificate")
+    for flag, (type_, metavar, what) in TUNNEL_FLAGS.items():
+        action = {str: "store", list: "append", bool: "store_true"}[type_]
+        value: dict[str, Any] = {"metavar": metavar} if metavar else {}
+        connect.add_argument(f"--{flag}", action=action, help=what, **value)
     start = add("start", "Start tunnels that are set up in a file", link, client)
     start.add_argument("names", nargs="*", metavar="NAME", help="default: the only one there is")
     start.add_argument("--all", action="store_true", help="all of them")
@@ -7194,7 +7106,7 @@ def _parser() -> CommandParser:
     return parser
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int | None]] = {
     "serve": lambda options, console: _run(_serve(options, console)),
     "connect": _connect,
     "start": _start,
@@ -7232,7 +7144,7 @@ def main(argv: list[str] | None = None) -> int:
     chatty = options.verbose or options.command == "serve"
     log.setLevel(logging.DEBUG if options.debug else logging.INFO if chatty else logging.WARNING)
     try:
-        return COMMANDS[options.command](options, console)
+        return COMMANDS[options.command](options, console) or ExitStatus.OK
     except TunnelError as error:
         log.debug("stopped", exc_info=True)
         console.fail(error)
