@@ -182,6 +182,58 @@ async def test_a_session_lost_for_good_raises_at_the_end(local: RawOrigin) -> No
         assert (caught.value.code, caught.value.exit_status) == ("replaced", 4)
 
 
+async def test_an_error_in_the_block_is_not_replaced_by_a_lost_session(local: RawOrigin) -> None:
+    before = asyncio.all_tasks()
+    async with pytunnel.serve() as server:
+        options: dict[str, Any] = {"server": server.url, "token": server.token, "name": "web"}
+        with pytest.raises(ZeroDivisionError):
+            async with pytunnel.connect(local.port, **options) as first:
+                async with pytunnel.connect(local.port, **options):
+                    await eventually(lambda: first._fatal, what="the first one's end")
+                raise ZeroDivisionError
+    assert asyncio.all_tasks() == before
+
+
+async def test_a_response_on_its_way_is_complete_when_the_context_is_left() -> None:
+    body, leaving = pattern(0, 2 * MiB), asyncio.Event()
+
+    async def answer(_: RawRequest, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body[:1000])
+        await leaving.wait()
+        writer.write(body[1000:])
+        await writer.drain()
+
+    async with RawOrigin(answer) as local, pytunnel.serve() as server:
+        async with pytunnel.connect(local.port, server=server.url, token=server.token) as tunnel:
+            visiting = asyncio.ensure_future(fetch(tunnel.url))
+            await eventually(lambda: tunnel.log.bytes_out == 1000, what="its first bytes")
+            leaving.set()
+        answered = await visiting
+        assert answered.clean and answered.body == body
+
+
+async def test_a_server_that_gives_other_tunnels_than_asked_for(
+    local: RawOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One link, no crash, and a reason that says what is wrong."""
+    encode, given = pytunnel.encode_message, 0
+
+    def lie(type_: str, **fields: Any) -> str:
+        if type_ == "ready":
+            fields["tunnels"] = (fields["tunnels"] * 2)[:given]
+        return encode(type_, **fields)
+
+    monkeypatch.setattr(pytunnel, "encode_message", lie)
+    async with pytunnel.serve() as server:
+        for given in (0, 1, 3):
+            settings = Settings({"server": server.url, "token": server.token})
+            tunnels = settings.from_targets([f"a={local.port}", f"b={local.port}"])
+            client = TunnelClient(server.url, server.token, tunnels, max_retries=0)
+            with pytest.raises(pytunnel.Unreachable, match=f"{given} tunnels, asked for were 2"):
+                await client.run()
+            assert client.urls == []
+
+
 async def test_leaving_ends_what_still_runs(tmp_path: Path) -> None:
     """At once: a test suite has no time to wait for a response that never ends."""
 
@@ -258,6 +310,21 @@ async def test_wait_for_waits_for_the_end_of_an_exchange() -> None:
         assert not waiting.done()
         go_on.set()
         assert (await waiting).response_body == b"halfhalf"
+        await visiting
+
+
+async def test_wait_for_finds_an_event_stream_that_is_still_open() -> None:
+    async def stream(_: RawRequest, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")
+        await reader.read()
+
+    async with RawOrigin(stream) as local, connected(local.port) as tunnel:
+        visiting = asyncio.ensure_future(fetch(tunnel.url, target=b"/events"))
+        found = await tunnel.wait_for(path="/events", timeout=5)
+        assert (found.status, found.ended, tunnel.log.in_flight) == (200, None, 1)
+        with pytest.raises(TimeoutError):  # it is one, also when more of it comes
+            await tunnel.wait_for(path="/events", count=2, timeout=0)
+        await local.aclose()
         await visiting
 
 
@@ -452,6 +519,7 @@ REFUSALS = {
     "Vite": (403, b'Blocked request. This host ("web.localhost") is not allowed.\nTo allow this host, add '
              b'"web.localhost" to `server.allowedHosts` in vite.config.js.'),
     "webpack": (403, b"Invalid Host header"),
+    "webpack 4": (200, b"Invalid Host header"),
     "Django": (400, b"<title>DisallowedHost at /</title> <pre>Invalid HTTP_HOST header: &#x27;web.localhost&#x27;."),
     "Rails": (403, b"<h1>Blocked hosts: web.localhost:8080</h1>"),
     "Rails 6": (403, b"<h1>Blocked host: web.localhost</h1>"),
@@ -460,6 +528,7 @@ NO_REFUSALS = {
     "another 403": (403, b"Forbidden: you may not read this"),
     "another 400": (400, b"Bad Request"),
     "a page about it": (200, b"<h1>What does Invalid Host header mean?</h1>"),
+    "a page of that length": (200, b"x" * len(b"Invalid Host header")),
     "a failure about it": (500, b"DisallowedHost"),
     "no body": (403, b""),
 }
@@ -648,6 +717,23 @@ def test_websocket_frames_are_read_in_any_slices(frames: list[tuple[Any, ...]], 
     for pieces in ([data], cut(data, places), [data[i : i + 1] for i in range(len(data))]):
         reader = WebSocketReader()
         assert [note for piece in pieces for note in reader.feed(piece)] == expected
+
+
+@pytest.mark.parametrize("mask", [None, b"\x11\x22\x33\x44"], ids=["server", "visitor"])
+@pytest.mark.parametrize(
+    ("payload", "note"),
+    [
+        (b"", ("close", 0, b"")),
+        (b"\x03", ("close", 1, b"\x03")),
+        (b"\x03\xe8", ("close 1000", 2, b"")),
+        (b"\x03\xe9going away", ("close 1001", 12, b"going away")),
+        (b"\x0f\xa0own", ("close 4000", 5, b"own")),
+    ],
+)
+def test_a_websocket_s_close_frame_has_its_code(
+    payload: bytes, note: tuple[str, int, bytes], mask: bytes | None
+) -> None:
+    assert list(WebSocketReader().feed(frame_of(8, payload, mask, 0x80, 0))) == [note]
 
 
 @given(st.binary(max_size=100), st.lists(st.integers(0, 100), max_size=5))
@@ -949,6 +1035,42 @@ async def test_a_har_has_the_shape_that_the_format_asks_for(local: RawOrigin) ->
         assert abs(entry["time"] - sum(parts)) < 0.01
 
 
+# ---------------------------------------------------------------------------------------- What differs
+
+
+def test_a_diff_compares_so_many_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 KB of JSON each, in which all lines differ: the time of a comparison goes with their product."""
+    compared: list[int] = []
+    unified_diff = pytunnel.difflib.unified_diff
+
+    def compare(old: list[str], new: list[str], *names: str, **options: Any) -> Iterable[str]:
+        compared.extend([len(old), len(new)])
+        return unified_diff(old, new, *names, **options)
+
+    monkeypatch.setattr(pytunnel.difflib, "unified_diff", compare)
+    log = ExchangeLog()
+    exchanges = []
+    for number in range(2):
+        exchange = begun(log)
+        answered(log, exchange, ResponseHead(200, b"OK", [(b"Content-Type", b"application/json")]))
+        body = json.dumps([{"id": n, "value": f"{number} {n}"} for n in range(6500)]).encode()
+        assert 200_000 < len(body) < MAX_PREFIX
+        log.send(exchange, body, 0.0)
+        exchanges.append(exchange)
+    lines = pytunnel.diff(*exchanges)
+    assert compared == [pytunnel.MAX_DIFF] * 2
+    assert 0 < len(lines) <= 2 * pytunnel.MAX_DIFF + 10
+    assert pytunnel.diff(exchanges[0], exchanges[0]) == []
+
+
+def test_a_diff_leaves_the_date_out() -> None:
+    log = ExchangeLog()
+    exchanges = [begun(log), begun(log)]
+    for number, exchange in enumerate(exchanges):
+        answered(log, exchange, ResponseHead(200, b"OK", [(b"DATE", b"%d" % number), (b"X-Same", b"1")]))
+    assert pytunnel.diff(*exchanges) == []
+
+
 # ---------------------------------------------------------------------------------------- Masks and sizes
 
 
@@ -965,6 +1087,16 @@ async def test_a_har_has_the_shape_that_the_format_asks_for(local: RawOrigin) ->
         ("/x?token=", "/x?token="),
         ("/x?monkey=abc&barcode=1&author=2", "/x?monkey=abc&barcode=1&author=2"),
         ("/token=abc", "/token=abc"),
+        ("/x?user[password]=abc&y=1", "/x?user[password]=•••&y=1"),
+        ("/x?user%5Bpassword%5D=abc", "/x?user%5Bpassword%5D=•••"),
+        ("/x?oauth2_token=abc&jwt=def&session_id=ghi", "/x?oauth2_token=•••&jwt=•••&session_id=•••"),
+        ("/x?auth=abc&auth_key=def&client_secret=ghi", "/x?auth=•••&auth_key=•••&client_secret=•••"),
+        ("/x?pwd=abc&passwd=def&my.credentials=ghi", "/x?pwd=•••&passwd=•••&my.credentials=•••"),
+        ('{"access_token":"abc","user":"jo"}', '{"access_token":"•••","user":"jo"}'),
+        ('{"user": {"password" : "a\\"b", "name": "c"}}', '{"user": {"password" : "•••", "name": "c"}}'),
+        ('{"jwt":"cut in the mid', '{"jwt":"•••"'),
+        ('{"author":"jo","monkey":"x","is":"token"}', '{"author":"jo","monkey":"x","is":"token"}'),
+        ('{"token":""}', '{"token":"•••"}'),
         ("/x?a=token", "/x?a=token"),
     ],
 )
@@ -972,7 +1104,8 @@ def test_mask_target(text: str, masked: str) -> None:
     assert mask(text) == masked
 
 
-@given(st.text(alphabet="token=&?/ab", max_size=40))
+@given(st.text(alphabet='token=&?/ab":{\\', max_size=40))
+@example('"token":"a"token":"b"')
 def test_masking_twice_is_masking_once(text: str) -> None:
     assert mask(mask(text)) == mask(text)
 
@@ -983,6 +1116,52 @@ def test_mask_headers() -> None:
     mask = "•••".encode()
     assert mask_headers(headers) == [*((name, mask) for name in names), (b"X-Plain", b"kept"), (b"Cookie2", b"kept")]
     assert headers[0] == (b"Authorization", b"secret")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["X-Gitlab-Token", "Private-Token", "X-Access-Token", "Api-Key", "X-Amz-Security-Token", "X-Hub-Secret",
+     "X-Vault-Token", "apikey", "X-Goog-Credential", "X-Custom-Authorization"],
+)  # fmt: skip
+def test_fields_are_secret_by_parts_of_their_names(name: str) -> None:
+    masked = [(name.encode(), "•••".encode())]
+    assert mask_headers([(name.encode(), b"secret")]) == masked
+    assert mask_headers([(name.lower().encode(), b"secret")]) == [(name.lower().encode(), "•••".encode())]
+
+
+@pytest.mark.parametrize("name", [b"Author", b"X-Monkey", b"Cookie-Policy", b"Idempotency-Key", b"X-Request-Id"])
+def test_fields_that_are_no_secrets(name: bytes) -> None:
+    assert mask_headers([(name, b"plain")]) == [(name, b"plain")]
+
+
+HOSTILE = {
+    "a word": "token" * 50_000,
+    "separators": "&" * 200_000,
+    "names without a value": "&token" * 40_000,
+    "long names": ("&" + "token" * 25) * 2000,
+    "open quotes": '"token' * 40_000,
+    "quotes": '"' * 200_000,
+    "colons": '"token":' * 30_000,
+    "spaces": '"token"        ' * 16_000,
+    "backslashes": '"token":"' + "\\" * 250_000,
+    "one value": "token=" + "x" * 250_000,
+    "many values": 'token=x "token":"x" ' * 12_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_masking_takes_time_as_the_text_is_long(name: str) -> None:
+    """No wall clock: four times the text takes four times the time, where a quadratic search would take sixteen."""
+
+    def seconds(text: str) -> float:
+        started = time.thread_time()
+        mask(text)
+        return time.thread_time() - started
+
+    text = HOSTILE[name]
+    pairs = [(seconds(text), seconds(text[: len(text) // 4])) for _ in range(5)]
+    whole, quarter = min(pair[0] for pair in pairs), min(pair[1] for pair in pairs)
+    assert whole < 9 * quarter + 0.002
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import itertools
 import json
 import re
 import shutil
+import threading
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -512,6 +513,58 @@ async def test_o6_a_bomb_is_unpacked_only_so_far() -> None:
         assert len((await ask(page, path=f"/api/exchanges/{e.id}")).body) < 8 * pytunnel.MAX_VIEW
         flat = Samples(client).add("GET", "/", 200, b"text/plain", b"[" * 1000 + b"1," * 130_000)
         assert len((await ask(page, path=f"/api/exchanges/{flat.id}")).body) < 8 * pytunnel.MAX_VIEW
+
+
+async def test_heavy_views_leave_the_event_loop_to_the_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is held up in its thread until another request was answered; in the loop's thread none could be."""
+    answered, threads = threading.Event(), dict[str, set[int]]()
+
+    def hold(name: str) -> None:
+        view = getattr(pytunnel, name)
+
+        def held(*args: Any, **options: Any) -> Any:
+            threads.setdefault(name, set()).add(threading.get_ident())
+            assert threading.get_ident() == threading.main_thread().ident or answered.wait(20)
+            return view(*args, **options)
+
+        monkeypatch.setattr(pytunnel, name, held)
+
+    for name in ("diff", "as_har", "body_view", "as_curl"):
+        hold(name)
+    async with replayable() as (page, client, _):
+        e = Samples(client).add("POST", "/a", 200, b"application/json", b'{"a":1}' * 30_000, sent=b"[1]" * 60_000)
+        for views, wanted in (
+            (["as_har"], ask_json(page, "/api/har")),
+            (["body_view", "as_curl"], ask_json(page, f"/api/exchanges/{e.id}")),
+            (["diff"], ask_json(page, f"/api/exchanges/{e.id}/replay", {})),
+        ):
+            answered.clear()
+            threads.clear()
+            asking = asyncio.ensure_future(wanted)
+            await eventually(lambda first=views[0]: first in threads, 20)  # type: ignore[misc]
+            assert (await ask(page)).status == 200
+            assert not asking.done()
+            answered.set()
+            assert await asking
+            assert set(views) <= set(threads)
+            assert not any(threading.get_ident() in idents for idents in threads.values())
+
+
+async def test_large_answers_become_json_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[int] = set()
+    dumps = json.dumps
+
+    def watched(*args: Any, **options: Any) -> str:
+        threads.add(threading.get_ident())
+        return dumps(*args, **options)
+
+    async with inspector() as (page, client):
+        Samples(client).add("GET", "/", 200, b"application/json", b'{"a":1}' * 30_000)
+        with monkeypatch.context() as patch:
+            patch.setattr(pytunnel.json, "dumps", watched)
+            for path in ("/api/exchanges/1", "/api/har", "/api/exchanges"):
+                assert (await ask(page, path=path)).status == 200
+    assert threads and threading.get_ident() not in threads
 
 
 async def test_a_request_that_is_too_large_is_refused() -> None:

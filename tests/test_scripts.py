@@ -20,10 +20,23 @@ import sys
 import termios
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from support import PROGRAM, Process, RawOrigin, RawVisitor, Relay, eventually, free_port, pattern, request, response
+from support import (
+    PROGRAM,
+    Process,
+    RawOrigin,
+    RawRequest,
+    RawVisitor,
+    Relay,
+    eventually,
+    free_port,
+    pattern,
+    request,
+    response,
+)
 from test_cli import CERTIFICATE, OTHER_TOKEN, TOKEN, Finished, run, serving, start, url_of, visit
 
 PYTUNNEL = [sys.executable, str(PROGRAM)]
@@ -438,6 +451,54 @@ async def test_detached_clients_survive_their_terminal(machine: Machine, local: 
     await machine.wait_clean()
 
 
+# ---------------------------------------------------------------------------------------- Closed descriptors
+
+
+async def closed(machine: Machine, *args: str) -> Process:
+    """Run a command with stdout and stderr closed; its exit status is the only line."""
+    line = f"{shlex.join([*PYTUNNEL, *args])} >&- 2>&-; echo status $?"
+    return await start(home=machine.home, env=machine.env, command=["/bin/sh", "-c", line])
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["plain", "json"])
+async def test_a_client_whose_output_is_closed_works(machine: Machine, local: RawOrigin, flags: list[str]) -> None:
+    async with await closed(machine, "connect", f"web={local.port}", "--debug", *flags) as client:
+        await eventually(lambda: [name for name in machine.left if name.endswith(".json")], 20, "the client's note")
+        for _ in range(3):
+            assert (await visit(machine.url("web"))).body == b"hello"
+        (row,) = await machine.status()
+        assert (row["name"], row["requests"]) == ("web", 3)
+        async with await closed(machine, "status", *flags) as status:
+            assert await status.wait() == 0
+            assert (status.stdout, status.stderr) == (["status 0"], [])
+        assert (await machine.run("stop")).status == 0
+        assert await client.wait() == 0
+        assert (client.stdout, client.stderr) == (["status 0"], [])
+    await machine.wait_clean()
+
+
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [
+        (["status"], 0),
+        (["status", "--json"], 0),
+        (["stop"], 1),
+        (["connect", "nonsense"], 2),
+        (["connect", "3000", "--token", OTHER_TOKEN], 3),
+        (["connect", "3000", "--token", OTHER_TOKEN, "--json", "--debug"], 3),
+        (["connect", "3000", "--token", OTHER_TOKEN, "--detach"], 3),
+        (["connect", "3000", "--nonsense"], 2),
+        (["config"], 0),
+        (["--version"], 0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+async def test_closed_outputs_leave_the_exit_status_alone(machine: Machine, args: list[str], status: int) -> None:
+    async with await closed(machine, *args) as process:
+        assert await process.wait(20) == 0
+        assert (process.stdout, process.stderr) == ([f"status {status}"], [])
+
+
 # ---------------------------------------------------------------------------------------- status and stop
 
 
@@ -503,6 +564,45 @@ async def test_a_killed_client_is_no_client(machine: Machine, local: RawOrigin) 
     assert [name for name in machine.left if name.endswith(".json")] == []
     stop = await machine.run("stop", "web")
     assert (stop.status, stop.error) == (1, "error: no client runs here; start one with pytunnel connect")
+
+
+JSON_TYPE = [(b"Content-Type", b"application/json")]
+NEW_OWNERS = {
+    "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "no words": b"\x15\x03\x01\x00\x02\x02\x46",
+    "hangs up": b"",
+    "a page": response(b"<h1>hello</h1>", headers=[(b"Content-Type", b"text/html")]),
+    "no type": response(b"hello"),
+    "an object": response(b"{}", headers=JSON_TYPE),
+    "a list": response(b"[]", headers=JSON_TYPE),
+    "half an object": response(b'{"pid":', headers=JSON_TYPE),
+    "another process": response(b'{"pid": 1}', headers=JSON_TYPE),
+    "no text": response(b"\xff\xfe", headers=JSON_TYPE),
+    "an error": response(b"no", 500),
+    "nobody": None,
+}
+
+
+@pytest.mark.parametrize("name", NEW_OWNERS)
+async def test_a_note_whose_port_is_another_s_now_is_removed(machine: Machine, name: str) -> None:
+    """What a killed client has left neither shows, nor keeps its port from being a target."""
+    handler: Any = NEW_OWNERS[name]
+    async with RawOrigin(handler or b"", keep_alive=False) as local:
+        port = local.port
+        if handler is None:
+            await local.aclose()
+        tunnels = [{"name": "old", "url": "http://old.localhost", "target": "3000"}]
+        note = {"pid": 4_000_000, "inspector": f"http://127.0.0.1:{port}", "token": "x", "tunnels": tunnels}
+        path = machine.home / "state" / "run" / "4000000.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(note))
+        status = await machine.run("status")
+        assert (status.status, status.stdout, status.stderr) == (0, [], ["no client runs here"])
+        assert not path.exists()
+        path.write_text(json.dumps(note))
+        async with machine.client(f"web={port}"):
+            assert not path.exists()
+            assert [row["name"] for row in await machine.status()] == ["web"]
 
 
 async def test_a_client_that_is_stopped_for_a_moment_is_not_forgotten(machine: Machine, local: RawOrigin) -> None:
@@ -624,6 +724,46 @@ async def test_expect_waits_for_what_comes(machine: Machine, local: RawOrigin) -
             assert await expect.wait() == 0, expect.output()
             assert is_line(expect.stdout[0], "/hook") and len(expect.stdout) == 1
         assert (machine.home / "saved").read_bytes() == b"2"
+
+
+async def test_expect_counts_an_event_stream_that_is_still_open(machine: Machine) -> None:
+    async def stream(_: RawRequest, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")
+        await reader.read()
+
+    async with RawOrigin(stream) as local, machine.client(f"web={local.port}"):
+        parts = urlsplit(machine.url("web"))
+        async with RawVisitor(parts.port or 0) as visitor:
+            await visitor.send(request("GET", b"/events", parts.netloc.encode()))
+            await visitor.read_until(b"data: 1")
+            result = await machine.run("expect", "--path", "/events", "--timeout", "10")
+            assert (result.status, len(result.stdout), result.stderr) == (0, 1, []), result
+            assert is_line(result.stdout[0], "/events", "GET")
+
+
+async def test_expect_counts_a_request_that_600_others_overtook(machine: Machine) -> None:
+    go_on = asyncio.Event()
+
+    async def answer(asked: RawRequest, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if asked.target == b"/slow":
+            await go_on.wait()
+        writer.write(response(b"hello"))
+
+    async with RawOrigin(answer, read_body=True) as local, machine.client(f"web={local.port}"):
+        slow = asyncio.ensure_future(post(machine.url("web"), b"/slow", b"the slow one"))
+        await local.wait_requests(1)
+        parts = urlsplit(machine.url("web"))
+        async with RawVisitor(parts.port or 0) as visitor:
+            for _ in range(600):
+                await visitor.send(request("GET", b"/other", parts.netloc.encode()))
+                assert (await visitor.read_response()).status == 200
+        go_on.set()
+        await slow
+        args = ["--method", "POST", "--path", "/slow", "--timeout", "10", "--save", "body"]
+        result = await machine.run("expect", *args)
+        assert (result.status, len(result.stdout), result.stderr) == (0, 1, []), result
+        assert is_line(result.stdout[0], "/slow")
+        assert (machine.home / "body").read_bytes() == b"the slow one"
 
 
 def connections(pid: int, port: int) -> list[bytes]:
@@ -824,6 +964,70 @@ async def test_a_host_that_is_refused_is_hinted_at(machine: Machine) -> None:
                 assert hints == [json.dumps({"event": "hint", "message": message}) if flags else f"hint: {message}"]
 
 
+async def test_a_service_that_does_not_run_is_hinted_at(machine: Machine) -> None:
+    """Once, however many of them; after the URL, which works as soon as they run."""
+    down, other = free_port(), free_port()
+    message = f"cannot connect to {down}: connection refused; visitors get an error until it runs"
+    for flags in ([], ["--json"]):
+        async with await machine.start("connect", f"a={down}", f"b={other}", *flags) as client:
+            await client.stdout_line(machine.url("b"))
+            assert (await visit(machine.url("a"))).status == 502
+            client.send_signal(signal.SIGTERM)
+            assert await client.wait() == 0
+        if flags:
+            events = [json.loads(line) for line in client.stdout]
+            assert [event["event"] for event in events] == ["ready", "ready", "hint", "request", "closed"]
+            assert events[2] == {"event": "hint", "message": message}
+            assert client.stderr == []
+        else:
+            assert client.stdout == [machine.url("a"), machine.url("b")]
+            assert client.stderr[:3] == [
+                f"{machine.url('a')} -> {down}", f"{machine.url('b')} -> {other}", f"hint: {message}",
+            ]  # fmt: skip
+            assert len([line for line in client.stderr if "hint" in line]) == 1
+    route = [f"web={down}", "--route", f"/api={other}"]
+    async with RawOrigin(response(b"hello"), port=down), await machine.start("connect", *route) as client:
+        await client.stderr_line(f"hint: cannot connect to {other}: connection refused; ")
+
+
+async def test_no_hint_where_none_helps(machine: Machine, local: RawOrigin) -> None:
+    """The service runs, is a folder or elsewhere, is waited for, or is what the command starts."""
+    folder = machine.home / "dist"
+    folder.mkdir()
+    for args in ([f"web={local.port}"], [f"web={folder}"], [f"web={local.port}", "--wait-local"]):
+        async with await machine.start("connect", *args, "--json") as client:
+            await client.event("ready")
+            assert (await visit(machine.url("web"))).status in (200, 404)
+            client.send_signal(signal.SIGTERM)
+            assert await client.wait() == 0
+            assert "hint" not in [json.loads(line)["event"] for line in client.stdout], client.output()
+            assert client.stderr == []
+    result = await machine.run("connect", f"web={free_port()}", "--", "true")
+    assert (result.status, result.stdout) == (0, [])
+    assert not [line for line in result.stderr if line.startswith("hint")]
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["plain", "json"])
+async def test_secrets_are_masked_in_what_a_client_says(machine: Machine, local: RawOrigin, flags: list[str]) -> None:
+    """Wherever lines go: its own, and those of the commands that ask it."""
+    target = b"/hook?access_token=hush1&user[password]=hush2&jwt=hush3&x=plain"
+    shown = "/hook?access_token=•••&user[password]=•••&jwt=•••&x=plain"
+    async with await machine.start("connect", f"web={local.port}", *flags) as client:
+        await client.stdout_line(machine.url("web"))
+        await post(machine.url("web"), target)
+        results = [await machine.run("expect", *flags), await machine.run("replay", "1", *flags)]
+        client.send_signal(signal.SIGTERM)
+        assert await client.wait() == 0
+    lines = client.stdout + client.stderr
+    for result in results:
+        assert (result.status, result.stderr) == (0, [])
+        lines += result.stdout
+    assert "hush" not in "\n".join(lines)
+    told = [json.loads(line).get("path") for line in lines if line.startswith("{")] if flags else lines
+    assert len([text for text in told if text and shown in text]) == 4, lines  # the request, its replay, and both again
+    assert local.requests[1].target == target
+
+
 # ---------------------------------------------------------------------------------------- --url-file and --format
 
 
@@ -854,6 +1058,21 @@ async def test_a_url_file_that_cannot_be_written_is_one_line(machine: Machine, l
         assert (result.status, result.stdout) == (status, []), result
         assert result.error == f"error: {error}"
         assert sorted(os.listdir(machine.home)) == ["folder", "pipe", "state"]
+
+
+async def test_a_url_file_of_an_earlier_run_is_gone_before_the_server_is_dialled(machine: Machine) -> None:
+    """Else a script would read a URL that does not work yet, or any more."""
+    path = machine.home / "url"
+    path.write_text("http://old.example\n")
+    async with Relay(urlsplit(machine.server).port or 0) as relay:
+        relay.set_mode("blackhole")
+        args = ["connect", f"web={free_port()}", "--url-file", "url", "--server", f"http://127.0.0.1:{relay.port}"]
+        async with await machine.start(*args) as client:
+            await relay.wait_accepted(1, 20)
+            assert not path.exists()
+            relay.set_mode("pass")
+            url = await url_of(client)
+            assert path.read_text() == f"{url}\n"
 
 
 async def test_a_client_that_was_refused_leaves_no_url_file(machine: Machine) -> None:
@@ -900,6 +1119,14 @@ async def test_a_format_that_is_none_is_2(machine: Machine, format: str) -> None
         (["connect", "3000", "--host-header", "a b"], "rewrite"),
         (["connect", "./no-such-folder"], "there is no folder"),
         (["expect", "--count", "x"], "pytunnel expect --help"),
+        *((["expect", "--timeout", text], "pytunnel expect --help") for text in ("inf", "nan", "-1", "1e9", "")),
+        *((["expect", "--count", text], "pytunnel expect --help") for text in ("0", "-1", "1.5", "inf")),
+        *((["replay", "1", "--times", text], "pytunnel replay --help") for text in ("0", "-1", "nan")),
+        *((["connect", "3000", f"--wait-local={text}"], "pytunnel connect --help") for text in ("inf", "nan", "-1")),
+        *((["connect", "3000", f"--max-retries={text}"], "pytunnel connect --help") for text in ("inf", "1.5")),
+        *((["serve", "--grace", text], "pytunnel serve --help") for text in ("inf", "nan", "-1")),
+        *((["serve", flag, "nan"], "pytunnel serve --help") for flag in ("--hold", "--drain")),
+        (["doctor", "--idle", "nan"], "pytunnel doctor --help"),
         (["stop", "a", "b"], "pytunnel stop --help"),
         (["status", "web"], "pytunnel status --help"),
     ],

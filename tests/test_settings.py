@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -387,6 +388,44 @@ async def test_a_tunnel_s_routes_are_tried_the_longest_first(place: Place) -> No
     assert hosts["/a"] == [(b"Host", b"localhost:1001"), (b"X", b"1")]
 
 
+# ---------------------------------------------------------------------------------------- What is made once
+
+MAKER = """
+import sys, pytunnel
+def slowly(size):
+    print("making", flush=True)
+    sys.stdin.readline()
+    return sys.argv[1] * size
+if sys.argv[1]:
+    pytunnel.secrets.token_hex = slowly
+print(pytunnel.Settings({}).from_targets(["3000"])[0].name, flush=True)
+"""
+
+
+async def test_clients_that_start_at_once_are_on_one_machine(tmp_path: Path) -> None:
+    """Each has seen that nothing is there and makes a name for the machine, before any of them keeps it."""
+
+    async def begin(own: str) -> asyncio.subprocess.Process:
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTUNNEL_STATE_DIR": str(tmp_path / "state")}
+        pipe = asyncio.subprocess.PIPE
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-c", MAKER, own, cwd=tmp_path, stdin=pipe, stdout=pipe,
+            env={**env, "PYTHONPATH": str(PROGRAM.parent), "PYTUNNEL_TOKEN": A},
+        )  # fmt: skip
+
+    async with asyncio.timeout(30):
+        makers = [await begin(own) for own in "abcd"]
+        for maker in makers:
+            assert maker.stdout and await maker.stdout.readline() == b"making\n"
+        assert not (tmp_path / "state" / "machine").exists()
+        names = {(await maker.communicate(b"\n"))[0] for maker in makers}
+        assert [maker.returncode for maker in makers] == [0] * 4
+        names.add((await (await begin("")).communicate())[0])
+    assert len(names) == 1 and names != {b""}
+    assert os.listdir(tmp_path / "state") == ["machine"]
+    assert (tmp_path / "state" / "machine").stat().st_mode & 0o777 == 0o600
+
+
 # ---------------------------------------------------------------------------------------- config
 
 
@@ -426,6 +465,19 @@ async def test_config_shows_what_is_in_force_and_where_it_comes_from(tmp_path: P
     assert json.loads(unset.stdout[1]) == {"setting": "token", "value": None, "source": "not set"}
 
 
+async def test_config_shows_a_file_of_others_as_text(tmp_path: Path) -> None:
+    """./pytunnel.toml comes with a project: what it says is not for the terminal to carry out."""
+    target, name = "3000\x1b]0;pwned\x07", "a\x1b[31m"
+    (tmp_path / "pytunnel.toml").write_text(f"[tunnels.{json.dumps(name)}]\ntarget = {json.dumps(target)}\n")
+    plain = await execute(tmp_path, "config")
+    assert (plain.status, plain.stderr) == (0, [])
+    assert plain.stdout[2:] == [r"tunnels.a\x1b[31m = 3000\x1b]0;pwned\x07  (pytunnel.toml)"]
+    as_json = await execute(tmp_path, "config", "--json")
+    assert not [line for line in as_json.stdout if "\x1b" in line or "\x07" in line]
+    row = {"setting": f"tunnels.{name}", "value": target, "source": "pytunnel.toml"}
+    assert json.loads(as_json.stdout[2]) == row
+
+
 async def test_config_of_a_wrong_file_is_2(tmp_path: Path) -> None:
     (tmp_path / "pytunnel.toml").write_text('sever = "x"\n')
     result = await execute(tmp_path, "config")
@@ -461,6 +513,14 @@ async def test_login_keeps_a_token_that_works(tmp_path: Path, way: str) -> None:
         env = {"PYTUNNEL_CONFIG": str(home / "config.toml")}
         async with await start("connect", f"web={local.port}", home=home, env=env) as client:
             assert (await visit(await url_of(client))).body == b"hello"
+
+
+async def test_login_without_a_stdin_is_2(tmp_path: Path) -> None:
+    script = ["/bin/sh", "-c", 'exec "$0" "$@" <&-', sys.executable, str(PROGRAM)]
+    result = await run("login", f"http://127.0.0.1:{free_port()}", home=tmp_path, command=script)
+    assert (result.status, result.stdout, len(result.stderr)) == (2, [], 1), result
+    assert result.error.startswith("error: no token was given: ")
+    assert os.listdir(tmp_path) == []
 
 
 async def test_login_that_fails_keeps_nothing(tmp_path: Path) -> None:
@@ -518,6 +578,36 @@ async def test_start(tmp_path: Path) -> None:
         which = await execute(home, "start")
         assert (which.status, which.stdout) == (2, [])
         assert which.error == "error: which tunnel? give --all, or some of: web, one, two, three"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('target = "nonsense"', "a port like 3000"),
+        ('target = "./no-such-folder"', "there is no folder"),
+        ('target = "3000"\nheader = ["no colon"]', "Name: value"),
+        ('target = "3000"\nhost-header = "a b"', "rewrite"),
+    ],
+)
+async def test_a_broken_tunnel_of_a_file_is_its_own_trouble(tmp_path: Path, lines: str, message: str) -> None:
+    """The others start, `config` shows all, and who starts it reads where to look."""
+    home = tmp_path / "client"
+    home.mkdir()
+    async with RawOrigin(response(b"hello")) as local, serving(tmp_path / "server", "--token", TOKEN) as server:
+        (home / "config.toml").write_text(f'server = "{server.url}"\ntoken = "{TOKEN}"\n')
+        text = f'[tunnels.broken]\n{lines}\n[tunnels.other]\ntarget = "{local.port}"\n'
+        (home / "pytunnel.toml").write_text(text)
+        env = {"PYTUNNEL_CONFIG": str(home / "config.toml")}
+        async with await start("start", "other", home=home, env=env) as client:
+            assert (await visit(await url_of(client))).body == b"hello"
+        config = await execute(home, "config")
+        assert (config.status, config.stderr) == (0, [])
+        shown = [line.partition(" = ")[0] for line in config.stdout]
+        assert shown == ["server", "token", "tunnels.broken", "tunnels.other"]
+        for args in (["broken"], ["other", "broken"], ["--all"]):
+            result = await execute(home, "start", *args)
+            assert (result.status, result.stdout, len(result.stderr)) == (2, [], 1), (args, result)
+            assert result.error.startswith("error: pytunnel.toml: tunnel broken: ") and message in result.error
 
 
 async def test_start_without_any_is_2(tmp_path: Path) -> None:

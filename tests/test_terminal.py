@@ -495,6 +495,41 @@ def test_the_filter() -> None:
     assert shown(snap, *["backspace"] * 9).splitlines()[-1].startswith(" /   5xx")
 
 
+@pytest.mark.parametrize("how", [["enter", "escape"], ["escape"], ["enter", "down", "escape"], [*["backspace"] * 3]])
+def test_after_a_filter_the_newest_is_selected(how: list[str]) -> None:
+    """Also those that come then: who has cleared a filter watches what happens."""
+    snap = snapshot()
+    show(snap, 80, 24, "end", "/", *"2xx", "down", *how)
+    assert snap.screen.filter == ""
+    assert snap.screen.exchange is snap.exchanges[-1]
+    more(snap.log, 3)
+    snap = snap._replace(exchanges=list(snap.log.exchanges.values()))
+    text = shown(snap)
+    assert snap.screen.exchange is snap.exchanges[-1] and snap.screen.following
+    assert " new ↑" not in text
+
+
+def test_s_shows_the_secrets_of_a_body() -> None:
+    """Of a form and of JSON, sent and received, and hides them again."""
+    log = ExchangeLog()
+    fields = [b"Content-Type", b"application/x-www-form-urlencoded"]
+    exchange = Exchange("web", "POST", "/login", started=NOW, request_head=b"\0".join([b"", b"", *fields]))
+    log.begin(exchange)
+    log.receive(exchange, b"email=jo&user%5Bpassword%5D=hunter2", NOW)
+    head = ResponseHead(200, b"OK", [(b"Content-Type", b"application/json")])
+    log.respond(exchange, head, head.encode())
+    log.send(exchange, b'{"access_token":"hush","name":"Jo"}', NOW)
+    log.finish(exchange, NOW)
+    snap = snapshot(log)
+    text = shown(snap, "enter", "3")
+    assert "email = jo" in text and "user[password] = •••" in text and "hunter2" not in text
+    assert "user[password] = hunter2" in shown(snap, "s")
+    assert '"access_token": "hush"' in shown(snap, "4")
+    text = shown(snap, "s")
+    assert '"access_token": "•••"' in text and '"name": "Jo"' in text and "hush" not in text
+    assert "hunter2" not in shown(snap, "3")
+
+
 def test_what_keys_ask_for() -> None:
     snap = snapshot()
     show(snap)
@@ -750,6 +785,78 @@ async def test_sizes(view: Shown, width: int, height: int) -> None:
     await tmux.until(lambda text: "/second" in text and "inspector http://127.0.0.1:4040\n" in text.splitlines(True)[0])
     tmux.keys("q")
     await tmux.restored()
+
+
+async def test_control_backslash_leaves_the_terminal_sound(view: Shown) -> None:
+    """Its signal would end the process on the spot, with the terminal in disorder."""
+    tmux = await started(view)
+    tmux.keys("C-\\", "C-\\")
+    await view.get("/after")
+    await tmux.sees("/after")
+    assert tmux.modes() == "1 0 1 0"
+    tmux.keys("q")
+    settings = await tmux.restored()
+    assert "quit = ^\\" in settings
+
+
+def typed(view: Shown, *words: str, before: str = "") -> None:
+    """Have the shell run the command line's `connect`, by a program that starts it."""
+    target = f"127.0.0.1:{view.origin.port}"
+    flags = ["--server", view.tunnel.server_url, "--token", view.tunnel.token, "--name", "plain"]
+    script = view.tmux._directory / "start"
+    script.write_text(f"{before}\nexec {shlex.join([sys.executable, *words, 'connect', target, *flags])}\n")
+    view.tmux.type(f"clear; sh {script}\n")
+
+
+async def visit_plain(view: Shown, path: str) -> None:
+    view.tunnel.host = b"plain.localhost"
+    await view.get(path)
+
+
+@pytest.mark.parametrize("before", ["TERM=dumb; export TERM", "CI=1; export CI"])
+async def test_where_no_view_can_be_are_plain_lines(view: Shown, before: str) -> None:
+    typed(view, str(PROGRAM), before=before)
+    tmux = view.tmux
+    await tmux.until(lambda text: text.count("http://plain.localhost:") == 2)  # stdout's and stderr's
+    await visit_plain(view, "/line")
+    await tmux.sees("200 GET     /line")
+    assert tmux.modes() == "0 1 0 1"
+    assert not set(re.findall(r"\x1b\[([0-9;]*)m", tmux.run("capture-pane", "-e", "-p")))
+    tmux.keys("C-c")
+    await tmux.restored()
+
+
+BROKEN_VIEW = """
+import sys, pytunnel
+draw = pytunnel.render
+def render(snapshot, *size):
+    if snapshot.log.total:
+        raise RuntimeError("the view breaks")
+    return draw(snapshot, *size)
+pytunnel.render = render
+sys.exit(pytunnel.main())
+"""
+
+
+async def test_a_view_that_fails_gives_its_lines_back(view: Shown) -> None:
+    """The tunnel goes on, and tells on stderr what the view would have shown."""
+    script = view.tmux._directory / "broken.py"
+    script.write_text(BROKEN_VIEW)
+    typed(view, str(script))
+    tmux = view.tmux
+    await tmux.sees("● connected")
+    await visit_plain(view, "/breaks")
+    await tmux.sees("RuntimeError: the view breaks")
+    assert tmux.modes() == "0 1 0 1"
+    view.origin._handler = lambda *_: asyncio.Event().wait()  # type: ignore
+    slow = asyncio.ensure_future(visit_plain(view, "/slow"))
+    await view.origin.wait_for(lambda: [r for r in view.origin.requests if r.target == b"/slow"])
+    tmux.keys("C-c")
+    await tmux.sees("finishing what still runs (1); once more to stop now")
+    tmux.keys("C-c")
+    await tmux.restored()
+    slow.cancel()
+    await asyncio.gather(slow, return_exceptions=True)
 
 
 async def test_a_lost_link_and_the_way_back(view: Shown) -> None:
