@@ -964,49 +964,6 @@ async def test_a_host_that_is_refused_is_hinted_at(machine: Machine) -> None:
                 assert hints == [json.dumps({"event": "hint", "message": message}) if flags else f"hint: {message}"]
 
 
-async def test_a_service_that_does_not_run_is_hinted_at(machine: Machine) -> None:
-    """Once, however many of them; after the URL, which works as soon as they run."""
-    down, other = free_port(), free_port()
-    message = f"cannot connect to {down}: connection refused; visitors get an error until it runs"
-    for flags in ([], ["--json"]):
-        async with await machine.start("connect", f"a={down}", f"b={other}", *flags) as client:
-            await client.stdout_line(machine.url("b"))
-            assert (await visit(machine.url("a"))).status == 502
-            client.send_signal(signal.SIGTERM)
-            assert await client.wait() == 0
-        if flags:
-            events = [json.loads(line) for line in client.stdout]
-            assert [event["event"] for event in events] == ["ready", "ready", "hint", "request", "closed"]
-            assert events[2] == {"event": "hint", "message": message}
-            assert client.stderr == []
-        else:
-            assert client.stdout == [machine.url("a"), machine.url("b")]
-            assert client.stderr[:3] == [
-                f"{machine.url('a')} -> {down}", f"{machine.url('b')} -> {other}", f"hint: {message}",
-            ]  # fmt: skip
-            assert len([line for line in client.stderr if "hint" in line]) == 1
-    route = [f"web={down}", "--route", f"/api={other}"]
-    async with RawOrigin(response(b"hello"), port=down), await machine.start("connect", *route) as client:
-        await client.stderr_line(f"hint: cannot connect to {other}: connection refused; ")
-
-
-async def test_no_hint_where_none_helps(machine: Machine, local: RawOrigin) -> None:
-    """The service runs, is a folder or elsewhere, is waited for, or is what the command starts."""
-    folder = machine.home / "dist"
-    folder.mkdir()
-    for args in ([f"web={local.port}"], [f"web={folder}"], [f"web={local.port}", "--wait-local"]):
-        async with await machine.start("connect", *args, "--json") as client:
-            await client.event("ready")
-            assert (await visit(machine.url("web"))).status in (200, 404)
-            client.send_signal(signal.SIGTERM)
-            assert await client.wait() == 0
-            assert "hint" not in [json.loads(line)["event"] for line in client.stdout], client.output()
-            assert client.stderr == []
-    result = await machine.run("connect", f"web={free_port()}", "--", "true")
-    assert (result.status, result.stdout) == (0, [])
-    assert not [line for line in result.stderr if line.startswith("hint")]
-
-
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["plain", "json"])
 async def test_secrets_are_masked_in_what_a_client_says(machine: Machine, local: RawOrigin, flags: list[str]) -> None:
     """Wherever lines go: its own, and those of the commands that ask it."""
