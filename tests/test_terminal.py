@@ -848,6 +848,8 @@ async def test_a_view_that_fails_gives_its_lines_back(view: Shown) -> None:
     await visit_plain(view, "/breaks")
     await tmux.sees("RuntimeError: the view breaks")
     assert tmux.modes() == "0 1 0 1"
+    await visit_plain(view, "/next")
+    await tmux.sees("200 GET     /next")
     view.origin._handler = lambda *_: asyncio.Event().wait()  # type: ignore
     slow = asyncio.ensure_future(visit_plain(view, "/slow"))
     await view.origin.wait_for(lambda: [r for r in view.origin.requests if r.target == b"/slow"])
