@@ -11,7 +11,6 @@ import itertools
 import json
 import random
 import resource
-import shutil
 import struct
 import time
 import zlib
@@ -889,7 +888,6 @@ def test_kinds_of_bodies() -> None:
 
 # ---------------------------------------------------------------------------------------- curl
 
-CURL = pytest.mark.skipif(not shutil.which("curl"), reason="no curl")
 UNICODE, QUOTES = "Grüße 漢字 🎉".encode(), b'it\'s "quoted" `x` $HOME \\n %s !x\nnew line\ttab'
 REQUESTS: dict[str, tuple[str, bytes, list[Header], bytes]] = {
     "plain": ("GET", b"/", [], b""),
@@ -918,7 +916,6 @@ REQUESTS: dict[str, tuple[str, bytes, list[Header], bytes]] = {
 }  # fmt: skip
 
 
-@CURL
 @pytest.mark.parametrize("name", REQUESTS)
 async def test_the_curl_command_sends_the_same_request(local: RawOrigin, tmp_path: Path, name: str) -> None:
     method, target, headers, body = REQUESTS[name]

@@ -275,7 +275,7 @@ async def test_o7_it_listens_on_loopback_only() -> None:
 async def test_localhost_works_by_ipv6() -> None:
     async with inspector() as (page, _):
         if len(page._listeners) < 2:
-            pytest.skip("this machine has no IPv6")
+            pytest.fail("this machine has no IPv6 loopback, which the inspector listens on, too")
         async with RawVisitor(page.port, host="::1") as visitor:
             await visitor.send(request("GET", b"/", b"localhost:%d" % page.port))
             assert (await visitor.read_response()).status == 200
@@ -740,7 +740,7 @@ async def browser() -> AsyncIterator[Browser]:
     """Debian's Chromium, to which each name below .test is this machine."""
     chromium = shutil.which("chromium")
     if not chromium:
-        pytest.skip("there is no chromium; apt-get install chromium")
+        pytest.fail("there is no chromium; apt-get install chromium")
     arguments = ["--no-sandbox", "--host-resolver-rules=MAP *.test 127.0.0.1"]
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium, args=arguments)

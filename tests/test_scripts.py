@@ -10,7 +10,6 @@ import os
 import pty
 import re
 import shlex
-import shutil
 import signal
 import socket
 import ssl
@@ -153,7 +152,6 @@ def script(body: str) -> list[str]:
     return [sys.executable, "-c", "import os, signal, sys\n" + body]
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="no curl")
 async def test_a_command_runs_with_the_url_in_a_group_of_its_own(machine: Machine, local: RawOrigin) -> None:
     """stdout and stdin are the command's; the tunnel works while it runs, and its status is ours."""
     sh = 'test "$(ps -o pgid= -p $$)" -eq $$ && echo $PYTUNNEL_URL && curl -sS $PYTUNNEL_URL/from-cmd && cat && exit 7'
@@ -334,7 +332,6 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
 async def test_on_a_terminal_the_command_has_the_foreground(machine: Machine, local: RawOrigin) -> None:
     """It reads what is typed; Ctrl-Z stops it and us, fg resumes both, Ctrl-C is its own, the shell gets its status."""
     (machine.home / "cmd.py").write_text("import os, signal, sys\n" + ON_TERMINAL)
@@ -354,7 +351,6 @@ async def test_on_a_terminal_the_command_has_the_foreground(machine: Machine, lo
     await machine.wait_clean()
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
 async def test_on_a_terminal_a_command_that_ends_gives_it_back(machine: Machine, local: RawOrigin) -> None:
     async with Screen.open(machine) as screen:
         command = f"pytunnel connect {local.port} --name web -- sh -c 'exit 3'; echo '' status $?\n"
@@ -436,7 +432,6 @@ async def test_detach_without_a_server_is_5(machine: Machine) -> None:
     await machine.wait_clean()
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
 async def test_detached_clients_survive_their_terminal(machine: Machine, local: RawOrigin) -> None:
     async with Screen.open(machine) as screen:
         url = await screen.type(f"pytunnel connect {local.port} --name web --detach\n", "http")
