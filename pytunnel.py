@@ -1618,8 +1618,8 @@ class WebSocketReader:
                 return
             payload = bytes(buffer[start : start + kept])
             if buffer[1] & 0x80:
-                mask = (bytes(buffer[start - 4 : start]) * (kept // 4 + 1))[:kept]
-                payload = (int.from_bytes(payload) ^ int.from_bytes(mask)).to_bytes(kept)
+                masking_key = (bytes(buffer[start - 4 : start]) * (kept // 4 + 1))[:kept]
+                payload = (int.from_bytes(payload) ^ int.from_bytes(masking_key)).to_bytes(kept)
             kind = self.KINDS.get(buffer[0] & 0x0F, "reserved")
             if buffer[0] & 0x40:
                 text = self._inflated(payload if kept == size and buffer[0] & 0x80 else None)
@@ -1693,6 +1693,7 @@ class Exchange:
 
     @property
     def path(self) -> str:
+        """The target without its query."""
         return self.target.partition("?")[0]
 
     @property
@@ -2192,6 +2193,8 @@ def human_time(seconds: float) -> str:
 
 
 class Snapshot(NamedTuple):
+    """All that the view shows at one moment."""
+
     screen: Screen
     now: float  # in the time of the exchanges and of `retry_at`
     tunnels: list[tuple[str, str, str]]  # name, public URL ("" before it is known) and local target
@@ -3562,6 +3565,7 @@ class Edits(NamedTuple):
         names = [os.fsencode(name.strip()) for name in drop]
         every = [*fields, *((name, b"") for name in names)]
         try:
+            # To check_fields a NUL is the separator of an encoded head; here it is one more character that may not be.
             check_fields([part.replace(b"\0", b"\n") for part in itertools.chain.from_iterable(every)])
         except MessageError:
             raise UsageError("a header field's name or value has characters that may not be there") from None
@@ -3571,6 +3575,7 @@ class Edits(NamedTuple):
         return cls(fields, frozenset(name.lower() for name in names))
 
     def apply(self, headers: Headers) -> Headers:
+        """Return the fields as they go on."""
         if not (self.put or self.drop):
             return headers
         drop = self.drop.union(name.lower() for name, _ in self.put)
@@ -3916,6 +3921,11 @@ class Tunnel(NamedTuple):
         return routes
 
 
+def all_targets(tunnels: Iterable[Tunnel]) -> Iterator[Target]:
+    """Return the local services of all these tunnels."""
+    return itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels)
+
+
 REFUSED_HOST = re.compile(  # what development servers answer to a Host they do not know
     rb"Blocked request\. This host|Invalid Host header|Blocked hosts?:|DisallowedHost|Invalid HTTP_HOST header"
 )
@@ -4063,7 +4073,9 @@ class TunnelClient:
         finally:  # also when whoever asked for it has gone away
             in_time = not task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        again.error = again.error if in_time else f"no end within {REPLAY_TIMEOUT:g} s"
+        if not in_time:
+            again.error = f"no end within {REPLAY_TIMEOUT:g} s"
+            self.log.touch(again)
         return again
 
     def _emit(self, event: str, **fields: Any) -> None:
@@ -5041,8 +5053,7 @@ class Inspector:
         loop = asyncio.get_running_loop()
         fields = [(name.encode(), value.encode()) for name, value in INSPECTOR_FIELDS.items()]
         self._http = _visitor_server(self._handle, fields)
-        targets = itertools.chain.from_iterable(tunnel.targets for tunnel in self._client.tunnels)
-        theirs = {target.port for target in targets}  # also when nothing listens there yet
+        theirs = {target.port for target in all_targets(self._client.tunnels)}  # also when nothing listens there yet
         for port in [*(port for port in range(self.port, self.port + INSPECTOR_PORTS) if port not in theirs), 0]:
             with contextlib.suppress(OSError):
                 listener = socket.create_server(("127.0.0.1", port))
@@ -5783,6 +5794,8 @@ class Memory:
 
 
 class Setting(NamedTuple):
+    """A value, and where it comes from."""
+
     value: str
     source: str
 
@@ -6428,6 +6441,8 @@ class Output(threading.Thread):
 
 
 class Console:
+    """Tells programs and people what happens."""
+
     def __init__(self, options: argparse.Namespace) -> None:
         """Report as the options say: `json`, `run`, and for clients `format` and `detached`."""
         self.as_json: bool = options.json
@@ -6438,6 +6453,7 @@ class Console:
         self._last_line = ""
 
     def emit(self, event: str, **fields: Any) -> None:
+        """Report an event of a client or server; `exchange` stands for the fields of its summary."""
         exchange = fields.pop("exchange", None)
         if exchange:
             if self.quiet and not self.as_json:
@@ -6664,7 +6680,7 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
     except (LookupError, ValueError, AttributeError):
         raise UsageError(f"--format {escape(console.format)!r} has other fields than url, name and target") from None
     inspectors = {urllib.parse.urlsplit(run.inspector).port for run in Run.all()}
-    for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
+    for target in all_targets(tunnels):
         if target.is_loopback and target.port in inspectors:
             raise UsageError(f"port {target.port} is a pytunnel inspector; it stays on this machine")
     if options.url_file and os.path.exists(options.url_file) and not os.path.isfile(options.url_file):
@@ -6791,7 +6807,7 @@ async def _wait_local(tunnels: Iterable[Tunnel], seconds: float) -> None:
     """Return when all local services take connections. Raises LocalDown."""
     loop = asyncio.get_running_loop()
     until = loop.time() + seconds
-    for target in itertools.chain.from_iterable(tunnel.targets for tunnel in tunnels):
+    for target in all_targets(tunnels):
         while not target.folder:
             try:
                 (await LocalService(target, insecure=True).connect()).abort()
