@@ -1076,6 +1076,26 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
     return [*kept, *ours.items()]
 
 
+Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
+
+
+def visitor_address(peer: str, headers: Headers, trusted: Networks) -> str:
+    """Return who calls: the peer, or behind `trusted` proxies the last in X-Forwarded-For that is none of them."""
+    members = itertools.chain.from_iterable(value.split(b",") for value in field_values(headers, b"x-forwarded-for"))
+    before = [member.decode("latin-1").strip() for member in members] if trusted else []
+    while trusted:
+        try:
+            address = ipaddress.ip_address(before[-1])
+            proxy = any(ipaddress.ip_address(peer) in network for network in trusted)
+        except (ValueError, IndexError):
+            break
+        if not proxy:
+            break
+        peer = str(address)
+        before.pop()
+    return peer
+
+
 def _encode_head(*start: bytes, headers: Headers) -> bytes:
     if len(headers) > MAX_FIELDS:
         raise MessageError(f"{len(headers)} fields, MAX_FIELDS is {MAX_FIELDS}", 431)
@@ -3055,6 +3075,7 @@ class Visitor:
     def __init__(self, request: web.BaseRequest, *, keep_alive: bool) -> None:
         message = request._message  # the raw head; its public accessor is deprecated in favour of parsed fields
         self.request = request
+        self.peer = self.address = request.remote or ""  # `address` is the visitor's own, where `peer` is a proxy
         self.method = message.method.encode()
         self.target = message.path.encode("utf-8", "surrogateescape")
         self.headers: Headers = [(name, value) for name, value in message.raw_headers]
@@ -3284,6 +3305,7 @@ class TunnelServer:
 
     async def _handle(self, request: web.BaseRequest) -> Any:
         visitor = Visitor(request, keep_alive=not self._registry.draining)
+        visitor.address = visitor_address(visitor.peer, visitor.headers, self._trusted)
         try:
             if (response := await self._route(visitor)) is not None:
                 return response
@@ -3350,7 +3372,7 @@ class TunnelServer:
         headers = end_to_end(visitor.headers, keep_upgrade=bool(visitor.upgrade))
         if field_values(headers, b"host") != [host]:  # absolute-form: the target wins
             headers = [(name, host if name.lower() == b"host" else value) for name, value in headers]
-        peer = visitor.request.remote or ""
+        peer = visitor.peer
         trusted = any(ipaddress.ip_address(peer) in network for network in self._trusted)
         headers = forwarded(headers, peer, visitor.request.scheme, host, trusted=trusted)
         return RequestHead(visitor.method, visitor.target, headers)

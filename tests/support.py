@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
+import pytunnel
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "pytunnel.py"
 
@@ -1278,6 +1280,15 @@ async def _discard(sock: RawSocket) -> None:
 
 
 # ---------------------------------------------------------------------------------------- Processes
+
+
+def with_limits(**limits: float) -> list[str]:
+    """The command of the program with other numbers in its section `Limits and defaults`."""
+    for name in limits:
+        assert hasattr(pytunnel, name), name
+    settings = "".join(f"pytunnel.{name} = {value!r}; " for name, value in limits.items())
+    path = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pytunnel; "
+    return [sys.executable, "-c", f"{path}{settings}sys.exit(pytunnel.main())"]
 
 
 class Process:
