@@ -61,6 +61,8 @@ Flow control
 Session
 HTTP/1.1 messages
 Handshake
+Callers
+Metrics
 Exchanges
 Views
 Screen
@@ -187,7 +189,8 @@ PING_INTERVAL = 15.0  # seconds of silence before a PING: below nginx's 60 s and
 PING_TIMEOUT = 10.0  # seconds to answer; a dead link is noticed within the sum of both
 WRITE_TIMEOUT = 10.0  # seconds one message may wait for room in the transport before the link counts as lost
 HANDSHAKE_TIMEOUT = 10.0  # seconds for the whole handshake
-MAX_HANDSHAKES = 128  # links at a time that have not shown their token yet
+MAX_HANDSHAKES = 1024  # links at a time that have not shown their token yet,
+MAX_HANDSHAKES_EACH = 32  # and of these, of one address
 MAX_HELLO = 16 * KiB  # bytes of a handshake message
 MAX_TUNNELS = 64  # tunnels of one session
 MAX_NAMES = 100  # names one token may own on a server; those unused the longest make room for new ones
@@ -235,6 +238,19 @@ LOCAL_IDLE = 4.0  # seconds an idle local connection is kept: Node.js closes its
 MAX_LOCAL_IDLE = 64  # idle local connections kept per target
 READ_BUFFER = 128 * KiB  # bytes a local connection reads ahead of its stream
 VISITOR_KEEPALIVE = 75.0  # seconds an idle visitor connection is kept (nginx keepalive_timeout)
+HEAD_TIMEOUT = 10.0  # seconds for a request's whole head, from its first byte or from the connection on
+BODY_TIMEOUT = 60.0  # seconds without a byte of a request's content before it counts as given up (nginx: 60)
+STALL_TIMEOUT = 60.0  # seconds in which a visitor takes not one byte of its response (nginx send_timeout: 60)
+REFUSAL_LINGER = 1.0  # seconds in which a visitor may read why its connection is closed
+MAX_VISITORS = 10_000  # connections of visitors and clients; less where there are not so many file descriptors
+RESERVED_FILES = 32  # file descriptors that are not for them
+MAX_EACH = 256  # connections of one address at a time: half of MAX_STREAMS, or 40 browsers behind one NAT
+MAX_CALLERS = 10_000  # addresses that are remembered at a time
+MAX_ABORTS, ABORT_RATE = 500, 50.0  # requests that an address may abort at once, and a second after that (Envoy: 500)
+MAX_GUESSES, GUESS_RATE = 20, 1 / 3  # wrong tokens or passwords of an address at once, and a second after that
+MAX_CALLER_LINES, CALLER_LINE_RATE = 1, 1.0  # lines in the log about an address at once, and a second after that
+MAX_BUFFERED = 256 * MiB  # bytes that all sessions of a server keep; at this bound no more requests are taken
+TICK = 0.5  # seconds between two looks at that, and at how late the event loop is
 INSPECTOR_PORTS = 20  # ports from INSPECTOR_PORT on that are tried
 MAX_POLL = 25.0  # seconds the inspector's page waits for something new: below what browsers and proxies allow
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
@@ -687,6 +703,12 @@ class Session:
         """Number of streams that are not closed."""
         return len(self._streams)
 
+    @property
+    def buffered(self) -> int:
+        """Bytes kept here until they are sent, acknowledged or read."""
+        unread = sum(stream.buffered + stream.receive.unread for stream in self._streams.values())
+        return unread + self._control_bytes + self._unacked_bytes
+
     def open_stream(self, tunnel: int, kind: Kind, head: bytes, *, end: bool = False, waited: float = 0.0) -> int:
         """Open a stream with a request head and return its id. Raises StreamReset when there is no room for it.
 
@@ -1074,6 +1096,33 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
         if lower not in replaced and not imitates:
             kept.append((name, value))
     return [*kept, *ours.items()]
+
+
+_COOKIE_DOMAIN = re.compile(rb"(?i)[ \t]*domain[ \t]*=")
+_PLAIN_HOST = re.compile(r"[a-z0-9._-]*")
+
+
+def own_cookies(headers: Headers, host: str) -> Headers:
+    """Return a response's fields with no cookie for more than `host`: another tunnel would get it.
+
+    A Domain that browsers might read as a parent of the host is left out; the cookie is the host's own then (RFC 6265
+    section 5.3).
+    """
+
+    def allowed(attribute: bytes) -> bool:
+        if not _COOKIE_DOMAIN.match(attribute):
+            return True
+        domain = attribute.partition(b"=")[2].strip(b" \t").lower().decode("latin-1").lstrip(".")
+        below = domain == host or domain.endswith(f".{host}")
+        return below or bool(domain and _PLAIN_HOST.fullmatch(domain) and not host.endswith(f".{domain.rstrip('.')}"))
+
+    kept = []
+    for name, value in headers:
+        if name.lower() == b"set-cookie" and b"domain" in value.lower():
+            cookie, *attributes = value.split(b";")
+            value = b";".join([cookie, *filter(allowed, attributes)])
+        kept.append((name, value))
+    return kept
 
 
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
@@ -1564,6 +1613,124 @@ def tunnel_name(host: str, zones: Iterable[str]) -> str | None:
     """Return the tunnel that a visitor's host (from parse_host) means, None when it is the server's own host."""
     label, _, zone = host.partition(".")
     return label if zone and zone in zones and host not in zones else None
+
+
+# ---- Callers --------------------------------------------------------------------------------------------------------
+# What one address may do until it has to wait: be here so many times, and so much of what only trouble has much of.
+# Nobody else waits with it. Times are seconds of any one clock.
+
+
+class Allowance:
+    """`burst` at once, and `rate` a second after that (a token bucket)."""
+
+    __slots__ = ("_at", "_burst", "_left", "_rate")
+
+    def __init__(self, burst: float, rate: float) -> None:
+        self._burst, self._rate = burst, rate
+        self._left, self._at = burst, 0.0
+
+    def left(self, now: float) -> int:
+        """Return how many there are."""
+        self._left = min(self._burst, self._left + (now - self._at) * self._rate)
+        self._at = now
+        return int(self._left)
+
+    def take(self, now: float) -> bool:
+        """Use one up; False when there is none."""
+        if not self.left(now):
+            return False
+        self._left -= 1
+        return True
+
+
+class Caller:
+    """An address from which visitors or clients call."""
+
+    __slots__ = ("aborts", "guesses", "handshakes", "lines", "open", "unsaid")
+
+    def __init__(self) -> None:
+        self.open = 0  # connections; of a visitor behind a trusted proxy, requests
+        self.handshakes = 0  # of these, links that have not shown their token yet
+        self.aborts = Allowance(MAX_ABORTS, ABORT_RATE)  # requests that it did not wait for
+        self.guesses = Allowance(MAX_GUESSES, GUESS_RATE)  # tokens and passwords that were wrong
+        self.lines = Allowance(MAX_CALLER_LINES, CALLER_LINE_RATE)  # in the log
+        self.unsaid = 0  # lines that were left out since the last one
+
+    def line(self, text: str, now: float) -> str:
+        """Return the line that the log gets about it, "" when there were too many."""
+        if not self.lines.take(now):
+            self.unsaid += 1
+            return ""
+        more, self.unsaid = self.unsaid, 0
+        return f"{text} ({more} more of this address were left out)" if more else text
+
+
+class Callers:
+    """By address: of IPv6 by the /64, which is the least that anybody gets."""
+
+    def __init__(self) -> None:
+        self._callers: dict[str, Caller] = {}
+
+    def __getitem__(self, address: str) -> Caller:
+        if ":" in address:
+            with contextlib.suppress(ValueError):
+                ipv6 = ipaddress.IPv6Address(address)
+                address = str(ipv6.ipv4_mapped or f"{int(ipv6) >> 64:x}::/64")
+        caller = self._callers.get(address)
+        if caller is None:
+            if len(self._callers) >= MAX_CALLERS:  # those that are here stay, and they are bounded elsewhere
+                self._callers = {key: caller for key, caller in self._callers.items() if caller.open}
+            caller = self._callers[address] = Caller()
+        return caller
+
+
+# ---- Metrics --------------------------------------------------------------------------------------------------------
+# What a server counts, as Prometheus reads it: a name, or name{label="value"}, and a number.
+
+METRICS = {  # name -> type, help
+    "pytunnel_sessions": ("gauge", "Sessions of clients, with a link or waiting for one."),
+    "pytunnel_links": ("gauge", "Links in use."),
+    "pytunnel_streams": ("gauge", "Requests that are open in sessions."),
+    "pytunnel_visitors": ("gauge", "Connections of visitors and clients."),
+    "pytunnel_buffered_bytes": ("gauge", "Bytes that sessions keep until they are sent, acknowledged or read."),
+    "pytunnel_tasks": ("gauge", "Tasks of the event loop."),
+    "pytunnel_received_bytes_total": ("counter", "Content of visitors' requests, and what they sent after a 101."),
+    "pytunnel_sent_bytes_total": ("counter", "Content of responses, and what visitors got after a 101."),
+    "pytunnel_responses_total": ("counter", "Responses to visitors by class of status, our own pages included."),
+    "pytunnel_refusals_total": ("counter", "Requests and connections that got a page of our own, by X-Pytunnel-Error."),
+    "pytunnel_aborts_total": ("counter", "Requests whose visitor went away."),
+    "pytunnel_handshakes_total": ("counter", "Handshakes of clients by result."),
+    "pytunnel_resumes_total": ("counter", "Links that went on with a session."),
+    "pytunnel_event_loop_lag_seconds": ("histogram", "How late the event loop ran what was due."),
+    "process_open_fds": ("gauge", "File descriptors in use."),
+    "process_resident_memory_bytes": ("gauge", "Resident memory."),
+}
+LAG_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, math.inf)  # seconds
+
+
+class Metrics(collections.Counter[str]):
+    """Samples by name and labels."""
+
+    def observe_lag(self, seconds: float) -> None:
+        """Count how late the event loop was."""
+        name = "pytunnel_event_loop_lag_seconds"
+        for bound in LAG_BUCKETS:
+            self[f'{name}_bucket{{le="{"+Inf" if bound == math.inf else f"{bound:g}"}"}}'] += seconds <= bound
+        self[f"{name}_sum"] += seconds  # type: ignore[assignment]
+        self[f"{name}_count"] += 1
+
+    def text(self, gauges: Mapping[str, float]) -> str:
+        """Return everything in Prometheus's text format 0.0.4."""
+        samples: dict[str, list[str]] = {name: [] for name in METRICS}
+        for key, value in {**self, **gauges}.items():
+            name = re.sub(r"(_bucket|_sum|_count)?(\{.*)?\Z", "", key)
+            samples[name].append(f"{key} {value:.15g}\n")
+        blocks = (
+            f"# HELP {name} {text}\n# TYPE {name} {type_}\n{''.join(samples[name])}"
+            for name, (type_, text) in METRICS.items()
+            if samples[name]
+        )
+        return "".join(blocks)
 
 
 # ---- Exchanges ------------------------------------------------------------------------------------------------------
@@ -2554,6 +2721,29 @@ def read_or_make(path: Path, make: Callable[[], str]) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
+def file_limit() -> int:
+    """Return how many files this process may have open."""
+    if os.name != "posix":
+        return MAX_VISITORS + RESERVED_FILES
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else MAX_VISITORS + RESERVED_FILES
+
+
+def raise_file_limit() -> None:
+    """Let this process have as many files open as it needs, and as it may take."""
+    if os.name == "posix":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_VISITORS + RESERVED_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
 # ---- Link -----------------------------------------------------------------------------------------------------------
 # Runs a session over one WebSocket after another, and gives each stream asyncio's verbs. One task reads and never waits
 # for a consumer (windows bound what it may have to keep); one task writes, and whatever became ready in one turn of the
@@ -3001,6 +3191,11 @@ PROBLEMS = {  # X-Pytunnel-Error -> status, and one sentence that names the brok
     "local-invalid": (502, "The local service's answer is not valid HTTP. See its log, or try curl -v on the spot."),
     "link-lost": (502, "The tunnel's client went away while it handled the request. Try again when it is back."),
     "busy": (503, "Too many requests are open on this tunnel. Try again soon."),
+    "server-full": (503, "The server has as much to do as it can take. Try again soon."),
+    "too-many-requests": (429, "Too many connections or aborted requests come from this address. Try again later."),
+    "request-timeout": (408, "The request did not arrive in time."),
+    "content-too-large": (413, "The request's content is larger than this server takes."),
+    "uri-too-long": (414, "The request's target is too long."),
     "shutting-down": (503, "The server is restarting. Try again soon."),
     "bad-request": (400, "The request is not valid HTTP."),
     "too-large": (431, "The request's header fields are too large."),
@@ -3047,7 +3242,8 @@ def problem_page(problem: str, accept: str, encoder: ResponseEncoder, fields: He
         text = f"{status} {problem}: {sentence}\n"
     body = text.encode()
     headers = [(b"Content-Type", kind), (b"Content-Length", b"%d" % len(body)), (b"X-Pytunnel-Error", problem.encode())]
-    headers += fields + {503: [(b"Retry-After", b"5")], 426: [(b"Upgrade", b"websocket")]}.get(status, [])
+    retry = [(b"Retry-After", b"5")]
+    headers += fields + {429: retry, 503: retry, 426: [(b"Upgrade", b"websocket")]}.get(status, [])
     head = ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers)
     return encoder.head(head, _date()) + encoder.data(body) + encoder.end()
 
@@ -3071,14 +3267,41 @@ class RawPipe(asyncio.StreamReader):
         return False, b""
 
 
+class Gate:
+    """Who is connected, and who may connect: so many of one address, and so many in all."""
+
+    def __init__(self, *, each: int = MAX_VISITORS, total: int = MAX_VISITORS, trusted: Networks = ()) -> None:
+        self.each, self.total, self.trusted = each, total, trusted
+        self.open = 0  # connections
+        self.callers = Callers()
+        self.metrics = Metrics()
+
+    def is_trusted(self, peer: str) -> bool:
+        """Whether a peer is a proxy whose forwarding fields count."""
+        return bool(self.trusted) and any(ipaddress.ip_address(peer) in network for network in self.trusted)
+
+    def log(self, caller: Caller, text: str) -> None:
+        """Log a line about an address, or count it where there were too many."""
+        if line := caller.line(text, time.monotonic()):
+            log.info("%s", line)
+
+
 class Visitor:
-    def __init__(self, request: web.BaseRequest, *, keep_alive: bool) -> None:
+    def __init__(self, request: web.BaseRequest, gate: Gate, *, keep_alive: bool) -> None:
         message = request._message  # the raw head; its public accessor is deprecated in favour of parsed fields
         self.request = request
-        self.peer = self.address = request.remote or ""  # `address` is the visitor's own, where `peer` is a proxy
+        self.peer = request.remote or ""
         self.method = message.method.encode()
         self.target = message.path.encode("utf-8", "surrogateescape")
         self.headers: Headers = [(name, value) for name, value in message.raw_headers]
+        self.address = visitor_address(self.peer, self.headers, gate.trusted)  # the peer's, or behind a proxy its own
+        self.proxied = self.address != self.peer
+        self.caller: Caller = gate.callers[self.address] if self.proxied else cast(Any, request.protocol).caller
+        self.host = ""  # of the tunnel
+        self.max_body: float = math.inf
+        self.answering = False  # the response has begun, and not ended
+        self._metrics = gate.metrics
+        self._problem = ""  # why its content was not read to the end
         http11 = message.version >= (1, 1)
         asks = http11 and b"upgrade" in field_tokens(self.headers, b"connection")
         self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower() if asks else b""
@@ -3097,18 +3320,22 @@ class Visitor:
         """Send the request's content to a stream and its response to the visitor; nothing is left running."""
         upload: asyncio.Future[None] | None = None
         if self.has_body:
-            upload = asyncio.ensure_future(self._upload(stream, self.request.content.readany))
+            upload = asyncio.ensure_future(self._upload(stream, self._read_content))
             stream.on_reset = lambda _: upload and upload.cancel()
         try:
             while (head := ResponseHead.decode(await stream.read_head())).interim:
                 self.write(self.encoder.head(head, b""))
+            self._metrics[f'pytunnel_responses_total{{class="{head.status // 100}xx"}}'] += 1
+            head.headers = own_cookies(head.headers, self.host)
             if head.status == 101:
                 pipe = self._switch_protocols(head)
                 upload = asyncio.ensure_future(self._upload(stream, lambda: pipe.read(SEND_BUFFER)))
                 return await self._pipe(stream, upload)
             if upload and not upload.done():
                 self.encoder.keep_alive = False  # said in the head: the rest of the request may never be read
+            self.answering = True
             await self._respond(stream, head)
+            self.answering = False
             if upload and not upload.done():
                 await asyncio.wait([upload], timeout=LINGER if head.status >= 400 else None)
         finally:
@@ -3117,11 +3344,13 @@ class Visitor:
 
     async def fail(self, problem: str) -> None:
         """Answer with an error page, or break the connection off when a response has begun."""
-        transport, encoder = self.request.transport, self.encoder
+        transport, encoder, problem = self.request.transport, self.encoder, self._problem or problem
         if encoder.started or transport is None or self.unread:
             encoder.keep_alive = False
         if transport and not encoder.started:
             transport.write(problem_page(problem, self.request.headers.get("Accept", ""), encoder))
+            self._metrics[f'pytunnel_responses_total{{class="{PROBLEMS[problem][0] // 100}xx"}}'] += 1
+            self._metrics[f'pytunnel_refusals_total{{reason="{problem}"}}'] += 1
         elif transport:
             if encoder.until_close:  # an orderly end would look like a complete response
                 linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
@@ -3144,16 +3373,34 @@ class Visitor:
         if data:
             transport.write(data)
 
-    @staticmethod
-    async def _upload(stream: Stream, read: Callable[[], Awaitable[bytes]]) -> None:
+    async def _read_content(self) -> bytes:
+        """Return the next bytes of the request's content. Raises Unserved when there are too many, or none for long."""
+        while True:
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT):
+                    data = await self.request.content.readany()
+            except TimeoutError:
+                if self.answering:  # a request and a response that go on side by side may both have pauses
+                    continue
+                self._problem = "request-timeout"
+                raise Unserved(self._problem) from None
+            self.max_body -= len(data)
+            if self.max_body < 0:
+                self._problem = "content-too-large"
+                raise Unserved(self._problem)
+            return data
+
+    async def _upload(self, stream: Stream, read: Callable[[], Awaitable[bytes]]) -> None:
         try:
             while data := await read():
+                self._metrics["pytunnel_received_bytes_total"] += len(data)
                 await stream.write(data)
             await stream.write(b"", end=True)
         except StreamReset:
             pass  # the response tells why
         except Exception as error:  # aiohttp has several for content that breaks off or breaks the rules
-            stream.abort(ErrorCode.CANCEL, f"the visitor's request broke off: {type(error).__name__}")
+            what = self._problem or f"it broke off: {type(error).__name__}"
+            stream.abort(ErrorCode.CANCEL, f"the visitor's request is not whole: {what}")
 
     async def _respond(self, stream: Stream, head: ResponseHead) -> None:
         out = self.encoder.head(head, _date(), end=stream.at_eof)
@@ -3161,9 +3408,11 @@ class Visitor:
             if not stream.readable or len(out) > SEND_BUFFER:
                 self.write(out)
                 out = b""
-                await self.request.writer.drain()
+                await self._drain()
             try:
-                out += self.encoder.data(await stream.read())
+                data = await stream.read()
+                self._metrics["pytunnel_sent_bytes_total"] += len(data)
+                out += self.encoder.data(data)
             except StreamReset:
                 self.write(out)  # what did come, although the connection will break off after it
                 raise
@@ -3175,8 +3424,20 @@ class Visitor:
         transport = self.request.transport
         if transport and transport.get_write_buffer_size():
             transport.set_write_buffer_limits(0)
-            await self.request.writer.drain()
+            await self._drain()
             transport.set_write_buffer_limits()
+
+    async def _drain(self) -> None:
+        """Wait until there is room to write. Raises ConnectionError when the visitor takes nothing for long."""
+        left = math.inf
+        while self.request.protocol.writing_paused and (transport := self.request.transport):
+            if (unsent := _unsent(transport)) >= left:
+                transport.abort()
+                raise ConnectionResetError(f"the visitor has taken nothing for {STALL_TIMEOUT:g} s")
+            left = unsent
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STALL_TIMEOUT):
+                    await self.request.writer.drain()
 
     def _switch_protocols(self, head: ResponseHead) -> RawPipe:
         if not self.upgrade:
@@ -3191,8 +3452,9 @@ class Visitor:
     async def _pipe(self, stream: Stream, upload: asyncio.Future[None]) -> None:
         try:
             while data := await stream.read():
+                self._metrics["pytunnel_sent_bytes_total"] += len(data)
                 self.write(data)
-                await self.request.writer.drain()
+                await self._drain()
             await self._flush()
         except asyncio.CancelledError:  # the visitor has closed the connection; what it sent before that still counts
             await asyncio.wait([upload], timeout=LINGER)
@@ -3200,31 +3462,128 @@ class Visitor:
             raise
 
 
-def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]], fields: Headers | None = None) -> web.Server:
-    """Return aiohttp's low-level server, with our own answer, and `fields` in it, to what is not HTTP."""
+def _unsent(transport: asyncio.WriteTransport) -> int:
+    """Return how many bytes the other end has not taken; those in the kernel, maybe megabytes, count on Linux only."""
+    unsent = transport.get_write_buffer_size()
+    if sys.platform == "linux":
+        import fcntl
+        import termios
+
+        with contextlib.suppress(OSError, ValueError):
+            answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+            unsent += int.from_bytes(answer, sys.byteorder)
+    return unsent
+
+
+def _visitor_server(
+    handler: Callable[[web.BaseRequest], Awaitable[Any]], gate: Gate, fields: Headers | None = None
+) -> web.Server:
+    """Return aiohttp's low-level server with deadlines and limits for what is no request yet.
+
+    `fields` are in our own answers to that.
+    """
     from aiohttp import http_exceptions, http_parser, web
 
     if not http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
         raise TunnelError("aiohttp lacks its C parser, and its other one is not strict; reinstall aiohttp from a wheel")
 
     class VisitorProtocol(web.RequestHandler):
-        __slots__ = ()
+        __slots__ = ("_busy", "_counted", "_head_bytes", "_head_timer", "_line_bytes", "_line_ended", "caller")
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            address = (transport.get_extra_info("peername") or ("",))[0]
+            self.caller = gate.callers[address]
+            gate.open += 1
+            self._counted = not gate.is_trusted(address)
+            self.caller.open += self._counted
+            self._busy = False  # a request's head is complete, and its response is not
+            self._head_bytes = self._line_bytes = 0
+            self._line_ended = False
+            self._head_timer: asyncio.TimerHandle | None = self._loop.call_later(HEAD_TIMEOUT, self._head_is_late)
+            if gate.open > gate.total:
+                self._refuse("server-full")
+            elif self._counted and self.caller.open > gate.each:
+                gate.log(self.caller, f"refused a connection from {address}: it has {gate.each} already")
+                self._refuse("too-many-requests")
+
+        def connection_lost(self, exc: BaseException | None) -> None:
+            super().connection_lost(exc)
+            gate.open -= 1
+            self.admit()
+            self._end_head()
+
+        def admit(self) -> None:
+            """Do not count this connection among those of its address any more: it is a client's link."""
+            self.caller.open -= self._counted
+            self._counted = False
+
+        def data_received(self, data: bytes) -> None:
+            if not (self._busy or self._line_ended):
+                end = data.find(b"\n")
+                self._line_ended = end >= 0
+                self._line_bytes += end if self._line_ended else len(data)
+            super().data_received(data)
+            if self._messages:
+                self._busy = True
+                self._end_head()
+            elif data and not self._busy and not self._force_close:
+                self._head_bytes += len(data)
+                if self._head_bytes > MAX_HEAD:
+                    self._refuse("too-large")
+                elif self._head_timer is None:
+                    self._head_timer = self._loop.call_later(HEAD_TIMEOUT, self._head_is_late)
+
+        async def handle(self, request: web.BaseRequest) -> Any:
+            try:
+                return await handler(request)
+            finally:
+                self._busy = bool(self._messages)
+                self._line_bytes, self._line_ended = 0, False
 
         def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
-            log.info("bad request from %s: %s", request.remote, escape(str(message or exc).splitlines()[0]))
-            problem = "too-large" if isinstance(exc, http_exceptions.LineTooLong) else "bad-request"
-            encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
-            if request.transport:
-                page = problem_page("internal" if status == 500 else problem, "", encoder, fields or [])
-                request.transport.write(page)
+            gate.log(self.caller, f"bad request from {request.remote}: {escape(str(message or exc).splitlines()[0])}")
+            problem = "internal" if status == 500 else "bad-request"
+            if isinstance(exc, http_exceptions.LineTooLong):
+                problem = "uri-too-long" if self._line_bytes > MAX_FIELD else "too-large"
+            self._write_page(problem)
             return Delivered()
+
+        def _end_head(self) -> None:
+            self._head_bytes = 0
+            if self._head_timer:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+        def _head_is_late(self) -> None:
+            if self._head_bytes:
+                self._refuse("request-timeout")
+            else:
+                self.force_close()
+
+        def _refuse(self, problem: str) -> None:
+            """Answer what is no request yet, and hang up as soon as the visitor can have read that."""
+            self._write_page(problem)
+            self._force_close = True  # aiohttp reads no more of it
+            if self._waiter:
+                self._waiter.cancel()
+            if self.transport:
+                self.transport.write_eof()
+                self._loop.call_later(REFUSAL_LINGER, self.transport.abort)
+
+        def _write_page(self, problem: str) -> None:
+            gate.metrics[f'pytunnel_responses_total{{class="{PROBLEMS[problem][0] // 100}xx"}}'] += 1
+            gate.metrics[f'pytunnel_refusals_total{{reason="{problem}"}}'] += 1
+            if self.transport:
+                encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
+                self.transport.write(problem_page(problem, "", encoder, fields or []))
 
     class VisitorServer(web.Server):
         def __call__(self) -> web.RequestHandler:
             return VisitorProtocol(self, loop=asyncio.get_running_loop(), **self._kwargs)
 
     return VisitorServer(
-        handler,
+        lambda request: cast(VisitorProtocol, request.protocol).handle(request),
         handler_cancellation=True,
         keepalive_timeout=VISITOR_KEEPALIVE,
         lingering_time=0,
@@ -3257,22 +3616,32 @@ class TunnelServer:
         trusted_proxies: Iterable[str] = (),
         grace: float = GRACE,
         hold: float = HOLD,
+        max_body: float = math.inf,
+        max_each: int = MAX_EACH,
+        metrics_public: bool = False,
     ) -> None:
         self._salt = secrets.token_bytes(16)
         self._verifiers = {key_id(token): Verifier.from_token(token, self._salt) for token in tokens}
         self._fake_secret = secrets.token_bytes(32)
         self._state, self._grace, self._hold = state, grace, hold
         self._host, self.port, self._domain = host, port, domain
-        self._trusted = [ipaddress.ip_network(cidr) for cidr in trusted_proxies]
+        self._gate = Gate(
+            each=max_each,
+            total=max(1, min(MAX_VISITORS, file_limit() - RESERVED_FILES)),
+            trusted=[ipaddress.ip_network(cidr) for cidr in trusted_proxies],
+        )
+        self.metrics = self._gate.metrics
+        self._max_body, self._metrics_public = max_body, metrics_public
         self._handshakes = self._exchanges = 0
         self._idle = asyncio.Event()
+        self._is_full = False  # of what sessions keep
 
     async def start(self) -> None:
         """Listen; `port` is then the real one. Raises TunnelError when the address cannot be had."""
         self._registry = TunnelRegistry(self._state / "names.json", grace=self._grace, hold=self._hold)
         if self._domain:
             self._registry.zones = [self._domain.zone]
-        self._http = _visitor_server(self._handle)
+        self._http = _visitor_server(self._handle, self._gate)
         loop = asyncio.get_running_loop()
         try:
             self._listener = await loop.create_server(self._http, self._host, self.port, backlog=1024)
@@ -3281,6 +3650,7 @@ class TunnelServer:
             reason = os.strerror(error.errno or 0).lower()
             raise TunnelError(f"cannot listen on {where}: {reason}; choose another with --listen") from None
         self.port = self._listener.sockets[0].getsockname()[1]
+        self._watching = asyncio.ensure_future(self._watch())
 
     async def drain(self) -> None:
         """Take no new visitors or streams, send the clients away, and return when what runs has finished."""
@@ -3296,16 +3666,54 @@ class TunnelServer:
     async def close(self) -> None:
         """End everything that is left, at once."""
         self._listener.close()
+        await end_tasks(self._watching)
         for session in list(self._registry.sessions.values()):
             self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, "the server stops"))
             session.link.finish()
         await self._http.shutdown(0.2)
 
+    async def _watch(self) -> None:
+        """See how late the event loop is, and whether the sessions keep too much."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + TICK
+            await asyncio.sleep(TICK)
+            self.metrics.observe_lag(max(0.0, loop.time() - due))
+            was_full, self._is_full = self._is_full, self._buffered() > MAX_BUFFERED
+            if self._is_full > was_full:
+                log.warning("sessions keep more than %d MiB: new requests are refused", MAX_BUFFERED // MiB)
+
+    def _buffered(self) -> int:
+        return sum(session.link.session.buffered for session in self._registry.sessions.values())
+
+    def _metrics_text(self) -> bytes:
+        sessions = [session.link.session for session in self._registry.sessions.values()]
+        gauges = {
+            "pytunnel_sessions": len(sessions),
+            "pytunnel_links": sum(session.connected for session in sessions),
+            "pytunnel_streams": sum(session.streams for session in sessions),
+            "pytunnel_visitors": self._gate.open,
+            "pytunnel_buffered_bytes": self._buffered(),
+            "pytunnel_tasks": len(asyncio.all_tasks()),
+        }
+        with contextlib.suppress(OSError):  # Linux
+            gauges["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            gauges["process_resident_memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+        return self.metrics.text(gauges).encode()
+
+    def _may_see_metrics(self, visitor: Visitor, host: str) -> bool:
+        """Whether a request was made on this machine, and not by a front that forwards a stranger's."""
+        forwards = not visitor.proxied and any(name.lower() in FORWARDED for name, _ in visitor.headers)
+        with contextlib.suppress(ValueError):
+            local = ipaddress.ip_address(visitor.address).is_loopback and not forwards
+            return local and (host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback)
+        return False
+
     # Requests
 
     async def _handle(self, request: web.BaseRequest) -> Any:
-        visitor = Visitor(request, keep_alive=not self._registry.draining)
-        visitor.address = visitor_address(visitor.peer, visitor.headers, self._trusted)
+        visitor = Visitor(request, self._gate, keep_alive=not self._registry.draining)
         try:
             if (response := await self._route(visitor)) is not None:
                 return response
@@ -3335,9 +3743,15 @@ class TunnelServer:
         name = tunnel_name(host, self._registry.zones)
         if name is not None:
             visitor.target = target
+            visitor.host = host
             await self._forward(visitor, name, host_field)
         elif target == LINK_PATH.encode():
-            return await self._serve_link(visitor.request)
+            return await self._serve_link(visitor)
+        elif target == b"/metrics" and (self._metrics_public or self._may_see_metrics(visitor, host)):
+            text = self._metrics_text()
+            fields = [(b"Content-Type", b"text/plain; version=0.0.4"), (b"Content-Length", b"%d" % len(text))]
+            head = visitor.encoder.head(ResponseHead(200, b"OK", fields), _date())
+            visitor.write(head + visitor.encoder.data(text))
         elif target == b"/healthz":
             visitor.write(visitor.encoder.head(HEALTHY, _date()) + visitor.encoder.data(b"ok\n"))
         else:
@@ -3355,45 +3769,75 @@ class TunnelServer:
             raise Unserved("bad-request")
         if b"h2c" in visitor.upgrade:
             visitor.upgrade = b""
+        visitor.max_body = self._max_body
+        if int(b"".join(field_values(visitor.headers, b"content-length")) or 0) > self._max_body:
+            raise Unserved("content-too-large")
         arrived, head = time.monotonic(), self._request_head(visitor, host)
+        self._admit(visitor, arrived)
         kind = Kind.UPGRADE if visitor.upgrade else Kind.HTTP
         end = not (visitor.upgrade or visitor.has_body)
         self._exchanges += 1
+        visitor.caller.open += visitor.proxied
         try:
             session = await self._registry.find(name)
             tunnel, waited = session.names.index(name), time.monotonic() - arrived
             with contextlib.closing(session.link.open(tunnel, kind, head, end=end, waited=waited)) as stream:
                 await visitor.relay(stream)
+        except (asyncio.CancelledError, ConnectionError):
+            if not visitor.upgrade:
+                self.metrics["pytunnel_aborts_total"] += 1
+                visitor.caller.aborts.take(time.monotonic())
+            raise
         finally:
+            visitor.caller.open -= visitor.proxied
             self._exchanges -= 1
             self._idle.set()
+
+    def _admit(self, visitor: Visitor, now: float) -> None:
+        """Raise Unserved when the server, or the visitor's address, has too much open."""
+        if self._is_full:
+            raise Unserved("server-full")
+        caller, problem = visitor.caller, ""
+        if not caller.aborts.left(now):
+            problem = f"it aborted {MAX_ABORTS} requests"
+        elif visitor.proxied and caller.open >= self._gate.each:
+            problem = f"it has {caller.open} open"
+        if problem:
+            self._gate.log(caller, f"refused a request from {visitor.address}: {problem}")
+            raise Unserved("too-many-requests")
 
     def _request_head(self, visitor: Visitor, host: bytes) -> RequestHead:
         headers = end_to_end(visitor.headers, keep_upgrade=bool(visitor.upgrade))
         if field_values(headers, b"host") != [host]:  # absolute-form: the target wins
             headers = [(name, host if name.lower() == b"host" else value) for name, value in headers]
-        peer = visitor.peer
-        trusted = any(ipaddress.ip_address(peer) in network for network in self._trusted)
-        headers = forwarded(headers, peer, visitor.request.scheme, host, trusted=trusted)
+        trusted = self._gate.is_trusted(visitor.peer)
+        headers = forwarded(headers, visitor.peer, visitor.request.scheme, host, trusted=trusted)
         return RequestHead(visitor.method, visitor.target, headers)
 
     # Links
 
-    async def _serve_link(self, request: web.BaseRequest) -> Any:
+    async def _serve_link(self, visitor: Visitor) -> Any:
         from aiohttp import web
 
+        request, caller = visitor.request, visitor.caller
         if "Origin" in request.headers:
             raise Unserved("forbidden")
         offered = [name.strip() for name in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
         if SUBPROTOCOL not in offered or "Upgrade" not in request.headers:
             raise Unserved("not-a-link")
-        if self._handshakes >= MAX_HANDSHAKES or self._registry.draining:
-            raise Unserved("shutting-down" if self._registry.draining else "busy")
+        if self._registry.draining:
+            raise Unserved("shutting-down")
+        if self._handshakes >= MAX_HANDSHAKES:
+            raise Unserved("server-full")
+        if caller.handshakes >= MAX_HANDSHAKES_EACH or not caller.guesses.left(time.monotonic()):
+            raise Unserved("too-many-requests")
         ws = web.WebSocketResponse(protocols=(SUBPROTOCOL,), compress=False, max_msg_size=MAX_MESSAGE, timeout=1.0)
         ws.headers["Server"] = "pytunnel"
         transport = request.transport
         assert transport
         self._handshakes += 1
+        caller.handshakes += 1
+        result = "broken"
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 await ws.prepare(request)
@@ -3401,9 +3845,14 @@ class TunnelServer:
             origin = self._domain or Origin.from_url(hello.get("server", str))
             self._registry.learn_zone(origin.zone)
             session, received = await self._session_for(hello, key)
+            result = "ready"
+            cast(Any, request.protocol).admit()
         except (Refused, ProtocolError, MessageError) as error:
-            log.info("refused a link from %s: %s", request.remote, escape(str(error)))
+            self._gate.log(caller, f"refused a link from {visitor.address}: {escape(str(error))}")
             code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
+            result = code
+            if code == "token":
+                caller.guesses.take(time.monotonic())
             with contextlib.suppress(ConnectionError):
                 await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
             return ws
@@ -3414,11 +3863,15 @@ class TunnelServer:
             raise Unserved("not-a-link") from None
         finally:
             self._handshakes -= 1
+            caller.handshakes -= 1
+            self.metrics[f'pytunnel_handshakes_total{{result="{result}"}}'] += 1
+        resumed = session.id == hello.get("session", str, "")
+        self.metrics["pytunnel_resumes_total"] += resumed
         ready = encode_message(
             "ready",
             signature=base64.b64encode(signature).decode(),
             session=session.id,
-            resumed=session.id == hello.get("session", str, ""),
+            resumed=resumed,
             received=session.link.session.received,
             tunnels=[{"name": name, "url": origin.url(name)} for name in session.names],
             window=INITIAL_WINDOW,
@@ -5074,7 +5527,7 @@ class Inspector:
         """Listen: on `port`, else on one of the next ones, else on any; `port` is then the real one."""
         loop = asyncio.get_running_loop()
         fields = [(name.encode(), value.encode()) for name, value in INSPECTOR_FIELDS.items()]
-        self._http = _visitor_server(self._handle, fields)
+        self._http = _visitor_server(self._handle, Gate(), fields)
         theirs = {target.port for target in all_targets(self._client.tunnels)}  # also when nothing listens there yet
         for port in [*(port for port in range(self.port, self.port + INSPECTOR_PORTS) if port not in theirs), 0]:
             with contextlib.suppress(OSError):
@@ -6462,6 +6915,18 @@ class Output(threading.Thread):
         self.join(1.0)
 
 
+class JsonLines(logging.Formatter):
+    """A log line as an object for a program."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return it as JSON: time (RFC 3339), level, message, and a traceback where there is one."""
+        at = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
+        fields = {"time": at, "level": record.levelname.lower(), "message": record.getMessage()}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
 class Console:
     """Tells programs and people what happens."""
 
@@ -6472,6 +6937,9 @@ class Console:
         self.quiet = bool(getattr(options, "detached", False))  # about requests
         self.stdout, self.stderr = Output(1), Output(2)
         self.say: Callable[[str], None] = self.stderr.write  # a line for people; the terminal view takes its place
+        self.log_as_json = getattr(options, "log_format", None) == "json"
+        if self.log_as_json:
+            self.say = log.info
         self._last_line = ""
 
     def emit(self, event: str, **fields: Any) -> None:
@@ -6493,6 +6961,8 @@ class Console:
     def fail(self, error: TunnelError) -> None:
         if self.as_json:
             self.emit("error", code=error.code, message=str(error))
+        if self.log_as_json:
+            return log.error("%s", error)
         self.say(f"error: {error}")
 
     def close(self) -> None:
@@ -6620,6 +7090,7 @@ def _foreground_group() -> int:
 
 async def _serve(options: argparse.Namespace, console: Console) -> None:
     state = state_directory()
+    raise_file_limit()
     host, port = parse_listen(options.listen)
     given = options.token or os.environ.get("PYTUNNEL_TOKEN")
     token = check_token(given) if given else stored_token(state / "token")
@@ -6634,6 +7105,9 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
             trusted_proxies=options.trusted_proxy,
             grace=options.grace,
             hold=options.hold,
+            max_body=options.max_body,
+            max_each=options.max_per_address,
+            metrics_public=options.metrics_public,
         )
     except ValueError as error:
         raise UsageError(f"--trusted-proxy: {error}; give an address or a network, like 10.0.0.0/8") from None
@@ -7058,6 +7532,14 @@ def seconds(text: str) -> float:
     return value
 
 
+def size(text: str) -> int:
+    """Read a flag's number of bytes, like `10M`. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if not match:
+        raise ValueError
+    return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
+
+
 def count(text: str) -> int:
     """Read a flag's number of times. Raises ValueError."""
     if (value := int(text)) < 1:
@@ -7101,6 +7583,12 @@ def _parser() -> CommandParser:
         ("--drain", DRAIN, f"exchanges get {DRAIN:g} s on SIGTERM"),
     ):
         serve.add_argument(flag, type=seconds, default=default, metavar="S", help=what)
+    what = "content of a request at most, like 10M; default: any"
+    serve.add_argument("--max-body", type=size, default=math.inf, metavar="SIZE", help=what)
+    what = f"connections of one address at a time; default: {MAX_EACH}"
+    serve.add_argument("--max-per-address", type=count, default=MAX_EACH, metavar="N", help=what)
+    serve.add_argument("--metrics-public", action="store_true", help="/metrics for everybody, not only this machine")
+    serve.add_argument("--log-format", choices=("text", "json"), help="json: an object a line on stderr")
     serve.add_argument("--trusted-proxy", action="append", default=[], metavar="CIDR", help="believe its X-Forwarded-*")
     connect = add("connect", "Give local services public URLs", link, client)
     connect.usage = "pytunnel connect [OPTION...] TARGET... [-- COMMAND...]"
@@ -7177,8 +7665,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("a command after -- is for connect and start, without --detach")
     console = Console(options)
     handler = logging.Handler()
-    handler.emit = lambda record: console.say(handler.format(record))  # type: ignore[method-assign]
-    logging.basicConfig(handlers=[handler], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    text = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    handler.setFormatter(JsonLines() if console.log_as_json else text)
+    to = console.stderr.write if console.log_as_json else lambda line: console.say(line)
+    handler.emit = lambda record: to(handler.format(record))  # type: ignore[method-assign]
+    logging.basicConfig(handlers=[handler])
     chatty = options.verbose or options.command == "serve"
     log.setLevel(logging.DEBUG if options.debug else logging.INFO if chatty else logging.WARNING)
     try:
