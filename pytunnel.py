@@ -3301,7 +3301,7 @@ class Visitor:
         self.max_body: float = math.inf
         self.answering = False  # the response has begun, and not ended
         self._metrics = gate.metrics
-        self._problem = ""  # why its content was not read to the end
+        self.problem = ""  # why its content was not read to the end
         http11 = message.version >= (1, 1)
         asks = http11 and b"upgrade" in field_tokens(self.headers, b"connection")
         self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower() if asks else b""
@@ -3344,7 +3344,7 @@ class Visitor:
 
     async def fail(self, problem: str) -> None:
         """Answer with an error page, or break the connection off when a response has begun."""
-        transport, encoder, problem = self.request.transport, self.encoder, self._problem or problem
+        transport, encoder, problem = self.request.transport, self.encoder, self.problem or problem
         if encoder.started or transport is None or self.unread:
             encoder.keep_alive = False
         if transport and not encoder.started:
@@ -3353,8 +3353,7 @@ class Visitor:
             self._metrics[f'pytunnel_refusals_total{{reason="{problem}"}}'] += 1
         elif transport:
             if encoder.until_close:  # an orderly end would look like a complete response
-                linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                _reset(transport)
             transport.abort()
 
     async def discard(self) -> None:
@@ -3382,12 +3381,12 @@ class Visitor:
             except TimeoutError:
                 if self.answering:  # a request and a response that go on side by side may both have pauses
                     continue
-                self._problem = "request-timeout"
-                raise Unserved(self._problem) from None
+                self.problem = "request-timeout"
+                raise Unserved(self.problem) from None
             self.max_body -= len(data)
             if self.max_body < 0:
-                self._problem = "content-too-large"
-                raise Unserved(self._problem)
+                self.problem = "content-too-large"
+                raise Unserved(self.problem)
             return data
 
     async def _upload(self, stream: Stream, read: Callable[[], Awaitable[bytes]]) -> None:
@@ -3399,7 +3398,7 @@ class Visitor:
         except StreamReset:
             pass  # the response tells why
         except Exception as error:  # aiohttp has several for content that breaks off or breaks the rules
-            what = self._problem or f"it broke off: {type(error).__name__}"
+            what = self.problem or f"it broke off: {type(error).__name__}"
             stream.abort(ErrorCode.CANCEL, f"the visitor's request is not whole: {what}")
 
     async def _respond(self, stream: Stream, head: ResponseHead) -> None:
@@ -3428,16 +3427,25 @@ class Visitor:
             transport.set_write_buffer_limits()
 
     async def _drain(self) -> None:
-        """Wait until there is room to write. Raises ConnectionError when the visitor takes nothing for long."""
-        left = math.inf
-        while self.request.protocol.writing_paused and (transport := self.request.transport):
-            if (unsent := _unsent(transport)) >= left:
-                transport.abort()
-                raise ConnectionResetError(f"the visitor has taken nothing for {STALL_TIMEOUT:g} s")
-            left = unsent
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STALL_TIMEOUT):
-                    await self.request.writer.drain()
+        """Wait until there is room to write; a visitor who takes nothing for STALL_TIMEOUT is cut off."""
+        transport = self.request.transport
+        if transport is None or not self.request.protocol.writing_paused:
+            return
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
+
+        def look(before: int) -> None:
+            nonlocal timer
+            if (unsent := _unsent(transport)) < before:
+                timer = loop.call_later(STALL_TIMEOUT, look, unsent)
+            else:
+                _reset(transport)
+
+        timer = loop.call_later(STALL_TIMEOUT, look, _unsent(transport))
+        try:
+            await self.request.writer.drain()
+        finally:
+            timer.cancel()
 
     def _switch_protocols(self, head: ResponseHead) -> RawPipe:
         if not self.upgrade:
@@ -3475,6 +3483,13 @@ def _unsent(transport: asyncio.WriteTransport) -> int:
     return unsent
 
 
+def _reset(transport: asyncio.WriteTransport) -> None:
+    """End a connection with a TCP reset: whatever the kernel has not sent is dropped."""
+    linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    transport.abort()
+
+
 def _visitor_server(
     handler: Callable[[web.BaseRequest], Awaitable[Any]], gate: Gate, fields: Headers | None = None
 ) -> web.Server:
@@ -3501,7 +3516,9 @@ def _visitor_server(
             self._head_bytes = self._line_bytes = 0
             self._line_ended = False
             self._head_timer: asyncio.TimerHandle | None = self._loop.call_later(HEAD_TIMEOUT, self._head_is_late)
-            if gate.open > gate.total:
+            if gate.open > gate.total + RESERVED_FILES // 4:
+                self.force_close()  # even a page of our own takes too much now
+            elif gate.open > gate.total:
                 self._refuse("server-full")
             elif self._counted and self.caller.open > gate.each:
                 gate.log(self.caller, f"refused a connection from {address}: it has {gate.each} already")
@@ -3697,7 +3714,7 @@ class TunnelServer:
             "pytunnel_tasks": len(asyncio.all_tasks()),
         }
         with contextlib.suppress(OSError):  # Linux
-            gauges["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+            gauges["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # without the one that lists them
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             gauges["process_resident_memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
         return self.metrics.text(gauges).encode()
@@ -3732,7 +3749,7 @@ class TunnelServer:
         except Exception:
             log.exception("a request failed")
             await visitor.fail("internal")
-        if visitor.unread:
+        if visitor.unread and visitor.problem != "request-timeout":
             await visitor.discard()
         return Delivered(keep_alive=visitor.encoder.keep_alive)
 

@@ -445,10 +445,14 @@ def _set_buffers(sock: socket.socket, rcvbuf: int | None, sndbuf: int | None) ->
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
 
 
-async def _dial(port: int, host: str, rcvbuf: int | None = None, sndbuf: int | None = None) -> RawSocket:
+async def _dial(
+    port: int, host: str, rcvbuf: int | None = None, sndbuf: int | None = None, source: str | None = None
+) -> RawSocket:
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         sock.setblocking(False)
+        if source is not None:
+            sock.bind((source, 0))
         _set_buffers(sock, rcvbuf, sndbuf)
         await asyncio.get_running_loop().sock_connect(sock, (host, port))
         if sock.getsockname()[:2] == (host, port):  # what TCP makes of a dead ephemeral port, now and then
@@ -467,7 +471,7 @@ class RawVisitor:
 
     Between two reads it takes nothing from the kernel, so a visitor that does not call read is a slow
     one (use `rcvbuf` to make the kernel's share small). `timeout` bounds each wait for more bytes or
-    for room to send, not the whole message. `ended` is None, "fin" or "reset".
+    for room to send, not the whole message. `ended` is None, "fin" or "reset". `source` is its own address.
     """
 
     def __init__(
@@ -478,11 +482,12 @@ class RawVisitor:
         timeout: float = TIMEOUT,
         rcvbuf: int | None = None,
         sndbuf: int | None = None,
+        source: str | None = None,
     ) -> None:
         self.port = port
         self.timeout = timeout
         self.ended: str | None = None
-        self._address = host
+        self._address, self._source = host, source
         self._buffers = (rcvbuf, sndbuf)
         self._buffer = bytearray()
         self._may_read = asyncio.Event()
@@ -491,7 +496,7 @@ class RawVisitor:
 
     async def __aenter__(self) -> Self:
         async with asyncio.timeout(self.timeout):
-            self._socket = await _dial(self.port, self._address, *self._buffers)
+            self._socket = await _dial(self.port, self._address, *self._buffers, source=self._source)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -1618,10 +1623,15 @@ class Tunnel:
     # --- visitors
 
     def visitor(
-        self, *, timeout: float = TIMEOUT, rcvbuf: int | None = None, sndbuf: int | None = None
+        self,
+        *,
+        timeout: float = TIMEOUT,
+        rcvbuf: int | None = None,
+        sndbuf: int | None = None,
+        source: str | None = None,
     ) -> RawVisitor:
         """A visitor who goes straight to the server's port: `async with t.visitor() as v:`."""
-        return RawVisitor(self.port, timeout=timeout, rcvbuf=rcvbuf, sndbuf=sndbuf)
+        return RawVisitor(self.port, timeout=timeout, rcvbuf=rcvbuf, sndbuf=sndbuf, source=source)
 
     def request(
         self,
