@@ -159,7 +159,7 @@ log = logging.getLogger("pytunnel")
 # ---- Limits and defaults --------------------------------------------------------------------------------------------
 # Every number that a peer or a visitor could push is bounded here, once, with its unit and its reason.
 # A session's worst case on either side is MAX_STREAMS x INITIAL_WINDOW of unread bodies (128 MiB), MAX_INTERIM + 1
-# heads of each of these streams, and MAX_UNACKED of frames kept for resume; it takes that many stopped readers.
+# heads of each of these streams, and MAX_PENDING of other frames; it takes that many stopped readers.
 
 KiB = 1024
 MiB = 1024 * KiB
@@ -175,7 +175,8 @@ INITIAL_WINDOW = 256 * KiB  # bytes of credit for a new stream (yamux uses the s
 MAX_WINDOW = 2**31 - 1  # bytes of credit a peer may ever add up to (RFC 9113 section 6.9.1)
 SEND_BUFFER = 64 * KiB  # bytes a stream may queue before its writer waits
 MAX_UNACKED = 8 * MiB  # bytes kept for resume; at this bound no more DATA is taken
-MAX_UNACKED_FRAMES = 65536  # frames kept for resume; a peer that reads but never acknowledges is cut here
+MAX_UNACKED_FRAMES = 65536  # frames kept for resume, or waiting; a peer that never acknowledges, or reads, is cut here
+MAX_PENDING = 16 * MiB  # bytes of frames kept for resume and of control frames waiting; past it no stream is opened
 ACK_BYTES = 256 * KiB  # bytes received before an acknowledgement is sent at once
 ACK_DELAY = 0.1  # seconds an acknowledgement may wait for company
 MAX_STREAMS = 512  # streams of one session at a time
@@ -193,13 +194,15 @@ MAX_TUNNELS = 64  # tunnels of one session
 MAX_NAMES = 100  # names one token may own on a server; those unused the longest make room for new ones
 MAX_ZONES = 16  # hosts under which clients have dialled this server; each serves tunnels below it
 MAX_ITERATIONS = 100_000  # PBKDF2 rounds a server may ask a client for
-ITERATIONS = 4096  # PBKDF2 rounds, the least RFC 7677 allows: our tokens are random, not memorable
+ITERATIONS = 4096  # PBKDF2 rounds, the least RFC 7677 allows: our tokens are random, not memorable, and a server
+# that asks a client for fewer is after its proof, to try tokens on
 
 GRACE = 120.0  # seconds a session outlives its link: a sleep in the train tunnel, not one over lunch
 HOLD = 30.0  # seconds a request waits for a client that is away
 MAX_HELD = 128  # requests that wait for one tunnel's client at a time
 DRAIN = 30.0  # seconds the server lets running exchanges finish after SIGTERM
 GOODBYE = 5.0  # seconds the client lets them finish after SIGINT or SIGTERM
+LAST_WORD = 1.0  # seconds a peer that broke the protocol has to take our GOAWAY before its connection is cut
 LINGER = 10.0  # seconds an upload may go on after an error response (nginx lingering_time is 30)
 MAX_DISCARD = 16 * MiB  # bytes of it that are read and thrown away, so that the visitor gets to see the response
 
@@ -699,7 +702,7 @@ class Session:
             raise StreamReset(ErrorCode.SHUTDOWN, "the session is ending")
         if len(self._streams) >= self.max_streams:
             raise StreamReset(ErrorCode.REFUSED, f"{self.max_streams} streams are open")
-        if self._unacked_bytes + self._control_bytes > MAX_UNACKED:
+        if self._congested:
             raise StreamReset(ErrorCode.REFUSED, "the link is congested")
         stream = self._add_stream(self._last_id + 1)
         payload = OPEN_HEADER.pack(tunnel, kind, round(waited * 1000)) + head
@@ -825,6 +828,8 @@ class Session:
                 events.append(frame)
         if 0 < self._bytes_to_ack < ACK_BYTES and self._ack_deadline is None:
             self._ack_deadline = now + ACK_DELAY
+        if len(self._control) > MAX_UNACKED_FRAMES:  # an honest peer has stopped to open streams long before
+            raise ProtocolError(f"over {MAX_UNACKED_FRAMES} replies that are not read")
         return events
 
     @property
@@ -839,6 +844,15 @@ class Session:
         return not self._decoder.buffered
 
     # What is sent
+
+    @property
+    def _congested(self) -> bool:
+        """Whether what waits for the peer, or for its ACK, is too much for another stream to add to it.
+
+        A quarter of the frames that end a session: refusing the streams of a peer that does not read takes frames, too.
+        """
+        frames = len(self._unacked) + len(self._control)
+        return self._unacked_bytes + self._control_bytes > MAX_PENDING or frames > MAX_UNACKED_FRAMES // 4
 
     def _take_control(self, out: list[bytes], room: int) -> int:
         while self._control and room > 0:
@@ -971,13 +985,11 @@ class Session:
         if self.is_server or frame.stream_id <= self._last_id:
             raise ProtocolError(f"OPEN of stream {frame.stream_id} after {self._last_id}")
         unknown = frame.payload[2] not in Kind.__members__.values()  # what a newer peer may ask for
-        if unknown or self.leaving or len(self._streams) >= self.max_streams:
+        if unknown or self.leaving or len(self._streams) >= self.max_streams or self._congested:
             self._last_id = frame.stream_id
             code = ErrorCode.SHUTDOWN if self.leaving else ErrorCode.REFUSED
             refusal = encode_reason(code, "unknown kind" if unknown else "no more streams")
             self._send_control(FrameType.RESET, 0, frame.stream_id, refusal)
-            if len(self._control) > MAX_UNACKED_FRAMES:
-                raise ProtocolError("more streams than answers to them are read")
             return False
         stream = self._add_stream(frame.stream_id)
         if frame.flags & END:
@@ -2598,7 +2610,7 @@ class Stream:
         self._ended = ended  # and the peer's
         self._error: StreamReset | None = None
         self._heads: collections.deque[bytes] = collections.deque()
-        self._chunks: collections.deque[bytes] = collections.deque()
+        self._chunks: collections.deque[bytes | bytearray] = collections.deque()
         self._readable = asyncio.Event()
         self.writable = asyncio.Event()  # set by the link when the queue has room again
 
@@ -2640,7 +2652,7 @@ class Stream:
             self._check()
             self._readable.clear()
             await self._readable.wait()
-        data = self._chunks.popleft()
+        data = bytes(self._chunks.popleft())  # no copy of what is bytes already
         if self._link.session.acknowledge_received_data(self.id, len(data)):
             self._link.wake()
         return data
@@ -2681,7 +2693,10 @@ class Stream:
         if frame.type == FrameType.HEAD:
             self._heads.append(frame.payload)
         elif self._chunks and len(self._chunks[-1]) + len(frame.payload) < MAX_HEAD:
-            self._chunks[-1] += frame.payload  # many small chunks would take more memory than the window counts
+            # Many small chunks would take more memory than the window counts; bytes would be copied for each of them.
+            if isinstance(self._chunks[-1], bytes):
+                self._chunks[-1] = bytearray(self._chunks[-1])
+            self._chunks[-1] += frame.payload
         elif frame.payload:
             self._chunks.append(frame.payload)
         self._ended = self._ended or bool(frame.flags & END)
@@ -2717,7 +2732,10 @@ class Link:
         self._timer: asyncio.TimerHandle  # fires early at worst
 
     async def run(self, ws: WebSocket, peer_received: int) -> str:
-        """Use `ws` until it is lost or finished, and return why; the caller closes it. Raises ProtocolError."""
+        """Use `ws` until it is lost or finished, and return why; the caller closes it.
+
+        Raises ProtocolError, which ends the session, after the peer has been told.
+        """
         loop = asyncio.get_running_loop()
         self.session.resume(peer_received, loop.time())
         self._free.clear()
@@ -2727,6 +2745,10 @@ class Link:
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             return next(end for end in ends if end.done()).result()
+        except ProtocolError as error:
+            self.session.leaving = True  # also when this task is cancelled while the peer takes its time
+            await self._refuse(ws, error)
+            raise
         finally:
             self.session.suspend()
             self._timer.cancel()
@@ -2734,6 +2756,15 @@ class Link:
                 await end_tasks(*ends)
             finally:  # cancelled here, too, when the connection ends while it is being given up
                 self._free.set()
+
+    @staticmethod
+    async def _refuse(ws: WebSocket, error: ProtocolError) -> None:
+        from aiohttp import WSCloseCode
+
+        with contextlib.suppress(OSError):  # TimeoutError, too
+            async with asyncio.timeout(LAST_WORD):
+                await ws.send_bytes(encode_frame(FrameType.GOAWAY, 0, 0, encode_reason(error.code, str(error))))
+                await ws.close(code=WSCloseCode.PROTOCOL_ERROR)
 
     async def detach(self, reason: str) -> None:
         """Give up the WebSocket in use, if any, so that another may be used."""
@@ -2779,12 +2810,14 @@ class Link:
         self._wakeup.set()
 
     async def _read(self, ws: WebSocket) -> str:
-        from aiohttp import WSMsgType
+        from aiohttp import WebSocketError, WSMsgType
 
         loop, session = asyncio.get_running_loop(), self.session
         while True:
             message = await ws.receive()
             if message.type is WSMsgType.BINARY:
+                if not message.data:
+                    raise ProtocolError("an empty message")
                 for frame in session.receive_data(message.data, loop.time()):
                     self._dispatch(frame)
                 if not session.between_frames:
@@ -2795,8 +2828,10 @@ class Link:
                     self._timer.cancel()
                     self._set_timer()
             elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
-                return "the connection was closed"
+                return "the connection was closed" + (f": {escape(session.goaway[1])}" if session.goaway else "")
             elif message.type is WSMsgType.ERROR:
+                if isinstance(message.data, WebSocketError):
+                    raise ProtocolError(str(message.data))
                 return f"the connection broke: {message.data}"
             else:
                 raise ProtocolError("a text message after the handshake")
@@ -3447,7 +3482,7 @@ class TunnelServer:
                 self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
             if reason != "finished":
                 transport.abort()
-            stopped = session.link.session.goaway is not None
+            stopped = session.link.session.goaway and session.link.session.goaway[0] is ErrorCode.NO_ERROR
             log.info("%s: %s", names, "its client stopped" if stopped else escape(reason))
 
     async def _handshake(self, ws: web.WebSocketResponse) -> tuple[Message, str, bytes]:
@@ -4249,7 +4284,7 @@ class TunnelClient:
         if not challenge.get("nonce", str).startswith(nonce):
             raise ProtocolError("the server's nonce is not ours")
         auth_message = f"{hello}\n{challenge.text}".encode()
-        iterations = challenge.number("iterations", 1, MAX_ITERATIONS)
+        iterations = challenge.number("iterations", ITERATIONS, MAX_ITERATIONS)
         proof, signature = client_proof(self._token, challenge.bytes("salt"), iterations, auth_message)
         await ws.send_str(encode_message("proof", proof=base64.b64encode(proof).decode()))
         ready = await self._answer(ws)
@@ -4333,12 +4368,15 @@ class TunnelClient:
     # Streams
 
     def _on_stream(self, stream: Stream) -> None:
+        if len(self._forwarding) >= MAX_STREAMS:  # those that linger, or are about to end, count as well
+            with contextlib.closing(stream):
+                return stream.abort(ErrorCode.REFUSED, "no more streams")
         task = asyncio.ensure_future(self._forward(stream))
         self._forwarding.add(task)
 
         def reset(code: ErrorCode) -> None:
             # NO_ERROR: the visitor has left, but what it sent before is still to be delivered
-            if code is ErrorCode.NO_ERROR and len(self._forwarding) <= MAX_STREAMS:
+            if code is ErrorCode.NO_ERROR and len(self._forwarding) <= MAX_STREAMS // 2:  # leaves room for new ones
                 asyncio.get_running_loop().call_later(LINGER, task.cancel)
             else:
                 task.cancel()
