@@ -170,6 +170,7 @@ MAX_FIELDS = 128  # header fields of one head (HAProxy 101, aiohttp 128)
 MAX_CONTROL = 1 * KiB  # bytes of a RESET's or GOAWAY's payload
 MAX_MESSAGE = 1 * MiB  # bytes of one WebSocket message: a batch and the frame that reached over its limit
 MAX_BATCH = 256 * KiB  # bytes that one message collects before it goes out
+MAX_FRAMES = 1000  # frames taken before others have their turn of the event loop: 5 ms, where a message may hold 80,000
 TURN = 64 * KiB  # bytes a stream sends before the next one has its turn
 INITIAL_WINDOW = 256 * KiB  # bytes of credit for a new stream (yamux uses the same)
 MAX_WINDOW = 2**31 - 1  # bytes of credit a peer may ever add up to (RFC 9113 section 6.9.1)
@@ -459,21 +460,26 @@ def decode_reason(payload: bytes) -> tuple[ErrorCode, str]:
 
 
 class FrameDecoder:
-    """Turns bytes, sliced anyhow, into frames. Holds at most one frame."""
+    """Turns bytes, sliced anyhow, into frames, MAX_FRAMES at a time. Holds what it has not come to yet."""
 
     def __init__(self) -> None:
         self._buffer = b""
+        self.has_more = False  # MAX_FRAMES was reached; feed nothing to go on
 
     @property
     def buffered(self) -> int:
-        """Bytes of a frame that is not complete yet."""
+        """Bytes of frames that were not returned yet."""
         return len(self._buffer)
 
     def feed(self, data: bytes) -> list[Frame]:
-        """Return the frames that `data` completes. Raises ProtocolError; the decoder is of no use after that."""
+        """Return frames that `data` completes. Raises ProtocolError; the decoder is of no use after that."""
         data = self._buffer + data  # mostly nothing and whole frames, which makes no copy
-        frames, start = [], 0
+        frames, start, room, self.has_more = [], 0, MAX_FRAMES, False
         while len(data) - start >= FRAME_HEADER.size:
+            if not room:
+                self.has_more = True
+                break
+            room -= 1
             word, flags, stream_id = FRAME_HEADER.unpack_from(data, start)
             length, type_ = word >> 8, word & 0xFF
             self._check(type_, flags, stream_id, length)
@@ -660,6 +666,7 @@ class Session:
         self.goaway: tuple[ErrorCode, str] | None = None  # the peer's
         self.leaving = False  # we sent a GOAWAY
         self.round_trip: float | None = None  # seconds, of the last PING
+        self.work = 0  # messages and frames that were received, for a reader who wants to be fair
         self.drained: list[int] = []  # streams whose writers may go on; the caller empties it
         self._peer_window, self._window = send_window, receive_window
         self._streams: dict[int, _SessionStream] = {}
@@ -816,9 +823,14 @@ class Session:
         return b"".join(out)
 
     def receive_data(self, data: bytes, now: float) -> list[Frame]:
-        """Take bytes from the link and return the frames for the layer above. Raises ProtocolError."""
+        """Take bytes from the link and return the frames for the layer above. Raises ProtocolError.
+
+        With `has_more` there are others in them: call it again, with nothing.
+        """
         self._heard_at, events = now, []
-        for frame in self._decoder.feed(data):
+        frames = self._decoder.feed(data)
+        self.work += 1 + len(frames)
+        for frame in frames:
             if frame.type in LINK_LEVEL:
                 self._receive_link_level(frame)
                 continue
@@ -837,6 +849,11 @@ class Session:
         """Whether `data_to_send` is worth a call."""
         waiting = self._control or self._ready or self._credits or self._replay or self._pings
         return bool(waiting) or self._bytes_to_ack >= ACK_BYTES
+
+    @property
+    def has_more(self) -> bool:
+        """Whether `receive_data` has left frames for another call."""
+        return self._decoder.has_more
 
     @property
     def between_frames(self) -> bool:
@@ -2812,14 +2829,20 @@ class Link:
     async def _read(self, ws: WebSocket) -> str:
         from aiohttp import WebSocketError, WSMsgType
 
-        loop, session = asyncio.get_running_loop(), self.session
+        loop, session, rested = asyncio.get_running_loop(), self.session, 0
         while True:
             message = await ws.receive()
             if message.type is WSMsgType.BINARY:
                 if not message.data:
                     raise ProtocolError("an empty message")
-                for frame in session.receive_data(message.data, loop.time()):
-                    self._dispatch(frame)
+                data: bytes | None = message.data
+                while data is not None:
+                    for frame in session.receive_data(data, loop.time()):
+                        self._dispatch(frame)
+                    data = b"" if session.has_more else None
+                    if session.has_more or session.work - rested >= MAX_FRAMES:
+                        rested = session.work
+                        await asyncio.sleep(0)  # `receive` does not wait for a peer that is fast enough
                 if not session.between_frames:
                     raise ProtocolError("a message that ends inside a frame")
                 if session.has_data_to_send:
