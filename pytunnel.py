@@ -2739,6 +2739,7 @@ class Link:
         self.session = session
         self.on_stream: Callable[[Stream], None] = lambda stream: stream.close()
         self.on_goaway: Callable[[ErrorCode, str], None] = lambda code, reason: None
+        self.broken: ProtocolError | None = None  # `run` raises it, unless the peer goes away while it is told
         self._streams: dict[int, Stream] = {}
         self._wakeup = asyncio.Event()
         self._closed = asyncio.Event()  # some stream has been
@@ -2763,7 +2764,8 @@ class Link:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             return next(end for end in ends if end.done()).result()
         except ProtocolError as error:
-            self.session.leaving = True  # also when this task is cancelled while the peer takes its time
+            self.broken = error
+            self.session.suspend()
             await self._refuse(ws, error)
             raise
         finally:
@@ -2827,7 +2829,7 @@ class Link:
         self._wakeup.set()
 
     async def _read(self, ws: WebSocket) -> str:
-        from aiohttp import WebSocketError, WSMsgType
+        from aiohttp import WSMsgType
 
         loop, session, rested = asyncio.get_running_loop(), self.session, 0
         while True:
@@ -2853,8 +2855,6 @@ class Link:
             elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
                 return "the connection was closed" + (f": {escape(session.goaway[1])}" if session.goaway else "")
             elif message.type is WSMsgType.ERROR:
-                if isinstance(message.data, WebSocketError):
-                    raise ProtocolError(str(message.data))
                 return f"the connection broke: {message.data}"
             else:
                 raise ProtocolError("a text message after the handshake")
@@ -3496,10 +3496,12 @@ class TunnelServer:
             self._registry.connected(session)
             log.info("%s: connected%s", names, " again" * bool(received))
             reason = await session.link.run(ws, received)
-        except ProtocolError as error:
-            reason = f"refused: {error}"
-            self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
+        except ProtocolError:
+            pass
         finally:
+            if session.link.broken:
+                reason = f"refused: {session.link.broken}"
+                self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
             self._registry.disconnected(session)
             if not names:  # the client only wanted to know whether its token is good
                 self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
@@ -4238,9 +4240,10 @@ class TunnelClient:
         async with self._dial(until) as ws:
             async with asyncio.timeout_at(until):
                 ready = await self._handshake(ws)
+            received = ready.number("received", 0, 2**63)  # before anybody is told that there is a session
             link = await self._enter_session(ready)
             self._connected_at = loop.time()
-            return await link.run(ws, ready.number("received", 0, 2**63))
+            return await link.run(ws, received)
 
     @contextlib.asynccontextmanager
     async def _dial(self, until: float) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
