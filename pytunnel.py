@@ -161,7 +161,7 @@ log = logging.getLogger("pytunnel")
 # ---- Limits and defaults --------------------------------------------------------------------------------------------
 # Every number that a peer or a visitor could push is bounded here, once, with its unit and its reason.
 # A session's worst case on either side is MAX_STREAMS x INITIAL_WINDOW of unread bodies (128 MiB), MAX_INTERIM + 1
-# heads of each of these streams, and MAX_UNACKED of frames kept for resume; it takes that many stopped readers.
+# heads of each of these streams, and MAX_PENDING of other frames; it takes that many stopped readers.
 
 KiB = 1024
 MiB = 1024 * KiB
@@ -172,12 +172,14 @@ MAX_FIELDS = 128  # header fields of one head (HAProxy 101, aiohttp 128)
 MAX_CONTROL = 1 * KiB  # bytes of a RESET's or GOAWAY's payload
 MAX_MESSAGE = 1 * MiB  # bytes of one WebSocket message: a batch and the frame that reached over its limit
 MAX_BATCH = 256 * KiB  # bytes that one message collects before it goes out
+MAX_FRAMES = 1000  # frames taken before others have their turn of the event loop: 5 ms, where a message may hold 80,000
 TURN = 64 * KiB  # bytes a stream sends before the next one has its turn
 INITIAL_WINDOW = 256 * KiB  # bytes of credit for a new stream (yamux uses the same)
 MAX_WINDOW = 2**31 - 1  # bytes of credit a peer may ever add up to (RFC 9113 section 6.9.1)
 SEND_BUFFER = 64 * KiB  # bytes a stream may queue before its writer waits
 MAX_UNACKED = 8 * MiB  # bytes kept for resume; at this bound no more DATA is taken
-MAX_UNACKED_FRAMES = 65536  # frames kept for resume; a peer that reads but never acknowledges is cut here
+MAX_UNACKED_FRAMES = 65536  # frames kept for resume, or waiting; a peer that never acknowledges, or reads, is cut here
+MAX_PENDING = 16 * MiB  # bytes of frames kept for resume and of control frames waiting; past it no stream is opened
 ACK_BYTES = 256 * KiB  # bytes received before an acknowledgement is sent at once
 ACK_DELAY = 0.1  # seconds an acknowledgement may wait for company
 MAX_STREAMS = 512  # streams of one session at a time
@@ -196,13 +198,15 @@ MAX_TUNNELS = 64  # tunnels of one session
 MAX_NAMES = 100  # names one token may own on a server; those unused the longest make room for new ones
 MAX_ZONES = 16  # hosts under which clients have dialled this server; each serves tunnels below it
 MAX_ITERATIONS = 100_000  # PBKDF2 rounds a server may ask a client for
-ITERATIONS = 4096  # PBKDF2 rounds, the least RFC 7677 allows: our tokens are random, not memorable
+ITERATIONS = 4096  # PBKDF2 rounds, the least RFC 7677 allows: our tokens are random, not memorable, and a server
+# that asks a client for fewer is after its proof, to try tokens on
 
 GRACE = 120.0  # seconds a session outlives its link: a sleep in the train tunnel, not one over lunch
 HOLD = 30.0  # seconds a request waits for a client that is away
 MAX_HELD = 128  # requests that wait for one tunnel's client at a time
 DRAIN = 30.0  # seconds the server lets running exchanges finish after SIGTERM
 GOODBYE = 5.0  # seconds the client lets them finish after SIGINT or SIGTERM
+LAST_WORD = 1.0  # seconds a peer that broke the protocol has to take our GOAWAY before its connection is cut
 LINGER = 10.0  # seconds an upload may go on after an error response (nginx lingering_time is 30)
 MAX_DISCARD = 16 * MiB  # bytes of it that are read and thrown away, so that the visitor gets to see the response
 
@@ -472,21 +476,26 @@ def decode_reason(payload: bytes) -> tuple[ErrorCode, str]:
 
 
 class FrameDecoder:
-    """Turns bytes, sliced anyhow, into frames. Holds at most one frame."""
+    """Turns bytes, sliced anyhow, into frames, MAX_FRAMES at a time. Holds what it has not come to yet."""
 
     def __init__(self) -> None:
         self._buffer = b""
+        self.has_more = False  # MAX_FRAMES was reached; feed nothing to go on
 
     @property
     def buffered(self) -> int:
-        """Bytes of a frame that is not complete yet."""
+        """Bytes of frames that were not returned yet."""
         return len(self._buffer)
 
     def feed(self, data: bytes) -> list[Frame]:
-        """Return the frames that `data` completes. Raises ProtocolError; the decoder is of no use after that."""
+        """Return frames that `data` completes. Raises ProtocolError; the decoder is of no use after that."""
         data = self._buffer + data  # mostly nothing and whole frames, which makes no copy
-        frames, start = [], 0
+        frames, start, room, self.has_more = [], 0, MAX_FRAMES, False
         while len(data) - start >= FRAME_HEADER.size:
+            if not room:
+                self.has_more = True
+                break
+            room -= 1
             word, flags, stream_id = FRAME_HEADER.unpack_from(data, start)
             length, type_ = word >> 8, word & 0xFF
             self._check(type_, flags, stream_id, length)
@@ -673,6 +682,7 @@ class Session:
         self.goaway: tuple[ErrorCode, str] | None = None  # the peer's
         self.leaving = False  # we sent a GOAWAY
         self.round_trip: float | None = None  # seconds, of the last PING
+        self.work = 0  # messages and frames that were received, for a reader who wants to be fair
         self.drained: list[int] = []  # streams whose writers may go on; the caller empties it
         self._peer_window, self._window = send_window, receive_window
         self._streams: dict[int, _SessionStream] = {}
@@ -721,7 +731,7 @@ class Session:
             raise StreamReset(ErrorCode.SHUTDOWN, "the session is ending")
         if len(self._streams) >= self.max_streams:
             raise StreamReset(ErrorCode.REFUSED, f"{self.max_streams} streams are open")
-        if self._unacked_bytes + self._control_bytes > MAX_UNACKED:
+        if self._congested:
             raise StreamReset(ErrorCode.REFUSED, "the link is congested")
         stream = self._add_stream(self._last_id + 1)
         payload = OPEN_HEADER.pack(tunnel, kind, round(waited * 1000)) + head
@@ -835,9 +845,14 @@ class Session:
         return b"".join(out)
 
     def receive_data(self, data: bytes, now: float) -> list[Frame]:
-        """Take bytes from the link and return the frames for the layer above. Raises ProtocolError."""
+        """Take bytes from the link and return the frames for the layer above. Raises ProtocolError.
+
+        With `has_more` there are others in them: call it again, with nothing.
+        """
         self._heard_at, events = now, []
-        for frame in self._decoder.feed(data):
+        frames = self._decoder.feed(data)
+        self.work += 1 + len(frames)
+        for frame in frames:
             if frame.type in LINK_LEVEL:
                 self._receive_link_level(frame)
                 continue
@@ -847,6 +862,8 @@ class Session:
                 events.append(frame)
         if 0 < self._bytes_to_ack < ACK_BYTES and self._ack_deadline is None:
             self._ack_deadline = now + ACK_DELAY
+        if len(self._control) > MAX_UNACKED_FRAMES:  # an honest peer has stopped to open streams long before
+            raise ProtocolError(f"over {MAX_UNACKED_FRAMES} replies that are not read")
         return events
 
     @property
@@ -856,11 +873,25 @@ class Session:
         return bool(waiting) or self._bytes_to_ack >= ACK_BYTES
 
     @property
+    def has_more(self) -> bool:
+        """Whether `receive_data` has left frames for another call."""
+        return self._decoder.has_more
+
+    @property
     def between_frames(self) -> bool:
         """Whether all bytes received so far made whole frames, as every message must."""
         return not self._decoder.buffered
 
     # What is sent
+
+    @property
+    def _congested(self) -> bool:
+        """Whether what waits for the peer, or for its ACK, is too much for another stream to add to it.
+
+        A quarter of the frames that end a session: refusing the streams of a peer that does not read takes frames, too.
+        """
+        frames = len(self._unacked) + len(self._control)
+        return self._unacked_bytes + self._control_bytes > MAX_PENDING or frames > MAX_UNACKED_FRAMES // 4
 
     def _take_control(self, out: list[bytes], room: int) -> int:
         while self._control and room > 0:
@@ -993,13 +1024,11 @@ class Session:
         if self.is_server or frame.stream_id <= self._last_id:
             raise ProtocolError(f"OPEN of stream {frame.stream_id} after {self._last_id}")
         unknown = frame.payload[2] not in Kind.__members__.values()  # what a newer peer may ask for
-        if unknown or self.leaving or len(self._streams) >= self.max_streams:
+        if unknown or self.leaving or len(self._streams) >= self.max_streams or self._congested:
             self._last_id = frame.stream_id
             code = ErrorCode.SHUTDOWN if self.leaving else ErrorCode.REFUSED
             refusal = encode_reason(code, "unknown kind" if unknown else "no more streams")
             self._send_control(FrameType.RESET, 0, frame.stream_id, refusal)
-            if len(self._control) > MAX_UNACKED_FRAMES:
-                raise ProtocolError("more streams than answers to them are read")
             return False
         stream = self._add_stream(frame.stream_id)
         if frame.flags & END:
@@ -2788,7 +2817,7 @@ class Stream:
         self._ended = ended  # and the peer's
         self._error: StreamReset | None = None
         self._heads: collections.deque[bytes] = collections.deque()
-        self._chunks: collections.deque[bytes] = collections.deque()
+        self._chunks: collections.deque[bytes | bytearray] = collections.deque()
         self._readable = asyncio.Event()
         self.writable = asyncio.Event()  # set by the link when the queue has room again
 
@@ -2830,7 +2859,7 @@ class Stream:
             self._check()
             self._readable.clear()
             await self._readable.wait()
-        data = self._chunks.popleft()
+        data = bytes(self._chunks.popleft())  # no copy of what is bytes already
         if self._link.session.acknowledge_received_data(self.id, len(data)):
             self._link.wake()
         return data
@@ -2871,7 +2900,10 @@ class Stream:
         if frame.type == FrameType.HEAD:
             self._heads.append(frame.payload)
         elif self._chunks and len(self._chunks[-1]) + len(frame.payload) < MAX_HEAD:
-            self._chunks[-1] += frame.payload  # many small chunks would take more memory than the window counts
+            # Many small chunks would take more memory than the window counts; bytes would be copied for each of them.
+            if isinstance(self._chunks[-1], bytes):
+                self._chunks[-1] = bytearray(self._chunks[-1])
+            self._chunks[-1] += frame.payload
         elif frame.payload:
             self._chunks.append(frame.payload)
         self._ended = self._ended or bool(frame.flags & END)
@@ -2897,6 +2929,7 @@ class Link:
         self.session = session
         self.on_stream: Callable[[Stream], None] = lambda stream: stream.close()
         self.on_goaway: Callable[[ErrorCode, str], None] = lambda code, reason: None
+        self.broken: ProtocolError | None = None  # `run` raises it, unless the peer goes away while it is told
         self._streams: dict[int, Stream] = {}
         self._wakeup = asyncio.Event()
         self._closed = asyncio.Event()  # some stream has been
@@ -2907,7 +2940,10 @@ class Link:
         self._timer: asyncio.TimerHandle  # fires early at worst
 
     async def run(self, ws: WebSocket, peer_received: int) -> str:
-        """Use `ws` until it is lost or finished, and return why; the caller closes it. Raises ProtocolError."""
+        """Use `ws` until it is lost or finished, and return why; the caller closes it.
+
+        Raises ProtocolError, which ends the session, after the peer has been told.
+        """
         loop = asyncio.get_running_loop()
         self.session.resume(peer_received, loop.time())
         self._free.clear()
@@ -2917,6 +2953,11 @@ class Link:
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             return next(end for end in ends if end.done()).result()
+        except ProtocolError as error:
+            self.broken = error
+            self.session.suspend()
+            await self._refuse(ws, error)
+            raise
         finally:
             self.session.suspend()
             self._timer.cancel()
@@ -2924,6 +2965,15 @@ class Link:
                 await end_tasks(*ends)
             finally:  # cancelled here, too, when the connection ends while it is being given up
                 self._free.set()
+
+    @staticmethod
+    async def _refuse(ws: WebSocket, error: ProtocolError) -> None:
+        from aiohttp import WSCloseCode
+
+        with contextlib.suppress(OSError):  # TimeoutError, too
+            async with asyncio.timeout(LAST_WORD):
+                await ws.send_bytes(encode_frame(FrameType.GOAWAY, 0, 0, encode_reason(error.code, str(error))))
+                await ws.close(code=WSCloseCode.PROTOCOL_ERROR)
 
     async def detach(self, reason: str) -> None:
         """Give up the WebSocket in use, if any, so that another may be used."""
@@ -2971,12 +3021,20 @@ class Link:
     async def _read(self, ws: WebSocket) -> str:
         from aiohttp import WSMsgType
 
-        loop, session = asyncio.get_running_loop(), self.session
+        loop, session, rested = asyncio.get_running_loop(), self.session, 0
         while True:
             message = await ws.receive()
             if message.type is WSMsgType.BINARY:
-                for frame in session.receive_data(message.data, loop.time()):
-                    self._dispatch(frame)
+                if not message.data:
+                    raise ProtocolError("an empty message")
+                data: bytes | None = message.data
+                while data is not None:
+                    for frame in session.receive_data(data, loop.time()):
+                        self._dispatch(frame)
+                    data = b"" if session.has_more else None
+                    if session.has_more or session.work - rested >= MAX_FRAMES:
+                        rested = session.work
+                        await asyncio.sleep(0)  # `receive` does not wait for a peer that is fast enough
                 if not session.between_frames:
                     raise ProtocolError("a message that ends inside a frame")
                 if session.has_data_to_send:
@@ -2985,7 +3043,7 @@ class Link:
                     self._timer.cancel()
                     self._set_timer()
             elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
-                return "the connection was closed"
+                return "the connection was closed" + (f": {escape(session.goaway[1])}" if session.goaway else "")
             elif message.type is WSMsgType.ERROR:
                 return f"the connection broke: {message.data}"
             else:
@@ -3908,16 +3966,18 @@ class TunnelServer:
             self._registry.connected(session)
             log.info("%s: connected%s", names, " again" * bool(received))
             reason = await session.link.run(ws, received)
-        except ProtocolError as error:
-            reason = f"refused: {error}"
-            self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
+        except ProtocolError:
+            pass
         finally:
+            if session.link.broken:
+                reason = f"refused: {session.link.broken}"
+                self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
             self._registry.disconnected(session)
             if not names:  # the client only wanted to know whether its token is good
                 self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
             if reason != "finished":
                 transport.abort()
-            stopped = session.link.session.goaway is not None
+            stopped = session.link.session.goaway and session.link.session.goaway[0] is ErrorCode.NO_ERROR
             log.info("%s: %s", names, "its client stopped" if stopped else escape(reason))
 
     async def _handshake(self, ws: web.WebSocketResponse) -> tuple[Message, str, bytes]:
@@ -4650,9 +4710,10 @@ class TunnelClient:
         async with self._dial(until) as ws:
             async with asyncio.timeout_at(until):
                 ready = await self._handshake(ws)
+            received = ready.number("received", 0, 2**63)  # before anybody is told that there is a session
             link = await self._enter_session(ready)
             self._connected_at = loop.time()
-            return await link.run(ws, ready.number("received", 0, 2**63))
+            return await link.run(ws, received)
 
     @contextlib.asynccontextmanager
     async def _dial(self, until: float) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
@@ -4719,7 +4780,7 @@ class TunnelClient:
         if not challenge.get("nonce", str).startswith(nonce):
             raise ProtocolError("the server's nonce is not ours")
         auth_message = f"{hello}\n{challenge.text}".encode()
-        iterations = challenge.number("iterations", 1, MAX_ITERATIONS)
+        iterations = challenge.number("iterations", ITERATIONS, MAX_ITERATIONS)
         proof, signature = client_proof(self._token, challenge.bytes("salt"), iterations, auth_message)
         await ws.send_str(encode_message("proof", proof=base64.b64encode(proof).decode()))
         ready = await self._answer(ws)
@@ -4803,12 +4864,15 @@ class TunnelClient:
     # Streams
 
     def _on_stream(self, stream: Stream) -> None:
+        if len(self._forwarding) >= MAX_STREAMS:  # those that linger, or are about to end, count as well
+            with contextlib.closing(stream):
+                return stream.abort(ErrorCode.REFUSED, "no more streams")
         task = asyncio.ensure_future(self._forward(stream))
         self._forwarding.add(task)
 
         def reset(code: ErrorCode) -> None:
             # NO_ERROR: the visitor has left, but what it sent before is still to be delivered
-            if code is ErrorCode.NO_ERROR and len(self._forwarding) <= MAX_STREAMS:
+            if code is ErrorCode.NO_ERROR and len(self._forwarding) <= MAX_STREAMS // 2:  # leaves room for new ones
                 asyncio.get_running_loop().call_later(LINGER, task.cancel)
             else:
                 task.cancel()

@@ -176,10 +176,18 @@ class Peer:
 
     async def frame(self, type_: FrameType) -> Frame:
         """Return the next frame of that type."""
+        return await self._next(lambda frame: frame.type == type_)
+
+    async def frame_of(self, stream_id: int) -> Frame:
+        """Return the next frame of that stream that tells something about its exchange."""
+        told = (FrameType.HEAD, FrameType.DATA, FrameType.RESET)
+        return await self._next(lambda frame: frame.stream_id == stream_id and frame.type in told)
+
+    async def _next(self, fits: Callable[[Frame], bool]) -> Frame:
         async with asyncio.timeout(PATIENCE):
             while True:
                 for index, frame in enumerate(self._frames):
-                    if frame.type == type_:
+                    if fits(frame):
                         return self._frames.pop(index)
                 message = await self.ws.receive()
                 assert message.type is aiohttp.WSMsgType.BINARY, message
