@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -371,3 +373,61 @@ async def test_nothing_that_a_local_service_says_changes_what_is_dialled(subtest
                     assert (await tunnel.get(b"/next")).body == b"real"
             assert len(origin.requests) == 2 * len(answers)
         assert not trap.connections
+
+
+# ---------------------------------------------------------------------------------------- Whose bytes they are
+
+
+async def test_two_hundred_tenants_never_get_each_others_bytes(tmp_path: Path) -> None:
+    """Each with a token, a session and a name; halves of all answers interleave, visitors leave, links are lost."""
+    tokens = [secrets.token_hex(16) for _ in range(200)]
+    halves: list[bytes] = []
+    second_half = asyncio.Event()
+
+    async def echo(request: RawRequest, reader: Reader, writer: Writer) -> None:
+        proof = b" ".join([request.value(b"X-Tenant") or b"", request.value(b"Host") or b"", request.target])
+        answer = proof + b" " + request.body
+        writer.write(head(b"HTTP/1.1 200 OK", (b"X-Proof", proof), CHUNKED) + chunk(answer[:70]))
+        await writer.drain()
+        halves.append(proof)
+        await second_half.wait()
+        writer.write(chunk(answer[70:]) + chunk(b""))
+
+    async def ask(number: int, *, leave: bool = False) -> None:
+        nonce = secrets.token_hex(32).encode()
+        async with RawVisitor(server.port, timeout=30) as visitor:
+            host = b"n%d.localhost" % number
+            await visitor.send(request("POST", b"/" + nonce[:10], host, body=nonce * 20))
+            got = await visitor.read_head()
+            proof = b"%d %b /%b" % (number, host, nonce[:10])
+            assert (got.status, got.value(b"X-Proof")) == (200, proof)
+            if leave:
+                return visitor.abort()
+            body = b"".join([piece async for piece in visitor.iter_body(got)])
+            assert body == proof + b" " + nonce * 20
+
+    server = pytunnel.TunnelServer(tokens=tokens, state=tmp_path, host="127.0.0.1", port=0)
+    await server.start()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(server.close)
+        origin = await stack.enter_async_context(RawOrigin(echo, read_body=True, record_limit=0))
+        url = f"http://127.0.0.1:{server.port}"
+        contexts = [
+            pytunnel.connect(origin.port, server=url, token=token, name=f"n{n}", header=[f"X-Tenant: {n}"])
+            for n, token in enumerate(tokens)
+        ]
+        clients = [await stack.enter_async_context(context) for context in contexts]
+        for what in ("nothing else", "visitors leave", "links are lost", "nothing else"):
+            halves.clear()
+            second_half.clear()
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(200):
+                    tasks.create_task(ask(number))
+                    if what == "visitors leave":
+                        tasks.create_task(ask(number, leave=True))
+                await origin.wait_for(lambda: len(halves) >= 200, 30)
+                if what == "links are lost":
+                    for client in clients[::2]:
+                        assert client._link is not None
+                        client._link.lose("a test")
+                second_half.set()
