@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support import (
+    Process,
     RawOrigin,
     RawRequest,
     RawVisitor,
@@ -373,6 +374,15 @@ async def test_nothing_that_a_local_service_says_changes_what_is_dialled(subtest
                     assert (await tunnel.get(b"/next")).body == b"real"
             assert len(origin.requests) == 2 * len(answers)
         assert not trap.connections
+
+
+async def test_a_lax_parser_of_requests_is_no_reason_to_go_on() -> None:
+    """aiohttp without its compiled part takes a bare CR in a chunk extension for the end of the line."""
+    async with await Process.start("serve", "--listen", "127.0.0.1:0", env={"AIOHTTP_NO_EXTENSIONS": "1"}) as server:
+        assert await server.wait() == 1
+        assert [line.split(";")[0] for line in server.stderr] == [
+            "error: aiohttp lacks its C parser, and its other one is not strict"
+        ]
 
 
 # ---------------------------------------------------------------------------------------- Whose bytes they are
