@@ -1072,6 +1072,7 @@ HOP_BY_HOP = frozenset(  # RFC 9110 section 7.6.1
 )
 NEVER_NOMINATED = frozenset({b"host", b"content-length"})  # a Connection field may not take these away
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 OUR_FORWARDED = (b"X-Forwarded-For", b"X-Forwarded-Proto", b"X-Forwarded-Host")
 FORWARDED = frozenset({b"forwarded", b"x-real-ip", *(name.lower() for name in OUR_FORWARDED)})
 
@@ -4394,13 +4395,21 @@ class Forwarding:
                     await self._stream.write(body, end=parser.done)
 
     def _write_head(self, head: ResponseHead, *, end: bool) -> None:
-        if head.status == 101 and self._stream.kind is not Kind.UPGRADE:
-            raise MessageError("101 without an Upgrade", 502)
+        if head.status == 101:
+            self._check_switch(head)
         head = ResponseHead(head.status, head.reason, self._edits.apply(head.headers))
         payload = head.encode()
         if not head.interim:
             self._log.respond(self._exchange, head, payload)
         self._stream.write_head(payload, interim=head.interim, end=end and head.status != 101)
+
+    def _check_switch(self, head: ResponseHead) -> None:
+        if self._stream.kind is not Kind.UPGRADE:
+            raise MessageError("101 without an Upgrade", 502)
+        keys = field_values(self._head.headers, b"sec-websocket-key")
+        accepts = [base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest()) for key in keys]
+        if field_values(head.headers, b"sec-websocket-accept") != accepts:
+            raise MessageError("101 with a Sec-WebSocket-Accept that is not the key's", 502)
 
     async def _upload(self, connection: LocalConnection, *, chunked: bool) -> bool:
         """Send the request's content, or a pipe's bytes; True says that all of it went out."""
