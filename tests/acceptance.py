@@ -40,6 +40,7 @@ from urllib.parse import parse_qs, urlsplit
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from support import (
+    DEBUG,
     PROGRAM,
     PatternChecker,
     Process,
@@ -54,6 +55,8 @@ from support import (
     request,
     response,
 )
+
+DEBUG.clear()  # it takes time and memory, and these are measured here
 
 Reader = asyncio.StreamReader
 Writer = asyncio.StreamWriter
