@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
 import time
@@ -1046,3 +1047,91 @@ async def test_a_tunnel_that_does_not_start_tells_every_output(stand_in: list[st
             pass
     assert any("listening" in note for note in caught.value.__notes__)
     assert "unrecognized arguments" in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------- What a test leaves behind
+
+LEAVING = """
+import asyncio, conftest, gc, logging, pytest, socket
+from asyncio import create_task, sleep
+
+conftest.REST = 0.2
+kept = []
+
+async def fail():
+    raise ValueError
+
+def test_a_descriptor():
+    kept.append(socket.socket())
+
+async def test_a_descriptor_of_an_async_test():
+    kept.append(socket.socket())
+
+async def test_a_task():
+    kept.append(create_task(sleep(100)))
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_task_on_the_loop_of_the_module():
+    kept.append(create_task(sleep(100)))
+
+def test_never_closed():
+    cycle = [socket.socket()]
+    cycle.append(cycle)
+
+async def test_never_awaited():
+    cycle = [fail()]
+    cycle.append(cycle)
+
+async def test_never_retrieved():
+    cycle = [create_task(fail())]
+    cycle.append(cycle)
+    await sleep(0)
+
+async def test_a_destroyed_task():
+    create_task(asyncio.Event().wait())
+    await sleep(0)
+
+async def test_a_failed_callback():
+    asyncio.get_running_loop().call_soon(lambda: 1 / 0)
+    await sleep(0)
+"""
+LEAVING_NOTHING = """
+@pytest.fixture
+async def server():
+    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    task = create_task(sleep(100))
+    yield
+    server.close()
+    task.cancel()
+
+@pytest.fixture(scope="module")
+def of_the_module():
+    with socket.socket() as sock:
+        yield sock
+
+async def test_clean_fixtures(server, of_the_module):
+    assert asyncio.get_running_loop().get_debug()
+
+async def test_clean_in_time():
+    asyncio.get_running_loop().call_later(0.05, socket.socket().close)
+
+async def test_clean_and_slow():
+    logging.getLogger("asyncio").warning("Executing a callback took a second")
+
+def test_clean_and_sync(of_the_module):
+    pass
+"""
+
+
+async def test_a_test_that_leaves_something_behind_fails_and_no_other_one(tmp_path: Path) -> None:
+    (tmp_path / "test_leaving.py").write_text(LEAVING + LEAVING_NOTHING)
+    options = ["-c", str(support.ROOT / "pyproject.toml"), "-p", "conftest", "-q", "-rA", "-p", "no:randomly"]
+    command = [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", str(tmp_path)]
+    env = {"PYTHONPATH": str(support.ROOT / "tests"), **support.NO_DEBUG}
+    async with await Process.start(command=command, env=env) as process:
+        process.expected_complaint = "ResourceWarning"  # what is kept to the very end, in `kept`
+        assert await process.wait(60) == 1, process.output()
+    results = re.findall(r"^(PASSED|FAILED|ERROR) \S+::(test_\w+)", "\n".join(process.stdout), re.MULTILINE)
+    unclean = {name for result, name in results if result != "PASSED"}
+    assert unclean == set(re.findall(r"test_\w+(?=\()", LEAVING)), process.output()
+    assert {name for _, name in results} - unclean == set(re.findall(r"test_clean\w+", LEAVING_NOTHING))
