@@ -4140,7 +4140,7 @@ class LocalConnection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.closed = asyncio.Event()
-        self.idle_since = 0.0
+        self.idle_since = 0.0  # 0 while it is in use
         self._transport: asyncio.Transport
         self._chunks: collections.deque[bytes] = collections.deque()
         self._buffered = 0
@@ -4201,7 +4201,7 @@ class LocalConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         self._eof = True
         self._readable.set()
-        return self._transport.can_write_eof()  # the other direction stays open, where there are two
+        return self._transport.can_write_eof() and not self.idle_since  # nothing more to say on an idle one: close it
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._eof, self._error = True, exc
@@ -4237,6 +4237,7 @@ class LocalService:
         while self._idle:
             connection = self._idle.pop()
             if connection.reusable and connection.idle_since >= oldest:
+                connection.idle_since = 0.0
                 return connection
             connection.abort()
         return None
@@ -4362,7 +4363,8 @@ class Forwarding:
                 await self._pipe(connection)
             elif upload and not upload.done():
                 await self._finish_upload(connection, upload, self._parser.head.status)
-            if self._parser.keep_alive and (upload is None or (upload.done() and upload.result())):
+            sent = upload is None or (upload.done() and upload.result())
+            if self._parser.keep_alive and sent and connection.reusable:
                 self._service.give_back(connection)
                 kept = True
         except ConnectionError as error:

@@ -40,6 +40,7 @@ from urllib.parse import parse_qs, urlsplit
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from support import (
+    DEBUG,
     PROGRAM,
     PatternChecker,
     Process,
@@ -56,6 +57,8 @@ from support import (
 )
 
 from pytunnel import HEAD_TIMEOUT, MAX_STREAMS
+
+DEBUG.clear()  # it takes time and memory, and these are measured here
 
 Reader = asyncio.StreamReader
 Writer = asyncio.StreamWriter
