@@ -386,13 +386,13 @@ async def test_a_slow_and_bumpy_network_is_no_dead_one() -> None:
         while not (up.done() and down.done()):
             passed = relay.bytes_up + relay.bytes_down
             with contextlib.suppress(AssertionError):  # at the end there is nothing more to stall
-                await relay.wait_for(lambda passed=passed: relay.bytes_up + relay.bytes_down > passed + 64 * KIB, 1.0)  # type: ignore[misc]
+                await relay.wait_for(lambda passed=passed: relay.bytes_up + relay.bytes_down > passed + 96 * KIB, 1.0)  # type: ignore[misc]
                 relay.set_mode("blackhole")
                 await asyncio.wait([up, down], timeout=0.5)  # the stall itself
                 relay.set_mode("pass")
                 stalls += 1
         assert (await up).body == (await down).body == pattern(0, size)
-        assert stalls >= 3
+        assert stalls >= 2
         assert relay.accepted == 1, "one link was enough"
 
 
