@@ -60,6 +60,7 @@ from support import (
 
 KIB = 1024
 SLOPE = 1.0  # MB an hour that a process may grow by
+JUDGED = 600.0  # seconds from which on a slope tells more than the noise: a MiB more or less is kept for reuse
 WARM = 300.0  # seconds after which memory counts, the first sixth when that is less
 LOSSES: tuple[Cut, ...] = ("reset", "silence", "close")
 LARGEST = 2 * MIB  # bytes of a body
@@ -101,7 +102,7 @@ class Soak:
         """All of it for so many seconds; returns when the last operation has ended."""
         self._began = time.monotonic()
         work: list[tuple[str, float, Callable[[], Awaitable[None]]]] = [
-            *[("small requests", 0.0, self._small)] * 4,
+            *[("small requests", 0.0, self._small)] * 6,
             ("downloads", 0.7, self._download),
             ("uploads", 0.7, self._upload),
             ("slow downloads", 0.5, self._slow_download),
@@ -333,6 +334,8 @@ async def report(soak: Soak, before: dict[str, float], cpu: dict[str, float]) ->
         what = f"memory of the {name}, MB an hour after {warm:.0f} s ({sizes} MiB)"
         if name == "client" and soak.losses["client restart"]:
             rows.append(Row(what, "not judged: it was restarted"))
+        elif soak.seconds < JUDGED:
+            rows.append(Row(what, f"{slope(late):.2f} MB/h", "not judged: too short a time"))
         else:
             rows.append(below(what, slope(late), SLOPE, "MB/h", 2))
 
