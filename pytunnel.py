@@ -109,6 +109,7 @@ import datetime
 import difflib
 import email.utils
 import enum
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -126,6 +127,7 @@ import queue
 import random
 import re
 import secrets
+import select
 import shlex
 import signal
 import socket
@@ -2735,9 +2737,13 @@ def write_private(path: Path, text: str) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:  # a full disk keeps what it had, and not a half of this
+        temporary.unlink()
+        raise
 
 
 def read_or_make(path: Path, make: Callable[[], str]) -> str:
@@ -3122,6 +3128,7 @@ class TunnelRegistry:
         self.zones: list[str] = []
         self.draining = False
         self._path, self._grace, self._hold = path, grace, hold
+        self._unsaved = False  # the disk did not take the names
         self._tunnels: dict[str, Registration] = {}
         self._owners: dict[str, str] = {}
         self._latest: dict[str, str] = {}  # name -> the last session that had it, even when it is over
@@ -3150,7 +3157,7 @@ class TunnelRegistry:
         unused = [name for name, owner in self._owners.items() if owner == key and name not in {*self._tunnels, *names}]
         for name in unused[: max(0, sum(owner == key for owner in self._owners.values()) - MAX_NAMES)]:
             del self._owners[name]
-        if fresh:
+        if fresh or self._unsaved:
             self._save()
 
     def bind(self, session: Registration, previous: str) -> None:
@@ -3233,8 +3240,11 @@ class TunnelRegistry:
     def _save(self) -> None:
         try:
             write_private(self._path, json.dumps({"names": self._owners, "zones": self.zones}, indent=1))
+            self._unsaved = False
         except OSError as error:
-            log.warning("names are not kept: %s", error)
+            if not self._unsaved:
+                log.warning("names are not kept, which goes on until they can be: %s", error)
+            self._unsaved = True
 
 
 # ---- Visitors -------------------------------------------------------------------------------------------------------
@@ -6349,8 +6359,10 @@ class Memory:
         """Keep what worked. A disk that does not let us is no reason to stop."""
         if (self.server, self.tokens.get(server)) != (server, token):
             self.server, self.tokens[server] = server, token
-            with contextlib.suppress(OSError):
+            try:
                 write_private(self._path, json.dumps({"server": server, "tokens": self.tokens}, indent=1))
+            except OSError as error:
+                log.warning("server and token are not kept, so give them again next time: %s", error)
 
     def machine(self) -> str:
         """Return what tells this machine from the user's others, so that its tunnels' names stay."""
@@ -6981,8 +6993,11 @@ async def doctor(
 # stdout is for programs: the public URL on a line of its own, or with --json one object a line. stderr is for people.
 
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a disk says that may have room again
+
+
 class Output(threading.Thread):
-    """Writes lines to a file descriptor, from a thread of its own: a pipe that is full or closed holds up nobody."""
+    """Writes lines to a file descriptor, from a thread of its own: a full pipe or disk holds up nobody."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(daemon=True)
@@ -6996,10 +7011,21 @@ class Output(threading.Thread):
             self._lines.put_nowait(line)
 
     def run(self) -> None:
-        """Write until the last line, or until nobody can read any more."""
-        with contextlib.suppress(OSError):
-            while (line := self._lines.get()) is not None:
-                os.write(self._descriptor, f"{line}\n".encode(errors="backslashreplace"))
+        """Write until the last line, or until nobody can read any more. What a full disk does not take is lost."""
+        torn = b""
+        while (line := self._lines.get()) is not None:
+            data = torn + f"{line}\n".encode(errors="backslashreplace")
+            try:
+                while data:
+                    try:
+                        data = data[os.write(self._descriptor, data) :]
+                        torn = b"\n"  # ends a line of which a part went out
+                    except BlockingIOError:  # whoever started us has made the pipe non-blocking
+                        select.select([], [self._descriptor], [])
+                torn = b""
+            except OSError as error:
+                if error.errno not in FULL:
+                    return
 
     def close(self) -> None:
         """Give what is queued a moment to go out."""
@@ -7101,6 +7127,25 @@ def _signals(handler: Callable[[int], object]) -> Iterator[None]:
 PACKAGES = "aiohttp zstandard platformdirs"
 
 
+def _failure_handler() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+    """Return what reports failures that only the event loop sees, like no descriptor left for a visitor.
+
+    asyncio's own handler writes a traceback for each, and a lack of descriptors is a thousand of them a second.
+    """
+    last, silent_until = "", 0.0
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal last, silent_until
+        message, now = context["message"], loop.time()
+        if message != last or now >= silent_until:
+            last, silent_until = message, now + 1.0
+            error = context.get("exception")
+            trace = error if log.isEnabledFor(logging.DEBUG) else None
+            log.error("%s%s", escape(message), f": {escape(str(error))}" if error else "", exc_info=trace)
+
+    return handle
+
+
 def _run(command: Coroutine[Any, Any, _T]) -> _T:
     """Run a command on uvloop when it is installed, else on asyncio's own loop."""
     factory = None
@@ -7110,6 +7155,7 @@ def _run(command: Coroutine[Any, Any, _T]) -> _T:
 
             factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
+        runner.get_loop().set_exception_handler(_failure_handler())
         return runner.run(command)
 
 
