@@ -64,7 +64,7 @@ EDIT_FLAGS = ["--header", "--remove-header", "--response-header", "--remove-resp
 FLAGS = {
     "serve": ["--listen", "--domain", "--token", "--trusted-proxy", "--grace", "--hold", "--drain", *COMMON_FLAGS],
     "connect": [
-        "--name", "--route", "--host-header", "--spa", "--insecure",
+        "--name", "--route", "--host-header", "--spa", "--insecure", "--auth", "--allow", "--pass-auth",
         *LINK_FLAGS, *CLIENT_FLAGS, *EDIT_FLAGS, *COMMON_FLAGS,
     ],
     "start": ["--all", *LINK_FLAGS, *CLIENT_FLAGS, *COMMON_FLAGS],
