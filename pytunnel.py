@@ -195,7 +195,10 @@ WRITE_TIMEOUT = 10.0  # seconds one message may wait for room in the transport b
 HANDSHAKE_TIMEOUT = 10.0  # seconds for the whole handshake
 MAX_HANDSHAKES = 1024  # links at a time that have not shown their token yet,
 MAX_HANDSHAKES_EACH = 32  # and of these, of one address
-MAX_HELLO = 16 * KiB  # bytes of a handshake message
+MAX_HELLO = 32 * KiB  # bytes of a handshake message: MAX_TUNNELS names take 4 KiB of it, and MAX_RULES
+MAX_RULES = 24 * KiB  # bytes of a hello that tell whom its tunnels let in; a password for each of MAX_TUNNELS takes 12
+MAX_CREDENTIALS = 32  # users with passwords of one tunnel; a visitor's is compared with each
+MAX_NETWORKS = 64  # networks of one tunnel
 MAX_TUNNELS = 64  # tunnels of one session
 MAX_NAMES = 100  # names one token may own on a server; those unused the longest make room for new ones
 MAX_ZONES = 16  # hosts under which clients have dialled this server; each serves tunnels below it
@@ -1066,6 +1069,7 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
 _CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+_BASIC = re.compile(rb"basic +([A-Za-z0-9+/]+={0,2})", re.IGNORECASE)
 _HOST = re.compile(r"(?:((?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63})\.?|\[([0-9a-f:.]+)\])(?::([0-9]{0,5}))?")
 
 HOP_BY_HOP = frozenset(  # RFC 9110 section 7.6.1
@@ -1160,6 +1164,13 @@ def own_cookies(headers: Headers, host: str) -> Headers:
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
 
 
+def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Return an address or network, and IPv4 for one that is IPv4 written as IPv6. Raises ValueError."""
+    network = ipaddress.ip_network(text)
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    return ipaddress.IPv4Network((mapped, network.prefixlen - 96)) if mapped and network.prefixlen >= 96 else network
+
+
 def visitor_address(peer: str, headers: Headers, trusted: Networks) -> str:
     """Return who calls: the peer, or behind `trusted` proxies the last in X-Forwarded-For that is none of them."""
     members = itertools.chain.from_iterable(value.split(b",") for value in field_values(headers, b"x-forwarded-for"))
@@ -1167,6 +1178,7 @@ def visitor_address(peer: str, headers: Headers, trusted: Networks) -> str:
     while trusted:
         try:
             address = ipaddress.ip_address(before[-1])
+            address = getattr(address, "ipv4_mapped", None) or address
             proxy = any(ipaddress.ip_address(peer) in network for network in trusted)
         except (ValueError, IndexError):
             break
@@ -1175,6 +1187,19 @@ def visitor_address(peer: str, headers: Headers, trusted: Networks) -> str:
         peer = str(address)
         before.pop()
     return peer
+
+
+def basic_credentials(headers: Headers) -> bytes | None:
+    """Return the `user:password` that a visitor gives (RFC 7617), None without one. Raises MessageError for two."""
+    values = field_values(headers, b"authorization")
+    if len(values) > 1:
+        raise MessageError(f"{len(values)} Authorization fields")
+    match = _BASIC.fullmatch(values[0]) if values else None
+    try:
+        credentials = base64.b64decode(match[1], validate=True) if match else b""
+    except ValueError:
+        return None
+    return credentials if b":" in credentials else None
 
 
 def _encode_head(*start: bytes, headers: Headers) -> bytes:
@@ -1504,12 +1529,16 @@ def split_target(method: bytes, target: bytes, headers: Headers) -> tuple[bytes,
 # What the two ends say before the first frame, and who is who: SCRAM-SHA-256's exchange (RFC 5802, 7677), where both
 # prove that they know the token, it never crosses the wire, and what the server keeps would not let a thief of it in.
 #
-#     client  hello       version, key (a short hash of the token), nonce, what was dialled, tunnels, session to resume
+#     client  hello       version, key (a short hash of the token), nonce, what was dialled, tunnels, session to resume,
+#                         whom the tunnels let in
 #     server  challenge   nonce, salt, iterations
 #     client  proof       ClientProof over the texts of hello and challenge
 #     server  ready       ServerSignature, session, tunnels, how much was received   or   refused: code, reason, retry
+#
+# A hello that has rules (Access) is for a server that enforces them: its ready says so, or the client leaves.
 
 PROTOCOL_VERSION = 1
+ENFORCED = ("allow", "auth")  # what a ready lists
 _T = TypeVar("_T")
 
 
@@ -1594,12 +1623,92 @@ class Message:
         except ValueError:
             raise ProtocolError(f"handshake field {name!r} is not base64") from None
 
+    def members(self, name: str) -> Iterator[tuple[str, Message]]:
+        """Yield the members of a field, which are objects; none without it."""
+        for key, value in self.get(name, dict, {}).items():
+            member = Message("{}")
+            if not isinstance(value, dict):
+                raise ProtocolError(f"handshake field {name!r} is not of objects")
+            member._fields = value
+            yield key, member
+
     def number(self, name: str, low: int, high: int, default: int | None = None) -> int:
         """Return an integer field, which must lie in the range."""
         value = self.get(name, int, default)
         if not low <= value <= high:
             raise ProtocolError(f"handshake field {name!r} is not within {low} to {high}")
         return value
+
+
+class Access(NamedTuple):
+    """Which visitors a tunnel lets in: those from `networks` who know one of the passwords; without any, everybody.
+
+    Of passwords there are salted digests only: neither end keeps them, and they do not cross the wire.
+    """
+
+    networks: Networks = ()
+    salt: bytes = b""
+    digests: tuple[bytes, ...] = ()
+    pass_auth: bool = False  # the local service sees the visitor's Authorization, too
+
+    @classmethod
+    def parse(cls, allow: Sequence[str], auth: Sequence[str], pass_auth: bool, salt: bytes) -> Access:
+        """Read networks and `user:password`s. Raises UsageError, which never repeats a password."""
+        if len(allow) > MAX_NETWORKS or len(auth) > MAX_CREDENTIALS:
+            raise UsageError(f"a tunnel may have {MAX_NETWORKS} times allow and {MAX_CREDENTIALS} times auth")
+        if pass_auth and not auth:
+            raise UsageError("pass-auth is nothing without auth; add --auth USER:PASS")
+        networks = []
+        for text in allow:
+            try:
+                networks.append(parse_network(text))
+            except ValueError:
+                forms = "203.0.113.7, 10.0.0.0/8 or 2001:db8::/32"
+                raise UsageError(f"{escape(text)!r} is no address or network to allow: write it like {forms}") from None
+        for text in auth:
+            if not re.fullmatch(r"[^:]+:.+", text) or re.search(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]", text):
+                raise UsageError("auth is not USER:PASS: give a user, a colon and a password, no control characters")
+        digests = [_digest(salt, unicodedata.normalize("NFC", text).encode()) for text in auth]
+        return cls(networks, salt, tuple(digests), pass_auth) if networks or digests else cls()
+
+    def encode(self) -> dict[str, object]:
+        """Return the members of a hello."""
+        salt, digests = base64.b64encode(self.salt).decode(), base64.b64encode(b"".join(self.digests)).decode()
+        return {"allow": list(map(str, self.networks)), "salt": salt, "digests": digests, "pass": self.pass_auth}
+
+    @classmethod
+    def decode(cls, message: Message) -> Access:
+        """Read what `encode` made. Raises ProtocolError."""
+        allow, digests = message.get("allow", list), message.bytes("digests")
+        if len(allow) > MAX_NETWORKS or len(digests) > 32 * MAX_CREDENTIALS or len(digests) % 32:
+            raise ProtocolError(f"{len(allow)} networks and {len(digests)} bytes of digests for a tunnel")
+        try:
+            networks = [parse_network(str(text)) for text in allow]
+        except ValueError:
+            raise ProtocolError("not a network that a tunnel could allow") from None
+        each = tuple(digests[start : start + 32] for start in range(0, len(digests), 32))
+        return cls(networks, message.bytes("salt"), each, message.get("pass", bool))
+
+    def allows(self, address: str) -> bool:
+        """Whether a visitor may come from there."""
+        try:
+            return not self.networks or any(parse_network(address)[0] in network for network in self.networks)
+        except ValueError:
+            return False
+
+    def accepts(self, credentials: bytes) -> bool:
+        """Whether this is one of the passwords; that takes the same time whichever it is, or none."""
+        digest = _digest(self.salt, credentials)
+        return sum(hmac.compare_digest(digest, known) for known in self.digests) > 0
+
+    def passed_on(self, headers: Headers) -> Headers:
+        """Return a request's fields as the tunnel takes them."""
+        if self.pass_auth or not self.digests:
+            return headers
+        return [(name, value) for name, value in headers if name.lower() != b"authorization"]
+
+
+EVERYBODY = Access()
 
 
 def check_name(name: str) -> str:
@@ -3115,9 +3224,9 @@ class Link:
 class Registration:
     """A client's session in the registry: a link that comes and goes, and the names it serves."""
 
-    def __init__(self, key: str, names: list[str], session: Session) -> None:
+    def __init__(self, key: str, names: list[str], session: Session, access: Mapping[str, Access]) -> None:
         self.id = secrets.token_hex(16)
-        self.key, self.names = key, names
+        self.key, self.names, self.access = key, names, access
         self.link = Link(session)
         self.expiry: asyncio.TimerHandle | None = None
 
@@ -3207,6 +3316,10 @@ class TunnelRegistry:
             session.expiry.cancel()
         session.link.end(error)
 
+    def current(self, name: str) -> Registration | None:
+        """Return the session that has a tunnel's name, wherever its client is."""
+        return self._tunnels.get(name)
+
     async def find(self, name: str) -> Registration:
         """Return the session that serves a tunnel; waits for a client that is away for a moment. Raises Unserved."""
         loop = asyncio.get_running_loop()
@@ -3268,6 +3381,8 @@ PROBLEMS = {  # X-Pytunnel-Error -> status, and one sentence that names the brok
     "shutting-down": (503, "The server is restarting. Try again soon."),
     "bad-request": (400, "The request is not valid HTTP."),
     "too-large": (431, "The request's header fields are too large."),
+    "unauthorized": (401, "This tunnel is for those who have a user name and password for it. Ask its owner for them."),
+    "not-allowed": (403, "This tunnel is not open to the network you come from. Ask its owner to allow your address."),
     "forbidden": (403, "This address is for pytunnel's client, not for web pages."),
     "not-a-link": (426, f"This address is for pytunnel's client, which speaks {SUBPROTOCOL}."),
     "method": (405, "This method is not for tunnels."),
@@ -3287,6 +3402,13 @@ PROBLEM_OF = {
     ErrorCode.CANCEL: "bad-request",
     ErrorCode.PROTOCOL: "local-invalid",
     ErrorCode.INTERNAL: "local-invalid",
+}
+
+STATUS_FIELDS: dict[int, Headers] = {  # what an answer with a status owes besides its page
+    401: [(b"WWW-Authenticate", b'Basic realm="pytunnel", charset="UTF-8"')],
+    426: [(b"Upgrade", b"websocket")],
+    429: [(b"Retry-After", b"5")],
+    503: [(b"Retry-After", b"5")],
 }
 
 
@@ -3311,8 +3433,7 @@ def problem_page(problem: str, accept: str, encoder: ResponseEncoder, fields: He
         text = f"{status} {problem}: {sentence}\n"
     body = text.encode()
     headers = [(b"Content-Type", kind), (b"Content-Length", b"%d" % len(body)), (b"X-Pytunnel-Error", problem.encode())]
-    retry = [(b"Retry-After", b"5")]
-    headers += fields + {429: retry, 503: retry, 426: [(b"Upgrade", b"websocket")]}.get(status, [])
+    headers += fields + STATUS_FIELDS.get(status, [])
     head = ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers)
     return encoder.head(head, _date()) + encoder.data(body) + encoder.end()
 
@@ -3858,14 +3979,15 @@ class TunnelServer:
         visitor.max_body = self._max_body
         if int(b"".join(field_values(visitor.headers, b"content-length")) or 0) > self._max_body:
             raise Unserved("content-too-large")
-        arrived, head = time.monotonic(), self._request_head(visitor, host)
-        self._admit(visitor, arrived)
+        arrived = time.monotonic()
+        self._check_load(visitor, arrived)
         kind = Kind.UPGRADE if visitor.upgrade else Kind.HTTP
         end = not (visitor.upgrade or visitor.has_body)
         self._exchanges += 1
         visitor.caller.open += visitor.proxied
         try:
-            session = await self._registry.find(name)
+            session = await self._find(visitor, name)
+            head = self._request_head(visitor, host, session.access.get(name, EVERYBODY))
             tunnel, waited = session.names.index(name), time.monotonic() - arrived
             with contextlib.closing(session.link.open(tunnel, kind, head, end=end, waited=waited)) as stream:
                 await visitor.relay(stream)
@@ -3879,7 +4001,7 @@ class TunnelServer:
             self._exchanges -= 1
             self._idle.set()
 
-    def _admit(self, visitor: Visitor, now: float) -> None:
+    def _check_load(self, visitor: Visitor, now: float) -> None:
         """Raise Unserved when the server, or the visitor's address, has too much open."""
         if self._is_full:
             raise Unserved("server-full")
@@ -3892,8 +4014,35 @@ class TunnelServer:
             self._gate.log(caller, f"refused a request from {visitor.address}: {problem}")
             raise Unserved("too-many-requests")
 
-    def _request_head(self, visitor: Visitor, host: bytes) -> RequestHead:
-        headers = end_to_end(visitor.headers, keep_upgrade=bool(visitor.upgrade))
+    async def _find(self, visitor: Visitor, name: str) -> Registration:
+        """Return the session that serves a tunnel, once it is clear that it lets this visitor in. Raises Unserved."""
+        before = self._registry.current(name)
+        if before:  # so that no stranger takes up the room of those who wait for its client
+            self._admit(visitor, before, name)
+        session = await self._registry.find(name)
+        if session is not before:  # its client may have started again with other rules
+            self._admit(visitor, session, name)
+        return session
+
+    def _admit(self, visitor: Visitor, session: Registration, name: str) -> None:
+        """Check that a tunnel lets this visitor in. Raises Unserved."""
+        access = session.access.get(name, EVERYBODY)
+        if not access.allows(visitor.address):
+            raise Unserved("not-allowed")
+        if access.digests:
+            credentials = basic_credentials(visitor.headers)
+            if credentials is None:
+                raise Unserved("unauthorized")
+            now, caller = time.monotonic(), visitor.caller
+            if not caller.guesses.left(now):  # whether it is right is what a guesser wants to know
+                raise Unserved("too-many-requests")
+            if not access.accepts(credentials):
+                caller.guesses.take(now)
+                self._gate.log(caller, f"a wrong password from {visitor.address} for {name}")
+                raise Unserved("unauthorized")
+
+    def _request_head(self, visitor: Visitor, host: bytes, access: Access) -> RequestHead:
+        headers = access.passed_on(end_to_end(visitor.headers, keep_upgrade=bool(visitor.upgrade)))
         if field_values(headers, b"host") != [host]:  # absolute-form: the target wins
             headers = [(name, host if name.lower() == b"host" else value) for name, value in headers]
         trusted = self._gate.is_trusted(visitor.peer)
@@ -3962,6 +4111,7 @@ class TunnelServer:
             tunnels=[{"name": name, "url": origin.url(name)} for name in session.names],
             window=INITIAL_WINDOW,
             streams=MAX_STREAMS,
+            enforced=ENFORCED,
             agent=f"pytunnel/{__version__}",
         )
         await self._run_link(ws, transport, session, ready, received)
@@ -4017,14 +4167,15 @@ class TunnelServer:
         previous = hello.get("session", str, "")
         if previous in self._registry.replaced:
             raise Refused("replaced", "another client with the same token has taken the name since")
+        access = {name: Access.decode(rules) for name, rules in hello.members("access")}
         session = self._registry.sessions.get(previous)
-        if session and session.key == key:
+        if session and session.key == key and session.access == access:
             await session.link.detach("its client came back on another connection")
             received = hello.number("received", 0, 2**63)
             if session.id in self._registry.sessions and session.link.session.may_resume(received):
                 return session, received
         names = [check_name(str(name)) for name in hello.get("tunnels", list)]
-        if len(names) > MAX_TUNNELS or len(set(names)) != len(names):
+        if len(names) > MAX_TUNNELS or len(set(names)) != len(names) or not access.keys() <= set(names):
             raise ProtocolError(f"{len(names)} tunnels, allowed are {MAX_TUNNELS} with different names")
         state = Session(
             is_server=True,
@@ -4032,7 +4183,7 @@ class TunnelServer:
             max_streams=min(MAX_STREAMS, hello.number("streams", 1, MAX_WINDOW, MAX_STREAMS)),
         )
         self._registry.claim(key, names)
-        session = Registration(key, names, state)
+        session = Registration(key, names, state, access)
         self._registry.bind(session, previous)
         return session, 0
 
@@ -4478,6 +4629,7 @@ class Tunnel(NamedTuple):
     response: Edits = Edits()
     insecure: bool = False  # do not verify the certificate of a service that is not on this machine
     spa: bool = False  # of a folder: its index.html for paths that are no file
+    access: Access = EVERYBODY  # whom the server lets in
 
     @property
     def targets(self) -> list[Target]:
@@ -4522,6 +4674,9 @@ class TunnelClient:
         self.problem = "connecting"  # why there is no link; "" while there is one
         self.retry_at: float | None = None  # when the next dial is, in the event loop's time
         self._token, self._on_event, self._max_retries = token, on_event, max_retries
+        self._access = {tunnel.name: tunnel.access.encode() for tunnel in tunnels if tunnel.access != EVERYBODY}
+        if len(encode_message("", access=self._access)) > MAX_RULES:
+            raise UsageError("more networks and passwords than a server takes from one client; start several")
         self._routes = [tunnel.open() for tunnel in tunnels]
         self._changed = asyncio.Event()
         self.log.listeners.add(self._changed.set)
@@ -4788,6 +4943,7 @@ class TunnelClient:
             nonce=nonce,
             server=self.server,
             tunnels=[tunnel.name for tunnel in self.tunnels],
+            access=self._access,
             session=self._session_id,
             received=link.session.received if link else 0,
             window=INITIAL_WINDOW,
@@ -4807,6 +4963,8 @@ class TunnelClient:
         ready = await self._answer(ws)
         if not hmac.compare_digest(ready.bytes("signature"), signature):
             raise Refused("token", "the server does not know this token itself; is this the right server?")
+        if self._access and any(rule not in ready.get("enforced", list, []) for rule in ENFORCED):
+            raise Refused("access", "this server is too old for --auth and --allow; upgrade it")
         return ready
 
     @staticmethod
@@ -6392,6 +6550,9 @@ TUNNEL_FLAGS = {  # of `connect`, and settings of each tunnel in a file: type, w
     "remove-header": (list, "K", "drop a field from each request"),
     "response-header": (list, "'K: V'", "the same for responses"),
     "remove-response-header": (list, "K", "the same for responses"),
+    "auth": (list, "USER:PASS", "let in only visitors who know the password"),
+    "allow": (list, "CIDR", "let in only visitors from this network or address"),
+    "pass-auth": (bool, "", "the local service gets the visitor's password, too"),
     "spa": (bool, "", "a folder: its index.html for pages that are no file"),
     "insecure": (bool, "", "do not verify a local service's certificate"),
 }
@@ -6514,6 +6675,8 @@ class Settings:
                 parse_host(host)
             except MessageError:
                 raise UsageError(f"{escape(host)!r} is not a host; give one, or `rewrite` for the target's") from None
+        given = [os.environ["PYTUNNEL_AUTH"]] if "PYTUNNEL_AUTH" in os.environ else []  # an empty one is an error
+        auth = self._flags.get("auth") or given or options.get("auth") or ()
         return Tunnel(
             check_name(name) if name else default_name(self.checked_token(), self.memory.machine(), parsed.text),
             parsed,
@@ -6523,6 +6686,7 @@ class Settings:
             Edits.parse(options.get("response_header") or (), options.get("remove_response_header") or ()),
             bool(options.get("insecure")),
             bool(options.get("spa")),
+            Access.parse(options.get("allow") or (), auth, bool(options.get("pass_auth")), secrets.token_bytes(16)),
         )
 
 
@@ -6657,6 +6821,9 @@ async def connect(
     response_header: Sequence[str] = (),
     remove_response_header: Sequence[str] = (),
     route: Sequence[str] = (),
+    auth: Sequence[str] = (),
+    allow: Sequence[str] = (),
+    pass_auth: bool = False,
     spa: bool = False,
     insecure: bool = False,
 ) -> AsyncIterator[TunnelClient]:

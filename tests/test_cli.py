@@ -67,7 +67,7 @@ FLAGS = {
         "--max-body", "--max-per-address", "--metrics-public", "--log-format", *COMMON_FLAGS,
     ],
     "connect": [
-        "--name", "--route", "--host-header", "--spa", "--insecure",
+        "--name", "--route", "--host-header", "--spa", "--insecure", "--auth", "--allow", "--pass-auth",
         *LINK_FLAGS, *CLIENT_FLAGS, *EDIT_FLAGS, *COMMON_FLAGS,
     ],
     "start": ["--all", *LINK_FLAGS, *CLIENT_FLAGS, *COMMON_FLAGS],
