@@ -3224,7 +3224,7 @@ class Link:
 class Registration:
     """A client's session in the registry: a link that comes and goes, and the names it serves."""
 
-    def __init__(self, key: str, names: list[str], session: Session, access: Mapping[str, Access]) -> None:
+    def __init__(self, key: str, names: list[str], session: Session, access: Mapping[str, Access] = {}) -> None:
         self.id = secrets.token_hex(16)
         self.key, self.names, self.access = key, names, access
         self.link = Link(session)
@@ -7524,7 +7524,8 @@ def _detach(options: argparse.Namespace, console: Console) -> int:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         signal.signal(number, signal.default_int_handler)
     try:
-        output, live, _ = process.stdout.read().partition(LIVE)
+        with process.stdout:
+            output, live, _ = process.stdout.read().partition(LIVE)
     except KeyboardInterrupt:
         process.terminate()
         raise
