@@ -44,7 +44,7 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 def stalled_growth(streams: int) -> int:
-    """Resident bytes that streams may add to a process while nobody reads what they carry.
+    """Resident bytes that streams may add to a process while nobody reads what they carry: just below 1 MiB each.
 
     The client has, for each of them, in the connection to the local service READ_BUFFER and the read that went over
     it; the read under way to the session; SEND_BUFFER there and the read that went over it. The server has less:
