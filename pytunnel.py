@@ -6747,7 +6747,8 @@ def _detach(options: argparse.Namespace, console: Console) -> int:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         signal.signal(number, signal.default_int_handler)
     try:
-        output, live, _ = process.stdout.read().partition(LIVE)
+        with process.stdout:
+            output, live, _ = process.stdout.read().partition(LIVE)
     except KeyboardInterrupt:
         process.terminate()
         raise
