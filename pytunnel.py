@@ -48,7 +48,8 @@ A link is a WebSocket at `GET /_pytunnel/link`, subprotocol `pytunnel.1`. The ha
 
 Heads are byte strings joined by NUL. Only the server opens streams; ids grow and are never reused. Both sides count
 the counted frames. A new link states in its handshake how many each side has received, and what is missing is sent
-again: no frame is lost and none is delivered twice.
+again: no frame is lost and none is delivered twice. Who breaks these rules gets a GOAWAY that says how, and close code
+1002; the session is over.
 
 Sections, in order; each uses only what stands above it, and those before State do no I/O
 ----------------------------------------------------------------------------------------
@@ -4418,8 +4419,11 @@ class TunnelClient:
     async def _forward(self, stream: Stream) -> None:
         try:
             head = RequestHead.decode(stream.head)
+            target, _ = split_target(head.method, head.target, head.headers)
+            if target != head.target or head.method in (b"CONNECT", b"TRACE"):  # the server has sorted these out
+                raise ProtocolError("a request to a proxy")
             exchange = self._begin(stream.tunnel, head, stream.head, waited=stream.waited)
-        except (ProtocolError, IndexError):
+        except (ProtocolError, MessageError, IndexError):
             return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
         await self._exchange(stream, stream.tunnel, head, exchange)
 
@@ -4515,9 +4519,20 @@ def _listing(root: Path, names: list[str]) -> str:
 @contextlib.asynccontextmanager
 async def _running(app: web.Application) -> AsyncIterator[int]:
     """Run an application on a free port of 127.0.0.1, which is what the context gives."""
-    from aiohttp import web
+    from aiohttp import http_exceptions, web
 
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+    logger = log.getChild("files")  # aiohttp has a traceback for each request that is not HTTP
+    logger.filters = [lambda r: not (r.exc_info and isinstance(r.exc_info[1], http_exceptions.HttpProcessingError))]
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        logger=logger,
+        shutdown_timeout=0.1,
+        handler_cancellation=True,
+        max_line_size=MAX_FIELD,
+        max_field_size=MAX_FIELD,
+        max_headers=MAX_FIELDS + len(OUR_FORWARDED),
+    )
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
