@@ -704,8 +704,6 @@ class Session:
         `waited` tells the client how many seconds the request has been on the server.
         """
         assert self.is_server
-        if self._last_id >= MAX_STREAM_ID and not self.leaving:
-            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
         if self.goaway or self.leaving:
             raise StreamReset(ErrorCode.SHUTDOWN, "the session is ending")
         if len(self._streams) >= self.max_streams:
@@ -717,6 +715,8 @@ class Session:
         self._send_control(FrameType.OPEN, END if end else 0, stream.id, payload)
         if end:
             self._transition(stream, Input.SEND_END)
+        if stream.id >= MAX_STREAM_ID:
+            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
         return stream.id
 
     def send_head(self, stream_id: int, head: bytes, *, interim: bool = False, end: bool = False) -> None:
@@ -2959,7 +2959,8 @@ class TunnelRegistry:
             self._owners[name] = self._owners.pop(name, key)  # to the end: the first ones are those unused the longest
         unused = [name for name, owner in self._owners.items() if owner == key and name not in {*self._tunnels, *names}]
         for name in unused[: max(0, sum(owner == key for owner in self._owners.values()) - MAX_NAMES)]:
-            del self._owners[name]
+            for kept in (self._owners, self._latest, self._last_seen):
+                kept.pop(name, None)
         if fresh:
             self._save()
 
@@ -3035,8 +3036,11 @@ class TunnelRegistry:
         return session
 
     def learn_zone(self, zone: str) -> None:
-        """Serve tunnels below a host under which a client, who proved to know a token, dialled."""
-        if zone not in self.zones:
+        """Serve tunnels below a host under which a client, who proved to know a token, dialled.
+
+        It cannot have dialled a tunnel's host: who says so wants to take the tunnel off the net.
+        """
+        if zone not in self.zones and tunnel_name(zone, self.zones) not in self._owners:
             self.zones = [*self.zones, zone][-MAX_ZONES:]
             self._save()
 

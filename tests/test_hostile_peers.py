@@ -30,6 +30,8 @@ from support import (
     RawVisitor,
     Tunnel,
     WaitFailed,
+    eventually,
+    request,
     response,
     with_limits,
 )
@@ -294,21 +296,32 @@ async def stalled(tunnel: Tunnel, stack: contextlib.AsyncExitStack) -> Peer:
     await peer.opened()
     peer.ws._conn.transport.pause_reading()  # type: ignore[union-attr]
 
+    sent: list[int] = []  # what has been sent, each time that somebody looks
+    total = 0
+
     async def upload() -> None:
+        nonlocal total
         with contextlib.suppress(ConnectionError, WaitFailed):
-            await visitor.send(bytes(30 * MiB))
+            while total < 30 * MiB:
+                await visitor.send(bytes(64 * 1024))
+                total += 64 * 1024
+
+    def still() -> bool:
+        sent.append(total)
+        return total > 0 and len(sent) > 10 and len(set(sent[-10:])) == 1
 
     uploading = asyncio.ensure_future(upload())
     stack.push_async_callback(pytunnel.end_tasks, uploading)
+    await eventually(still, 10.0, "the upload to come to rest")
     return peer
 
 
 async def test_a_client_that_does_not_read_loses_its_link_and_others_notice_nothing() -> None:
-    async with honest_tunnel(WRITE_TIMEOUT=0.5) as (tunnel, check), contextlib.AsyncExitStack() as stack:
+    async with honest_tunnel(WRITE_TIMEOUT=1.0) as (tunnel, check), contextlib.AsyncExitStack() as stack:
         before = tunnel.server.rss()
         await stalled(tunnel, stack)
         await check()
-        await tunnel.server.stderr_line("hostile: nothing could be written for 0.5 s")
+        await tunnel.server.stderr_line("hostile: nothing could be written for 1 s")
         assert_bounded(before, tunnel.server)
 
 
@@ -318,6 +331,92 @@ async def test_a_client_that_breaks_the_protocol_and_does_not_read_is_cut_all_th
         await say(peer, data(0))
         await tunnel.server.stderr_line("hostile: refused: DATA on stream 0")
         await check()
+
+
+async def test_a_client_that_refuses_streams_is_busy_and_its_link_lives() -> None:
+    async with honest_tunnel() as (tunnel, check), linked(tunnel.port) as peer:
+        for number in range(1, 4):
+            async with RawVisitor(tunnel.port) as visitor:
+                await visitor.send(request(host=b"hostile.localhost"))
+                assert (await peer.opened())[0] == number
+                await peer.ws.send_bytes(reset(number, ErrorCode.REFUSED))
+                answer = await visitor.read_response()
+                assert (answer.status, answer.value(b"X-Pytunnel-Error")) == (503, b"busy")
+                assert answer.value(b"Retry-After")
+        await peer.synchronise()
+        await check()
+
+
+async def test_visitors_past_the_limit_of_streams_are_told_to_come_back() -> None:
+    async with (
+        honest_tunnel(MAX_STREAMS=3) as (tunnel, check),
+        linked(tunnel.port) as peer,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        visitors = [await stack.enter_async_context(RawVisitor(tunnel.port)) for _ in range(4)]
+        for visitor in visitors[:3]:
+            await visitor.send(request(host=b"hostile.localhost"))
+            await peer.opened()
+        await visitors[3].send(request(host=b"hostile.localhost"))
+        answer = await visitors[3].read_response()
+        assert (answer.status, answer.value(b"X-Pytunnel-Error")) == (503, b"busy")
+        assert answer.value(b"Retry-After")
+        await check()
+
+
+async def test_a_session_whose_ids_are_used_up_is_followed_by_another_and_no_request_is_lost() -> None:
+    most, total = 25, 200
+    async with (
+        RawOrigin(response(b"hello")) as origin,
+        Tunnel(origin.port, command=with_limits(MAX_STREAM_ID=most, STABLE=0.0)) as tunnel,
+    ):
+        waiting = asyncio.Semaphore(10)
+
+        async def get(number: int) -> bytes:
+            async with waiting:
+                return (await tunnel.get(b"/%d" % number)).body
+
+        assert await asyncio.gather(*(get(number) for number in range(total))) == [b"hello"] * total
+        assert {seen.target for seen in origin.requests} == {b"/%d" % number for number in range(total)}
+        assert len(origin.requests) == total, "none of them twice"
+        lost = [event for event in tunnel.client.events if event["event"] == "disconnected"]
+        assert len(lost) >= total // most - 1
+        assert {event["reason"] for event in lost} == {"stream ids are used up"}
+
+
+@pytest.mark.parametrize("small", ["server", "client"])
+async def test_a_smaller_window_on_one_side_only_is_kept_to(small: str) -> None:
+    body = os.urandom(300_000)
+
+    async def echo(head: RawRequest, reader: Reader, writer: Writer) -> None:
+        writer.write(response(head.body))
+
+    command = with_limits(INITIAL_WINDOW=1000)
+    command[-1] = command[-1].replace(  # a default argument has its value already
+        "sys.exit", "pytunnel.Session.__init__.__kwdefaults__.update(receive_window=1000); sys.exit"
+    )
+    serve = ("serve", "--listen", "127.0.0.1:0", "--token", TOKEN, "--json")
+    async with (
+        RawOrigin(echo, read_body=True) as origin,
+        await Process.start(*serve, command=command if small == "server" else None) as server,
+    ):
+        port = (await server.event("listening"))["port"]
+        connect = (
+            "connect",
+            f"{origin.port}",
+            "--server",
+            f"http://127.0.0.1:{port}",
+            "--token",
+            TOKEN,
+            "--name",
+            "web",
+        )
+        async with await Process.start(*connect, "--json", command=command if small == "client" else None) as client:
+            await client.event("ready")
+            async with RawVisitor(port) as visitor:
+                await visitor.send(request("POST", host=b"web.localhost", body=body))
+                assert (await visitor.read_response()).body == body
+            assert {event["event"] for event in client.events} <= {"request"}
 
 
 # ---------------------------------------------------------------------------------------- A hostile server
@@ -371,9 +470,9 @@ class HostileServer:
         async with asyncio.timeout(10):
             return await self.links.get()
 
-    async def _link(self, request: web.Request) -> web.StreamResponse:
+    async def _link(self, http: web.Request) -> web.StreamResponse:
         ws = web.WebSocketResponse(protocols=(SUBPROTOCOL,), compress=False, timeout=1.0)
-        await ws.prepare(request)
+        await ws.prepare(http)
         hello = Message(await ws.receive_str())
         told, lie = self.lies.pop(0) if self.lies else ("", {})
         self.said.append(hello.text)
@@ -400,8 +499,8 @@ class HostileServer:
             async for _ in ws:
                 pass
             return ws
-        assert request.transport
-        peer = ServerPeer(ws, self.port, request.transport, hello)
+        assert http.transport
+        peer = ServerPeer(ws, self.port, http.transport, hello)
         self._peers.append(peer)
         self.links.put_nowait(peer)
         await peer.done.wait()
@@ -530,6 +629,8 @@ async def test_a_server_whose_ready_makes_no_sense_is_no_server() -> None:
         for _, reason in READIES.values():
             assert reason in (await client.event("disconnected"))["reason"]
         await client.event("ready")
+        await (await server.link()).synchronise()
+        assert client.events == [], "reconnected: it was ready before, with a server that was none"
         assert_calm_client(client)
         assert_bounded(before, client, 48 * MiB)  # most of it is what a first dial loads
 
@@ -671,6 +772,34 @@ async def test_a_flood_of_requests_that_are_reset_keeps_to_the_limit_at_the_loca
         assert highest <= most
         assert_calm_client(client)
         assert_bounded(before, client, 16 * MiB)
+
+
+async def test_requests_that_linger_count_and_leave_room_for_others() -> None:
+    """Their visitors have left, and what these sent before is being delivered; for half of the limit, at the most."""
+    async with (
+        HostileServer() as server,
+        RawOrigin(silent) as origin,
+        dialling(server, origin.port, MAX_STREAMS=6) as client,
+    ):
+        peer = await server.link()
+
+        async def leave(*ids: int) -> None:
+            await peer.ws.send_bytes(b"".join(reset(id_, ErrorCode.NO_ERROR) for id_ in ids))
+
+        async def connected(count: int) -> None:
+            await origin.wait_for(lambda: sum(connection.open for connection in origin.connections) == count)
+
+        await peer.ws.send_bytes(b"".join(opening(id_, end=False) for id_ in (1, 2, 3)))
+        await connected(3)
+        await leave(1, 2, 3)
+        await peer.ws.send_bytes(b"".join(opening(id_, end=False) for id_ in range(4, 10)))
+        assert {(await peer.frame(FrameType.RESET)).stream_id for _ in range(3)} == {7, 8, 9}
+        await connected(6)
+        await leave(4, 5, 6)
+        await connected(3)
+        await peer.ws.send_bytes(b"".join(opening(id_, end=False) for id_ in (10, 11, 12)))
+        await connected(6)
+        assert_calm_client(client)
 
 
 async def test_requests_past_the_limit_are_refused_and_the_others_go_on() -> None:
@@ -815,12 +944,12 @@ async def test_a_server_reads_no_file_but_those_of_the_folder(tmp_path: Path) ->
             assert b"SECRET" not in content and b"SECRET" not in answer.payload, target
         answer, content = await ask(peer, 1000)
         assert content == b"public"
-        # what its web server takes for no HTTP at all is no reason for a traceback either
-        await peer.ws.send_bytes(opening(1001, method=b"NO-METHOD"))
-        assert (await peer.frame_of(1001)).payload.startswith(b"400\0")
-        long = b"\0".join([b"GET", b"/", b"Host", b"a", b"X", b"x" * (MAX_FIELD - 10)])  # a visitor may send this
-        await peer.send(FrameType.OPEN, END, 1002, OPEN_HEADER.pack(0, Kind.HTTP, 0) + long)
-        assert (await peer.frame_of(1002)).payload.startswith(b"200\0")
+        # what its web server takes for no HTTP is no reason for a traceback; what a visitor may send, it takes
+        for number, size, status in ((1001, MAX_FIELD - 10, b"200\0"), (1002, MAX_FIELD + 10, b"400\0")):
+            long = b"\0".join([b"GET", b"/", b"Host", b"a", b"X", b"x" * size])
+            await peer.send(FrameType.OPEN, END, number, OPEN_HEADER.pack(0, Kind.HTTP, 0) + long)
+            assert (await peer.frame_of(number)).payload.startswith(status)
+        await ask(peer, 1003)
         assert_calm_client(client)
 
 
