@@ -62,9 +62,12 @@ LINK_FLAGS = ["--server", "--token"]
 CLIENT_FLAGS = ["--detach", "--no-tui", "--wait-local", "--max-retries", "--url-file", "--format"]
 EDIT_FLAGS = ["--header", "--remove-header", "--response-header", "--remove-response-header"]
 FLAGS = {
-    "serve": ["--listen", "--domain", "--token", "--trusted-proxy", "--grace", "--hold", "--drain", *COMMON_FLAGS],
+    "serve": [
+        "--listen", "--domain", "--token", "--trusted-proxy", "--grace", "--hold", "--drain",
+        "--max-body", "--max-per-address", "--metrics-public", "--log-format", *COMMON_FLAGS,
+    ],
     "connect": [
-        "--name", "--route", "--host-header", "--spa", "--insecure",
+        "--name", "--route", "--host-header", "--spa", "--insecure", "--auth", "--allow", "--pass-auth",
         *LINK_FLAGS, *CLIENT_FLAGS, *EDIT_FLAGS, *COMMON_FLAGS,
     ],
     "start": ["--all", *LINK_FLAGS, *CLIENT_FLAGS, *COMMON_FLAGS],

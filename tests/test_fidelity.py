@@ -58,11 +58,13 @@ Play = Callable[[RawRequest, Reader, Writer], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def served(handler: Handler | bytes, **options: Any) -> AsyncIterator[tuple[RawOrigin, Tunnel]]:
+async def served(
+    handler: Handler | bytes, *, env: Mapping[str, str] | None = None, **options: Any
+) -> AsyncIterator[tuple[RawOrigin, Tunnel]]:
     """An origin and a tunnel to it, whose processes then end in order and have written nothing alarming."""
-    noisy = {"PYTHONWARNINGS": "default::ResourceWarning,default::RuntimeWarning"}
-    async with RawOrigin(handler, **options) as origin, Tunnel(origin.port, env=noisy) as tunnel:
+    async with RawOrigin(handler, **options) as origin, Tunnel(origin.port, env=env) as tunnel:
         yield origin, tunnel
+        await tunnel.settle()
         for process in (*tunnel.clients, tunnel.server):
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
