@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import secrets
 import socket
 from collections.abc import Iterator
@@ -282,19 +283,27 @@ async def test_silence_ends_nothing_that_is_open(subtests: pytest.Subtests) -> N
         assert_quiet(tunnel.client)
 
 
-async def test_who_got_an_early_error_and_then_says_nothing_is_not_waited_for() -> None:
-    answer = head(b"HTTP/1.1 401 Unauthorized", CLOSE, (b"Content-Length", b"3")) + b"who"
+async def test_who_got_an_early_error_and_then_says_nothing_is_not_waited_for(subtests: pytest.Subtests) -> None:
+    """Whether the service closes its connection or would read on for ever."""
+
+    async def read_on(request: RawRequest, reader: Reader, writer: Writer) -> None:
+        writer.write(response(b"who", 401))
+        await reader.read()
+
+    closing = head(b"HTTP/1.1 401 Unauthorized", CLOSE, (b"Content-Length", b"3")) + b"who"
+    answers: dict[bytes, Any] = {b"/closing": closing, b"/reading": read_on}
     async with (
-        RawOrigin(answering({b"/up": answer})) as origin,
+        RawOrigin(answering(answers)) as origin,
         Tunnel(origin.port, command=with_limits(LINGER=0.3)) as tunnel,
     ):
-        for field in ((b"Content-Length", b"1000"), CHUNKED):
-            async with tunnel.visitor() as visitor:
-                await visitor.send(tunnel.request("POST", b"/up", [field]))
-                got = await visitor.read_response()
-                assert (got.status, got.body) == (401, b"who")
-                assert await visitor.read_until_close() == b""
-                await origin.wait_for(lambda: not origin.open_connections)
+        for target, field in itertools.product(answers, ((b"Content-Length", b"1000"), CHUNKED)):
+            with subtests.test(f"{target.decode()} {field[0].decode()}"):
+                async with tunnel.visitor() as visitor:
+                    await visitor.send(tunnel.request("POST", target, [field]))
+                    got = await visitor.read_response()
+                    assert (got.status, got.body) == (401, b"who")
+                    assert await visitor.read_until_close() == b""
+                    await origin.wait_for(lambda: not origin.open_connections)
 
 
 # ---------------------------------------------------------------------------------------- Where it leads
