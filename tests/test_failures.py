@@ -53,7 +53,7 @@ AWAY = 20.0  # seconds within which a client is back after an outage of a moment
 GROWTH = 16 * MIB  # resident bytes that a process may have more, after an outage, than before
 HALF = MIB  # bytes of each half that Halves sends
 
-QUICK = with_limits(PING_INTERVAL=0.5, PING_TIMEOUT=0.5, BACKOFF_MAX=1.0)
+QUICK = with_limits(PING_INTERVAL=0.5, PING_TIMEOUT=0.5, BACKOFF_MAX=0.3)
 NOTICED = pytunnel.DIAL_TIMEOUT - 1.0  # seconds: with QUICK a dead link is noticed long before any other deadline
 
 
@@ -771,7 +771,7 @@ async def test_a_server_that_stops_ends_an_event_stream_late_and_a_download_not_
 
     async with (
         RawOrigin(serve) as origin,
-        Tunnel(origin.port, serve_args=["--drain", "2"]) as tunnel,
+        Tunnel(origin.port, serve_args=["--drain", "2"], command=QUICK) as tunnel,
         tunnel.visitor() as watcher,
         tunnel.visitor() as visitor,
     ):
@@ -810,7 +810,7 @@ async def test_a_server_that_stops_waits_until_a_slow_visitor_has_it_all() -> No
 
 
 async def test_a_server_that_is_killed_is_missed_at_once_and_its_port_is_free() -> None:
-    async with RawOrigin(response(b"hello")) as origin, Tunnel(origin.port) as tunnel:
+    async with RawOrigin(response(b"hello")) as origin, Tunnel(origin.port, command=QUICK) as tunnel:
         began = time.monotonic()
         tunnel.server.send_signal(signal.SIGKILL)
         await tunnel.client.event("disconnected")
@@ -847,6 +847,16 @@ async def test_a_client_in_the_middle_of_its_handshake_exits_at_once(number: int
             print(f"\nstopped after {time.monotonic() - began:.2f} s")
             assert time.monotonic() - began < 3.0
             assert "Traceback" not in client.output()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_client_that_waits_for_its_next_dial_does_not_wait_it_out(number: int) -> None:
+    async with RawOrigin(response(b"hello")) as origin, Tunnel(origin.port, command=with_limits(BACKOFF_MIN=20.0)) as t:
+        await t.stop_server(signal.SIGKILL)
+        while (await t.client.event("disconnected"))["retry_in"] < 10.0:
+            pass
+        t.client.send_signal(number)
+        assert await t.client.wait(5.0) == 0
 
 
 def _unmasked(server: RawOrigin) -> bytes:
