@@ -275,16 +275,22 @@ async def test_clocks_that_jump_lose_nothing() -> None:
         await download.finish()
 
 
-async def test_a_request_that_waits_for_its_client_does_not_mind_the_clock() -> None:
-    async with RawOrigin(response(b"hello")) as origin, Tunnel(origin.port, command=with_code(CLOCK)) as tunnel:
+async def test_a_request_waits_for_its_client_as_long_by_any_clock() -> None:
+    """Neither a day forth nor an hour back ends the hold early, or never."""
+    hold = 1.0
+    async with (
+        RawOrigin(response(b"hello")) as origin,
+        Tunnel(origin.port, command=with_code(CLOCK), serve_args=["--hold", f"{hold}"]) as tunnel,
+        tunnel.visitor() as visitor,
+    ):
         tunnel.client.send_signal(signal.SIGTERM)
-        await tunnel.client.wait()
-        async with tunnel.visitor(timeout=AWAY) as visitor:
-            await visitor.send(tunnel.request())
-            for number in (*JUMPS, *JUMPS):
-                tunnel.server.send_signal(number)
-            await (await tunnel.start_client()).event("ready")
-            assert (await visitor.read_response()).body == b"hello"
+        await tunnel.server.stderr_line("its client stopped")
+        began = time.monotonic()
+        await visitor.send(tunnel.request())
+        for number in JUMPS:
+            tunnel.server.send_signal(number)
+        assert (await visitor.read_response()).status == 503
+        assert time.monotonic() - began > hold * 0.9
 
 
 # ---------------------------------------------------------------------------------------- Networks that change
