@@ -68,6 +68,7 @@ Exchanges
 Views
 Screen
 State
+Tokens
 Link
 Registry
 Visitors
@@ -143,7 +144,7 @@ import tomllib
 import unicodedata
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, cast
@@ -185,7 +186,7 @@ MAX_UNACKED_FRAMES = 65536  # frames kept for resume, or waiting; a peer that ne
 MAX_PENDING = 16 * MiB  # bytes of frames kept for resume and of control frames waiting; past it no stream is opened
 ACK_BYTES = 256 * KiB  # bytes received before an acknowledgement is sent at once
 ACK_DELAY = 0.1  # seconds an acknowledgement may wait for company
-MAX_STREAMS = 512  # streams of one session at a time
+MAX_STREAMS = 512  # streams of one session at a time, and requests of one token with a label, as above
 MAX_STREAM_ID = 2**31 - 1  # RFC 9113 section 5.1.1; a session that used it up is replaced by a fresh one
 MAX_INTERIM = 10  # 1xx responses before a final one
 MAX_PENDING_PONGS = 16  # PINGs not yet answered; more is a flood
@@ -200,8 +201,9 @@ MAX_HELLO = 32 * KiB  # bytes of a handshake message: MAX_TUNNELS names take 4 K
 MAX_RULES = 24 * KiB  # bytes of a hello that tell whom its tunnels let in; a password for each of MAX_TUNNELS takes 12
 MAX_CREDENTIALS = 32  # users with passwords of one tunnel; a visitor's is compared with each
 MAX_NETWORKS = 64  # networks of one tunnel
-MAX_TUNNELS = 64  # tunnels of one session
+MAX_TUNNELS = 64  # tunnels of one session, and of one token with a label unless `token add` says otherwise
 MAX_NAMES = 100  # names one token may own on a server; those unused the longest make room for new ones
+MAX_REVOKED = 1000  # revoked tokens whose names a server still frees when it sees them
 MAX_ZONES = 16  # hosts under which clients have dialled this server; each serves tunnels below it
 MAX_ITERATIONS = 100_000  # PBKDF2 rounds a server may ask a client for
 ITERATIONS = 4096  # PBKDF2 rounds, the least RFC 7677 allows: our tokens are random, not memorable, and a server
@@ -260,7 +262,7 @@ MAX_ABORTS, ABORT_RATE = 500, 50.0  # requests that an address may abort at once
 MAX_GUESSES, GUESS_RATE = 20, 1 / 3  # wrong tokens or passwords of an address at once, and a second after that
 MAX_CALLER_LINES, CALLER_LINE_RATE = 1, 1.0  # lines in the log about an address at once, and a second after that
 MAX_BUFFERED = 256 * MiB  # bytes that all sessions of a server keep; at this bound no more requests are taken
-TICK = 0.5  # seconds between two looks at that, and at how late the event loop is
+TICK = 0.5  # seconds between two looks at that, at how late the event loop is, and at the files of tokens
 INSPECTOR_PORTS = 20  # ports from INSPECTOR_PORT on that are tried
 MAX_POLL = 25.0  # seconds the inspector's page waits for something new: below what browsers and proxies allow
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
@@ -270,6 +272,7 @@ INSPECTOR_PORT = 4040
 DEFAULT_PORTS = {"http": 80, "https": 443}  # of URLs that name none
 LINK_PATH = "/_pytunnel/link"
 SUBPROTOCOL = "pytunnel.1"
+LABEL_PATTERN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,63}")  # of a token; a hyphen in front would be a flag
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 RESERVED_NAMES = frozenset({"www", "mail", "localhost", "pytunnel"})  # names a visitor would take for the host itself
 
@@ -378,7 +381,7 @@ class Refused(TunnelError):
         self.code, self.retry = code, retry
         if code == "token":
             self.exit_status = ExitStatus.TOKEN_REFUSED
-        elif code in ("name", "replaced"):
+        elif code in ("name", "limit", "replaced"):
             self.exit_status = ExitStatus.NAME_REFUSED
 
 
@@ -2843,17 +2846,50 @@ def _body(exchange: Exchange, of_request: bool, size: int, width: int, reveal: b
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace a file in one step; only its owner may read it."""
+    """Replace a file in one step; only its owner may read it. What root writes belongs to the directory's owner."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    temporary.unlink(missing_ok=True)  # never through a link that somebody else has laid there
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
+            if os.name == "posix" and os.geteuid() == 0:  # a server with a user of its own must be able to read it
+                owner = path.parent.stat()
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
             file.write(text)
         os.replace(temporary, path)
     except OSError:  # a full disk keeps what it had, and not a half of this
         temporary.unlink()
         raise
+
+
+def read_private(path: Path) -> str:
+    """Return the text of a file with a secret. Raises TunnelError when other users have access to it."""
+    with open(path, encoding="utf-8") as file:
+        if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
+            raise TunnelError(f"other users have access to {path}; run: chmod 600 {shlex.quote(str(path))}")
+        return file.read()
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Have a directory to oneself while the context lasts; others who ask for that wait."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        import msvcrt
+
+        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT)
+        msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
+    else:
+        import fcntl
+
+        descriptor = os.open(directory, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # NFS locks no directories
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_or_make(path: Path, make: Callable[[], str]) -> str:
@@ -2888,6 +2924,175 @@ def raise_file_limit() -> None:
             allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
+# ---- Tokens ---------------------------------------------------------------------------------------------------------
+# Who may use a server. Of a token with a label a file keeps what tells whether somebody knows it, and not the token, so
+# a thief of that file cannot log in. Beside it lies `default`, the token that serve makes where there is no other.
+
+
+def make_token() -> str:
+    """Return a fresh token of 160 bits."""
+    return secrets.token_hex(20)
+
+
+def check_token(token: str, advice: str = "leave it out, and serve makes one") -> str:
+    """Return a token the user gave. Raises UsageError when it could be guessed."""
+    if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
+        raise UsageError(f"a token has at least 16 letters and digits; {advice}")
+    return token
+
+
+class Grant(NamedTuple):
+    """A token as its server knows it: how it is proved, and what it may do. None is no limit."""
+
+    label: str
+    key: str
+    verifier: Verifier
+    names: tuple[str, ...] = ()  # the only ones that it may use, and that nobody else may; without: any that is free
+    max_tunnels: int | None = None  # at a time, in all of its sessions
+    max_requests: int | None = None  # the same
+    made: str = ""  # when, in ISO 8601
+
+    @classmethod
+    def from_token(cls, label: str, token: str, **permissions: Any) -> Grant:
+        return cls(label, key_id(token), Verifier.from_token(token, secrets.token_bytes(16)), **permissions)
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Grant:
+        """Return what `as_json` has made. Raises ValueError, KeyError or TypeError for anything else."""
+        fields = ("salt", "stored_key", "server_key")
+        salt, stored_key, server_key = (base64.b64decode(saved[name], validate=True) for name in fields)
+        label, key, names, made = str(saved["label"]), str(saved["key"]), saved["names"], str(saved["made"])
+        limits = ("iterations", "max_tunnels", "max_requests")
+        iterations, max_tunnels, max_requests = numbers = [saved[name] for name in limits]
+        if any(type(number) is not int or number < 1 for number in numbers) or type(names) is not list:
+            raise ValueError
+        if not LABEL_PATTERN.fullmatch(label) or not all(map(NAME_PATTERN.fullmatch, names)):
+            raise ValueError
+        if len(stored_key) != 32 or len(server_key) != 32:
+            raise ValueError
+        verifier = Verifier(salt, iterations, stored_key, server_key)
+        return cls(label, key, verifier, tuple(names), max_tunnels, max_requests, made)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what is kept of it. Nothing in there helps to log in."""
+        verifier = {
+            name: base64.b64encode(value).decode() if isinstance(value, bytes) else value
+            for name, value in self.verifier._asdict().items()
+        }
+        return {"label": self.label, "key": self.key, **verifier, **self.permissions()}
+
+    def permissions(self) -> dict[str, Any]:
+        """Return what it may do, and when it was made."""
+        limits = {"max_tunnels": self.max_tunnels, "max_requests": self.max_requests}
+        return {"names": list(self.names), **limits, "made": self.made}
+
+
+class Tokens:
+    """The tokens that a server's directory keeps."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.default_path = directory / "token"
+        self._path = directory / "tokens.json"
+        self.labelled: dict[str, Grant] = {}
+        self.revoked: list[str] = []  # keys; the names that belong to them are free again
+
+    def read(self) -> None:
+        """Read those with labels. Raises TunnelError when their file is damaged; then nothing has changed."""
+        try:
+            saved = parse_object(read_private(self._path))
+            grants = [Grant.from_json(entry) for entry in saved["tokens"]]
+            revoked = [str(key) for key in saved["revoked"]]
+        except FileNotFoundError:
+            grants, revoked = [], []
+        except OSError as error:
+            raise self._unusable(self._path, error) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TunnelError(f"{self._path} is damaged; move it away, and add its tokens again") from None
+        self.labelled, self.revoked = {grant.label: grant for grant in grants}, revoked
+
+    def default(self) -> str:
+        """Return the token that serve has made for itself, "" when there is none. Raises TunnelError."""
+        try:
+            return check_token(read_private(self.default_path).strip())
+        except FileNotFoundError:
+            return ""
+        except (UsageError, UnicodeDecodeError):
+            advice = "remove it, and serve makes a new one"
+            raise TunnelError(f"{self.default_path} does not hold a token; {advice}") from None
+        except OSError as error:
+            raise self._unusable(self.default_path, error) from None
+
+    def make_default(self) -> None:
+        """Make a token for a server that has none yet. Raises TunnelError."""
+        self.read()
+        if self.labelled:
+            return
+        try:
+            read_or_make(self.default_path, make_token)
+        except UnicodeDecodeError:
+            pass  # what is wrong is told when it is read to be used
+        except OSError as error:
+            raise self._unusable(self.default_path, error) from None
+
+    def grants(self, *, default: bool) -> list[Grant]:
+        """Read all of them again, `default` too if it counts. Raises TunnelError."""
+        self.read()
+        token = self.default() if default else ""
+        return [*([Grant.from_token("default", token)] if token else []), *self.labelled.values()]
+
+    def stamp(self) -> list[object]:
+        """Return what is another thing after each change of the files."""
+        stamps: list[object] = []
+        for path in (self._path, self.default_path):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                stamps.append((path, status.st_ino, status.st_mtime_ns, status.st_mode))
+        return stamps
+
+    def add(self, label: str, names: Sequence[str], max_tunnels: int, max_requests: int) -> str:
+        """Make a token with a label, and return it; it is not kept. Raises UsageError when label or name is taken."""
+        with locked(self.directory):
+            self.read()
+            if label == "default":
+                raise UsageError("the label 'default' is for the token that serve makes itself; choose another one")
+            if label in self.labelled:
+                raise UsageError(f"there is a token {label!r}; choose another label, or revoke that one first")
+            for grant in self.labelled.values():
+                for name in set(names).intersection(grant.names):
+                    raise UsageError(f"the name {name!r} is reserved for the token {grant.label!r}; choose another one")
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            token, unique = make_token(), tuple(dict.fromkeys(names))
+            permissions = {"names": unique, "max_tunnels": max_tunnels, "max_requests": max_requests, "made": now}
+            self.labelled[label] = Grant.from_token(label, token, **permissions)
+            self._write()
+        return token
+
+    def revoke(self, label: str) -> None:
+        """Make a token useless. Raises UsageError when there is none with this label."""
+        with locked(self.directory):
+            self.read()
+            known = ["default"] * self.default_path.exists() + list(self.labelled)
+            if label not in known:
+                nearest = difflib.get_close_matches(label, known, 1, 0.0)
+                advice = f"did you mean {nearest[0]!r}?" if nearest else f"there is none in {self.directory}"
+                raise UsageError(f"no token is called {escape(label, 70)!r}; {advice}")
+            key = self.labelled.pop(label).key if label in self.labelled else key_id(self.default())
+            self.revoked = [*self.revoked, key][-MAX_REVOKED:]
+            self._write()
+            if label == "default":
+                self.default_path.unlink()
+
+    @staticmethod
+    def _unusable(path: Path, error: OSError) -> TunnelError:
+        reason = (error.strerror or str(error)).lower()
+        return TunnelError(f"{path}: {reason}; choose another directory with PYTUNNEL_STATE_DIR")
+
+    def _write(self) -> None:
+        tokens = [grant.as_json() for grant in self.labelled.values()]
+        write_private(self._path, json.dumps({"tokens": tokens, "revoked": self.revoked}, indent=1))
 
 
 # ---- Link -----------------------------------------------------------------------------------------------------------
@@ -3219,7 +3424,7 @@ class Link:
 
 # ---- Registry -------------------------------------------------------------------------------------------------------
 # Who has which name: the sessions of clients, and the names they serve. Entries end with their session, for whatever
-# reason it ends; whose a name is outlives the server.
+# reason it ends; whose a name is outlives the server, until its token is revoked.
 
 
 class Registration:
@@ -3237,6 +3442,9 @@ class TunnelRegistry:
         self.sessions: dict[str, Registration] = {}
         self.zones: list[str] = []
         self.draining = False
+        self.grants: dict[str, Grant] = {}  # by key: the tokens that are good
+        self._reserved: dict[str, str] = {}  # name -> key of the only token that may use it
+        self._requests: collections.Counter[str] = collections.Counter()  # open now, by key
         self._path, self._grace, self._hold = path, grace, hold
         self._unsaved = False  # the disk did not take the names
         self._tunnels: dict[str, Registration] = {}
@@ -3256,20 +3464,65 @@ class TunnelRegistry:
         now = asyncio.get_running_loop().time()
         self._last_seen = dict.fromkeys(self._owners, now)  # their clients are about to come back
 
+    def admit(self, grants: Iterable[Grant], revoked: Iterable[str] = ()) -> None:
+        """Let these tokens in, and no others: sessions that are not allowed any more end at once.
+
+        The names of revoked tokens are free again. Their token cannot come back to use them, so they would be lost;
+        and whoever may have them next has a token from the same person.
+        """
+        self.grants = {grant.key: grant for grant in grants}
+        self._reserved = {name: grant.key for grant in self.grants.values() for name in grant.names}
+        for session in list(self.sessions.values()):
+            try:
+                self._check(session.key, session.names)
+            except Refused as error:
+                self.end(session, StreamReset(ErrorCode.LINK_LOST, str(error)))
+                session.link.finish()  # if its handshake is only just over
+                session.link.lose(str(error))
+        gone = set(revoked) - self.grants.keys()
+        freed = [name for name, owner in self._owners.items() if owner in gone]
+        self._free(freed)
+        if freed:
+            self._save()
+        self._wake()
+
+    def _check(self, key: str, names: list[str]) -> None:
+        """Check that a token is good, and may use these names. Raises Refused."""
+        if key not in self.grants:
+            raise Refused("token", "the server does not know this token; see what `pytunnel serve` printed")
+        own = self.grants[key].names
+        for name in names:
+            if own and name not in own:
+                raise Refused("name", f"this token is only for --name {' or --name '.join(own)}; not for {name!r}")
+            if self._reserved.get(name, key) != key:
+                raise Refused("name", f"the name {name!r} is reserved for another token; choose another with --name")
+
     def claim(self, key: str, names: list[str]) -> None:
         """Check that a token may have these names, and note that it does. Raises Refused."""
+        self._check(key, names)
         for name in names:
-            if self._owners.get(name, key) != key:
+            if self._owners.get(name, key) != key and name not in self._reserved:
                 raise Refused("name", f"the name {name!r} belongs to another token; choose another one with --name")
-        fresh = [name for name in names if name not in self._owners]
+        most = self.grants[key].max_tunnels
+        if most is not None:
+            others = [session for session in self.sessions.values() if session.key == key]
+            taken = [name for session in others if not set(names) & set(session.names) for name in session.names]
+            if len(taken) + len(names) > most:
+                has = f"it has {', '.join(taken[:5])} now" if taken else f"these are {len(names)}"
+                raise Refused("limit", f"this token may have {most} tunnels at a time, and {has}")
+        fresh = [name for name in names if self._owners.get(name) != key]
         for name in names:
-            self._owners[name] = self._owners.pop(name, key)  # to the end: the first ones are those unused the longest
+            self._owners.pop(name, None)
+            self._owners[name] = key  # at the end: the first ones are those unused the longest
         unused = [name for name, owner in self._owners.items() if owner == key and name not in {*self._tunnels, *names}]
-        for name in unused[: max(0, sum(owner == key for owner in self._owners.values()) - MAX_NAMES)]:
-            for kept in (self._owners, self._latest, self._last_seen):
-                kept.pop(name, None)
+        self._free(unused[: max(0, sum(owner == key for owner in self._owners.values()) - MAX_NAMES)])
         if fresh or self._unsaved:
             self._save()
+
+    def _free(self, names: Iterable[str]) -> None:
+        for name in names:
+            for kept in (self._owners, self._latest, self._last_seen):
+                kept.pop(name, None)
 
     def bind(self, session: Registration, previous: str) -> None:
         """Give a new session its names. Whoever had one last is replaced, unless it was the same client: `previous`."""
@@ -3281,6 +3534,18 @@ class TunnelRegistry:
             self.end(other, StreamReset(ErrorCode.REPLACED, "replaced by another client"))
         self.sessions[session.id] = session
         self._tunnels.update(dict.fromkeys(session.names, session))
+
+    @contextlib.contextmanager
+    def request(self, key: str) -> Iterator[None]:
+        """Count a request as one of its token's while the context lasts. Raises Unserved when there are too many."""
+        most = self.grants[key].max_requests
+        if most is not None and self._requests[key] >= most:
+            raise Unserved("busy")
+        self._requests[key] += 1
+        try:
+            yield
+        finally:
+            self._requests[key] -= 1
 
     def connected(self, session: Registration) -> None:
         if session.expiry:
@@ -3815,7 +4080,10 @@ HEALTHY = ResponseHead(200, b"OK", [(b"Content-Type", b"text/plain"), (b"Content
 
 
 class TunnelServer:
-    """`pytunnel serve`: gives clients who know a token tunnels under names below this host."""
+    """`pytunnel serve`: gives clients who know a token tunnels under names below this host.
+
+    Good are the tokens with labels that `state` keeps, now or later, and `tokens`; without these, `default` in there.
+    """
 
     def __init__(
         self,
@@ -3832,8 +4100,8 @@ class TunnelServer:
         max_each: int = MAX_EACH,
         metrics_public: bool = False,
     ) -> None:
-        self._salt = secrets.token_bytes(16)
-        self._verifiers = {key_id(token): Verifier.from_token(token, self._salt) for token in tokens}
+        self._given = [Grant.from_token("given", token) for token in tokens]
+        self._tokens = Tokens(state)
         self._fake_secret = secrets.token_bytes(32)
         self._state, self._grace, self._hold = state, grace, hold
         self._host, self.port, self._domain = host, port, domain
@@ -3849,10 +4117,12 @@ class TunnelServer:
         self._is_full = False  # of what sessions keep
 
     async def start(self) -> None:
-        """Listen; `port` is then the real one. Raises TunnelError when the address cannot be had."""
+        """Listen; `port` is then the real one. Raises TunnelError when the address or the state cannot be had."""
         self._registry = TunnelRegistry(self._state / "names.json", grace=self._grace, hold=self._hold)
         if self._domain:
             self._registry.zones = [self._domain.zone]
+        self._stamp = self._tokens.stamp()
+        self._read_tokens()
         self._http = _visitor_server(self._handle, self._gate)
         loop = asyncio.get_running_loop()
         try:
@@ -3885,7 +4155,7 @@ class TunnelServer:
         await self._http.shutdown(0.2)
 
     async def _watch(self) -> None:
-        """See how late the event loop is, and whether the sessions keep too much."""
+        """See how late the event loop is, whether the sessions keep too much, and what `pytunnel token` changes."""
         loop = asyncio.get_running_loop()
         while True:
             due = loop.time() + TICK
@@ -3894,6 +4164,16 @@ class TunnelServer:
             was_full, self._is_full = self._is_full, self._buffered() > MAX_BUFFERED
             if self._is_full > was_full:
                 log.warning("sessions keep more than %d MiB: new requests are refused", MAX_BUFFERED // MiB)
+            if (stamp := self._tokens.stamp()) != self._stamp:
+                self._stamp = stamp
+                try:
+                    self._read_tokens()
+                except TunnelError as error:
+                    log.warning("the tokens stay as they were: %s", error)
+
+    def _read_tokens(self) -> None:
+        grants = self._tokens.grants(default=not self._given)
+        self._registry.admit([*self._given, *grants], self._tokens.revoked)
 
     def _buffered(self) -> int:
         return sum(session.link.session.buffered for session in self._registry.sessions.values())
@@ -3994,7 +4274,9 @@ class TunnelServer:
             session = await self._find(visitor, name)
             head = self._request_head(visitor, host, session.access.get(name, EVERYBODY))
             tunnel, waited = session.names.index(name), time.monotonic() - arrived
-            with contextlib.closing(session.link.open(tunnel, kind, head, end=end, waited=waited)) as stream:
+            with self._registry.request(session.key), contextlib.closing(
+                session.link.open(tunnel, kind, head, end=end, waited=waited)
+            ) as stream:
                 await visitor.relay(stream)
         except (asyncio.CancelledError, ConnectionError):
             if not visitor.upgrade:
@@ -4152,8 +4434,9 @@ class TunnelServer:
         if hello.get("version", int) != PROTOCOL_VERSION:
             raise Refused("version", f"this server (pytunnel {__version__}) speaks version {PROTOCOL_VERSION} only")
         key = hello.get("key", str)
-        seed = _digest(self._fake_secret, key.encode())  # accepts nothing: an unknown key looks like a wrong token
-        verifier = self._verifiers.get(key) or Verifier(self._salt, ITERATIONS, seed, seed)
+        grant, seed = self._registry.grants.get(key), _digest(self._fake_secret, key.encode())
+        # What accepts nothing stands in for an unknown key, which looks like a wrong token then.
+        verifier = grant.verifier if grant else Verifier(seed[:16], ITERATIONS, seed, seed)
         challenge = encode_message(
             "challenge",
             nonce=hello.get("nonce", str) + secrets.token_urlsafe(18),
@@ -6469,28 +6752,6 @@ def user_directory(kind: str) -> Path:
         raise UsageError(f"this user has no home directory; set {variables}") from None
 
 
-def make_token() -> str:
-    """Return a fresh token of 160 bits."""
-    return secrets.token_hex(20)
-
-
-def check_token(token: str, advice: str = "leave it out, and serve makes one") -> str:
-    """Return a token the user gave. Raises UsageError when it could be guessed."""
-    if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
-        raise UsageError(f"a token has at least 16 letters and digits; {advice}")
-    return token
-
-
-def stored_token(path: Path) -> str:
-    """Return the token that serve keeps; it is made at the first start. Raises TunnelError when the file is damaged."""
-    try:
-        return check_token(read_or_make(path, make_token))
-    except (UsageError, UnicodeDecodeError):
-        raise TunnelError(f"{path} does not hold a token; remove it, and serve makes a new one") from None
-    except OSError as error:
-        raise TunnelError(f"{path}: {_describe(error)}; choose another directory with PYTUNNEL_STATE_DIR") from None
-
-
 def parse_server(text: str) -> str:
     """Return a server's URL from what a user wrote: a host means https, an address or localhost http and port 8080."""
     scheme, separator, rest = text.partition("://")
@@ -6519,16 +6780,76 @@ def parse_listen(text: str) -> tuple[str | None, int]:
     return bare or None, int(port)
 
 
+def read_token(path: str, source: str) -> str:
+    """Return the first line of a file, `-` is stdin. Raises UsageError, which does not tell what `path` is: a token?"""
+    line = b""
+    try:
+        with open(0 if path == "-" else path, "rb", buffering=0, closefd=path != "-") as file:
+            while len(line) < MAX_HELLO and (byte := file.read(1)) not in (b"\n", b"", None):
+                line += byte  # one by one: what follows on stdin is for somebody else
+        if token := line.decode().strip():
+            return token
+    except OSError as error:
+        raise UsageError(f"{source}: {_describe(error)}; give a file with the token, or - for stdin") from None
+    except ValueError:
+        pass
+    raise UsageError(f"{source}: its first line is no token; write one there")
+
+
+def given_tokens(flags: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
+    """Yield the tokens of flags and environment, and where each comes from. Raises UsageError."""
+    yield flags.get("token"), "--token"
+    if flags.get("token_file"):
+        yield read_token(flags["token_file"], "--token-file"), "--token-file"
+    yield os.environ.get("PYTUNNEL_TOKEN"), "$PYTUNNEL_TOKEN"
+    if os.environ.get("PYTUNNEL_TOKEN_FILE"):
+        yield read_token(os.environ["PYTUNNEL_TOKEN_FILE"], "$PYTUNNEL_TOKEN_FILE"), "$PYTUNNEL_TOKEN_FILE"
+
+
+def without_flags(words: Iterable[str], flags: Collection[str]) -> list[str]:
+    """Return a command line without these flags and their values."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word in flags:
+            next(rest, None)
+        elif word.partition("=")[0] not in flags:
+            kept.append(word)
+    return kept
+
+
+def hide_flags(flags: Iterable[str]) -> list[str]:
+    """Overwrite the values of these flags in what `ps` shows of this process; return the flags that it goes on to show.
+
+    Linux shows the memory in which the process was given its arguments; elsewhere it is a copy.
+    """
+    line = b"\0".join(map(os.fsencode, sys.orig_argv)).partition(b"\0--\0")[0]  # what follows is COMMAND's
+    names = b"|".join(re.escape(flag.encode()) for flag in flags)
+    found = list(re.finditer(rb"\0(%b)[=\0]([^\0]+)" % names, line))
+    try:
+        for match in found:
+            start = int(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[45])  # arg_start, see proc(5)
+            with open("/proc/self/mem", "r+b", buffering=0) as memory:
+                memory.seek(start + match.start(2))
+                if memory.read(len(match[2])) != match[2]:
+                    raise ValueError
+                memory.seek(start + match.start(2))
+                memory.write(b"*" * len(match[2]))
+    except (OSError, ValueError, IndexError):
+        return [match[1].decode() for match in found]
+    return []
+
+
 class Memory:
     """What the client remembers of servers it was connected to."""
 
     def __init__(self, directory: Path) -> None:
+        """Read it; what is damaged is no memory. Raises TunnelError when other users have access to it."""
         self._path = directory / "client.json"
         self.directory = directory
         self.server = ""
         self.tokens: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            saved = parse_object(self._path.read_text())
+            saved = parse_object(read_private(self._path))
             self.server = str(saved["server"])
             self.tokens = {str(server): str(token) for server, token in saved["tokens"].items()}
 
@@ -6556,8 +6877,8 @@ class Setting(NamedTuple):
     source: str
 
     @classmethod
-    def first(cls, *candidates: tuple[str | None, str]) -> Setting:
-        """Return the first of the candidates that has a value, else nothing from nowhere."""
+    def first(cls, candidates: Iterable[tuple[str | None, str]]) -> Setting:
+        """Return the first of the candidates that has a value, else nothing from nowhere; later ones are not made."""
         return next((cls(value, source) for value, source in candidates if value), cls("", "not set"))
 
 
@@ -6625,12 +6946,12 @@ class Settings:
         self.files = {path: read_settings(path) for path in [Path("pytunnel.toml")] * project + [Path(own)]}
         kept = [(file.get("server"), str(path)) for path, file in self.files.items()]
         last = (self.memory.server, "the last one that worked"), ("localhost", "default")
-        server, source = Setting.first(*self._given("server", "PYTUNNEL_SERVER"), *kept, *last)
+        server, source = Setting.first([*self._given("server", "PYTUNNEL_SERVER"), *kept, *last])
         try:
             self.server = Setting(parse_server(server), source)
         except UsageError as error:
             raise UsageError(f"{source}: {error}") from None
-        self.token = Setting.first(*self._given("token", "PYTUNNEL_TOKEN"), *self._kept_tokens())
+        self.token = Setting.first(itertools.chain(given_tokens(flags), self._kept_tokens()))
 
     def _given(self, key: str, variable: str) -> list[tuple[str | None, str]]:
         return [(self._flags.get(key), f"--{key}"), (os.environ.get(variable), f"${variable}")]
@@ -6642,18 +6963,19 @@ class Settings:
         yield self.memory.tokens.get(self.server.value), "the one that worked for this server"
         if Origin.from_url(self.server.value).zone == "localhost":
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                path = self.memory.directory / "token"
-                yield path.read_text(encoding="utf-8").strip(), str(path)
+                path = Tokens(self.memory.directory).default_path
+                yield read_private(path).strip(), str(path)
 
     def checked_token(self) -> str:
         """Return the token. Raises UsageError when there is none."""
         if not self.token.value:
-            raise UsageError(f"no token for {self.server.value}: add --token with what `pytunnel serve` printed there")
+            advice = f"run pytunnel login {self.server.value} with what `pytunnel serve` printed there"
+            raise UsageError(f"no token for {self.server.value}: {advice}, or set PYTUNNEL_TOKEN")
         return check_token(self.token.value, f"copy the whole of what `pytunnel serve` printed ({self.token.source})")
 
     def from_targets(self, texts: Sequence[str]) -> list[Tunnel]:
         """Return the tunnels of targets like `3000` or `web=3000`. Raises UsageError or Refused."""
-        name = Setting.first(*self._given("name", "PYTUNNEL_NAME")).value
+        name = Setting.first(self._given("name", "PYTUNNEL_NAME")).value
         tunnels = []
         for text in texts:
             label, separator, rest = text.partition("=") if re.match(r"[^:/\\]+=", text) else ("", "", text)
@@ -6694,7 +7016,7 @@ class Settings:
                 parse_host(host)
             except MessageError:
                 raise UsageError(f"{escape(host)!r} is not a host; give one, or `rewrite` for the target's") from None
-        given = [os.environ["PYTUNNEL_AUTH"]] if "PYTUNNEL_AUTH" in os.environ else []  # an empty one is an error
+        given = os.environ["PYTUNNEL_AUTH"].split("\n") if "PYTUNNEL_AUTH" in os.environ else []  # "" is an error
         auth = self._flags.get("auth") or given or options.get("auth") or ()
         return Tunnel(
             check_name(name) if name else default_name(self.checked_token(), self.memory.machine(), parsed.text),
@@ -7024,7 +7346,12 @@ class Doctor:
         name = default_name(self._token, platform.node(), "doctor")  # one and the same, for the server keeps names
         tunnel = connect("127.0.0.1:1", server=self._server, token=self._token, name=name)
         self._stack.enter_context(contextlib.suppress(TunnelError))  # at the end, of a session that was lost for good
-        self.client = await self._stack.enter_async_context(tunnel)
+        try:
+            self.client = await self._stack.enter_async_context(tunnel)
+        except Refused as error:
+            if error.code not in ("name", "limit"):
+                raise
+            return None, f"the server knows the token, but gives no tunnel to try: {error}", ""
         self._url = self.client.url
         return True, "the server knows the token, and gives tunnels", ""
 
@@ -7416,12 +7743,15 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
     state = state_directory()
     raise_file_limit()
     host, port = parse_listen(options.listen)
-    given = options.token or os.environ.get("PYTUNNEL_TOKEN")
-    token = check_token(given) if given else stored_token(state / "token")
+    given, kept = Setting.first(given_tokens(vars(options))).value, Tokens(state)
+    if given:
+        check_token(given)
+    else:
+        kept.make_default()
     domain = Origin.from_url(parse_server(options.domain)) if options.domain else None
     try:
         server = TunnelServer(
-            tokens=[token],
+            tokens=[given] if given else [],
             state=state,
             host=host,
             port=port,
@@ -7440,7 +7770,7 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
     with _signals(signals.put_nowait):
         console.emit("listening", host=host or "*", port=server.port)
         if not options.json:
-            console.say(_invitation(host, server.port, domain, token if not given else "", state / "token"))
+            console.say(_invitation(host, server.port, domain, "" if given else kept.default(), kept.default_path))
         await signals.get()
         log.info("stopping; running requests have %g s, a second signal ends them", options.drain)
         drained = asyncio.ensure_future(server.drain())
@@ -7456,9 +7786,9 @@ def _invitation(host: str | None, port: int, domain: Origin | None, token: str, 
         url = f"{domain.scheme}://{domain.zone}" + (f":{domain.port}" if domain.port else "")
     else:
         url = f"http://{_dialled(host, _own_address())}:{port}"
-    secret = f" --token {token}" if token and sys.stderr.isatty() else ' --token "…"'
+    secret = shlex.quote(token) if token and sys.stderr.isatty() else "…"
     where = f"   (the token is in {kept})" if token and not sys.stderr.isatty() else ""
-    line = f"pytunnel connect 3000 --server {url}{secret}{where}"
+    line = f"PYTUNNEL_TOKEN={secret} pytunnel connect 3000 --server {url}{where}"
     where = "" if domain else " (or with another address of this host that visitors can reach)"
     return f"listening on port {port}; on the machine with your service, run{where}:\n\n  {line}\n"
 
@@ -7471,10 +7801,25 @@ def _own_address() -> str:
     return "localhost"
 
 
+def _typed_token(server: str) -> str:
+    """Return the token that the user types on the terminal, "" when it is none."""
+    import getpass
+
+    with contextlib.suppress(EOFError):
+        return getpass.getpass(f"token for {server}: ").strip()
+    return ""
+
+
+def _ask_token(settings: Settings) -> None:
+    if not settings.token.value and os.isatty(0) and os.isatty(2):
+        settings.token = Setting(_typed_token(settings.server.value), "typed")
+
+
 def _connect(options: argparse.Namespace, console: Console) -> int:
     if len(options.name) > 1:
         raise UsageError("--name was given twice; write NAME=TARGET for each, like web=3000 api=8080")
     settings = Settings({**vars(options), "name": "".join(options.name)})
+    _ask_token(settings)
     return _share(settings, settings.from_targets(options.targets), options, console)
 
 
@@ -7490,6 +7835,7 @@ def _start(options: argparse.Namespace, console: Console) -> int:
             raise UsageError(f"no tunnel is called {escape(name)!r}; did you mean {nearest!r}?")
     if not names:
         raise UsageError(f"which tunnel? give --all, or some of: {', '.join(tunnels)}")
+    _ask_token(settings)
     return _share(settings, list(map(settings.from_file, names)), options, console)
 
 
@@ -7506,7 +7852,7 @@ def _share(settings: Settings, tunnels: list[Tunnel], options: argparse.Namespac
     if options.url_file and os.path.exists(options.url_file) and not os.path.isfile(options.url_file):
         raise UsageError(f"--url-file {escape(options.url_file)} is there, and not a file; give another path")
     if options.detach and not options.detached:
-        return _detach(options, console)
+        return _detach(options, console, token)
     remember = functools.partial(settings.memory.remember, server, token)
     return _run(_share_here(server, token, tunnels, options, console, remember))
 
@@ -7530,14 +7876,23 @@ def write_url(path: Path, urls: Iterable[str]) -> None:
 LIVE = b"\0"  # what ends stdout of a client in the background, when its tunnels are live
 
 
-def _detach(options: argparse.Namespace, console: Console) -> int:
+def _detach(options: argparse.Namespace, console: Console, token: str) -> int:
     """Run the same command in the background; return when its tunnels are live, or when it has failed."""
     path = state_directory() / "run" / f"{secrets.token_hex(8)}.log"
     write_private(path, "")
-    words = [sys.executable, os.path.abspath(__file__), *options.argv, "--detached", str(path)]
+    arguments = without_flags(options.argv, ("--token", "--token-file", "--auth"))
+    words = [sys.executable, os.path.abspath(__file__), *arguments, "--detached", str(path)]
+    environment = {**os.environ, "PYTUNNEL_TOKEN": token}
+    if passwords := getattr(options, "auth", None):
+        environment["PYTUNNEL_AUTH"] = "\n".join(passwords)
     with open(path, "ab") as errors:
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+            words,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
         )
     assert process.stdout
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
@@ -7749,15 +8104,13 @@ def _config(options: argparse.Namespace, console: Console) -> None:
 
 
 def _login(options: argparse.Namespace, console: Console) -> None:
-    import getpass
-
     server = parse_server(options.server)
-    token = options.token or os.environ.get("PYTUNNEL_TOKEN")
+    token = Setting.first(given_tokens(vars(options))).value
     if not token:
-        token = getpass.getpass("token: ") if os.isatty(0) else os.read(0, MAX_HELLO).decode(errors="replace")
-    if not token.strip():
-        raise UsageError("no token was given: type it, write it to stdin, or add --token")
-    token = check_token(token.strip(), "copy the whole of what `pytunnel serve` printed")
+        token = _typed_token(server) if os.isatty(0) else os.read(0, MAX_HELLO).decode(errors="replace").strip()
+    if not token:
+        raise UsageError("no token was given: type it, write it to stdin, or give --token-file")
+    check_token(token, "copy the whole of what `pytunnel serve` printed")
     _run(TunnelClient(server, token, []).log_in())
     Memory(state_directory()).remember(server, token)
     used = Settings({})
@@ -7765,6 +8118,37 @@ def _login(options: argparse.Namespace, console: Console) -> None:
         console.say(f"{server} knows this token; from now on `pytunnel connect 3000` uses both")
     else:
         console.say(f"{server} knows this token; both are kept, but {used.server.source} counts before them")
+
+
+def _token(options: argparse.Namespace, console: Console) -> None:
+    tokens, label, write = Tokens(state_directory()), options.label or "", console.stdout.write
+    if options.action == "list":
+        tokens.read()
+        grants = list(tokens.labelled.values())
+        if tokens.default_path.exists():
+            made = datetime.datetime.fromtimestamp(tokens.default_path.stat().st_mtime, datetime.UTC)
+            verifier = Verifier(b"", 0, b"", b"")  # it is not about to be used
+            grants.insert(0, Grant("default", "", verifier, made=made.isoformat(timespec="seconds")))
+        for grant in grants:
+            fields = {"label": grant.label, **grant.permissions()}
+            limits = f"{grant.max_tunnels} tunnels, {grant.max_requests} requests" if grant.max_tunnels else "no limits"
+            line = f"{grant.label}  {', '.join(grant.names) or 'any name'}  {limits}  made {grant.made[:10]}"
+            write(json.dumps(fields) if options.json else line)
+        if not grants:
+            console.say(f"no tokens in {tokens.directory}; `pytunnel serve` makes one, and so does pytunnel token add")
+    elif not label:
+        raise UsageError(f"which token? write pytunnel token {options.action} LABEL; see pytunnel token --help")
+    elif options.action == "revoke":
+        tokens.revoke(label)
+        console.say(f"revoked {label}; a server that runs ends its sessions now, and its names are free")
+    elif not LABEL_PATTERN.fullmatch(label):
+        raise UsageError(f"{escape(label, 70)!r} is not a label: use up to 64 letters, digits, hyphens, dots and _")
+    else:
+        names = list(map(check_name, options.name))
+        token = tokens.add(label, names, options.max_tunnels, options.max_requests)
+        write(json.dumps({"label": label, "token": token}) if options.json else token)
+        advice = "a server that runs takes it at once; where the service is, run pytunnel login with the server's URL"
+        console.say(f"this token is shown only now; kept for {label} in {tokens.directory} is what proves it: {advice}")
 
 
 def _doctor(options: argparse.Namespace, console: Console) -> int:
@@ -7813,6 +8197,12 @@ EXAMPLES = {
                             target = "5173"
                             host-header = "rewrite"
 """,
+    "token": """\
+  pytunnel token add laptop                   makes a token for somebody or something, and prints it this once
+  pytunnel token add ci --name ci --name pr   it may use only these names, and no other token may
+  pytunnel token list                         labels, names, limits; never a token
+  pytunnel token revoke laptop                its clients are cut off within seconds, its names are free
+""",
     "status": "  pytunnel status           a line for each tunnel of this machine\n",
     "stop": """\
   pytunnel stop             the only client of this machine
@@ -7837,8 +8227,17 @@ EXAMPLES = {
 }
 
 
+SECRET_FLAGS = {  # what `ps` must not show, and what to do instead
+    "--token": "use PYTUNNEL_TOKEN or --token-file",
+    "--auth": "use PYTUNNEL_AUTH, or auth in a settings file",
+}
+
+
 class CommandParser(argparse.ArgumentParser):
-    """argparse, with examples before everything else and errors in one line."""
+    """argparse, with examples before everything else and errors in one line. No flag may be shortened."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})
 
     def format_help(self) -> str:
         """Return the examples, then what argparse has to say."""
@@ -7887,7 +8286,10 @@ def _parser() -> CommandParser:
 
     link = CommandParser(add_help=False)
     link.add_argument("--server", metavar="URL", help="default: the last one that worked, else localhost:8080")
-    link.add_argument("--token", metavar="T", help="default: the one remembered for that server")
+    secret = CommandParser(add_help=False)
+    token = secret.add_mutually_exclusive_group()
+    token.add_argument("--token", metavar="T", help="better PYTUNNEL_TOKEN or a file; default: one that is kept")
+    token.add_argument("--token-file", metavar="FILE", help="a file whose first line it is; - is stdin")
     client = CommandParser(add_help=False)
     client.add_argument("--detach", action="store_true", help="go on in the background once the tunnels work")
     client.add_argument("--detached", help=argparse.SUPPRESS)  # what --detach starts; the file its stderr goes to
@@ -7898,10 +8300,9 @@ def _parser() -> CommandParser:
     client.add_argument("--url-file", metavar="FILE", help="write the public URL there while it works")
     client.add_argument("--format", metavar="F", help="what stdout gets instead of the URL, like 'url={url}'")
 
-    serve = add("serve", "Serve visitors and tunnels")
+    serve = add("serve", "Serve visitors and tunnels", secret)
     serve.add_argument("--listen", default=f":{DEFAULT_PORT}", metavar="HOST:PORT", help="default: 8080, everywhere")
     serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
-    serve.add_argument("--token", metavar="T", help="default: one that is made once and kept")
     for flag, default, what in (
         ("--grace", GRACE, f"sessions outlive links by {GRACE:g} s"),
         ("--hold", HOLD, f"requests wait {HOLD:g} s for a client"),
@@ -7915,7 +8316,7 @@ def _parser() -> CommandParser:
     serve.add_argument("--metrics-public", action="store_true", help="/metrics for everybody, not only this machine")
     serve.add_argument("--log-format", choices=("text", "json"), help="json: an object a line on stderr")
     serve.add_argument("--trusted-proxy", action="append", default=[], metavar="CIDR", help="believe its X-Forwarded-*")
-    connect = add("connect", "Give local services public URLs", link, client)
+    connect = add("connect", "Give local services public URLs", link, secret, client)
     connect.usage = "pytunnel connect [OPTION...] TARGET... [-- COMMAND...]"
     what = "[NAME=] port, host:port, URL, unix:/path or ./folder"
     connect.add_argument("targets", nargs="+", metavar="TARGET", help=what)
@@ -7924,9 +8325,18 @@ def _parser() -> CommandParser:
         action = {str: "store", list: "append", bool: "store_true"}[type_]
         value: dict[str, Any] = {"metavar": metavar} if metavar else {}
         connect.add_argument(f"--{flag}", action=action, help=what, **value)
-    start = add("start", "Start tunnels that are set up in a file", link, client)
+    start = add("start", "Start tunnels that are set up in a file", link, secret, client)
     start.add_argument("names", nargs="*", metavar="NAME", help="default: the only one there is")
     start.add_argument("--all", action="store_true", help="all of them")
+    tokens = add("token", "Say who may use the server whose state is on this machine")
+    tokens.usage = "pytunnel token {add LABEL [OPTION...], list, revoke LABEL}"
+    tokens.add_argument("action", choices=("add", "list", "revoke"), help="add prints a token; see the examples")
+    tokens.add_argument("label", nargs="?", metavar="LABEL", help="whose it is, like laptop")
+    tokens.add_argument("--name", action="append", default=[], metavar="N", help="it may use only this; again for more")
+    what = "tunnels at a time; default: %(default)s"
+    tokens.add_argument("--max-tunnels", type=count, default=MAX_TUNNELS, metavar="N", help=what)
+    what = "requests open at a time; default: %(default)s"
+    tokens.add_argument("--max-requests", type=count, default=MAX_STREAMS, metavar="N", help=what)
     add("status", "Show the tunnels of this machine")
     stop = add("stop", "Stop a client")
     stop.add_argument("name", nargs="?", metavar="NAME", help="one of its tunnels; default: the only client")
@@ -7943,11 +8353,10 @@ def _parser() -> CommandParser:
     what = "its number in the inspector, in the terminal view's details, or in --json"
     replay.add_argument("id", type=int, metavar="ID", help=what)
     replay.add_argument("--times", type=count, default=1, metavar="N", help="this often; default: once")
-    login = add("login", "Keep a server's token")
+    login = add("login", "Keep a server's token", secret)
     login.add_argument("server", metavar="SERVER", help="its URL")
-    login.add_argument("--token", metavar="T", help="default: asked for, or read from stdin")
-    add("config", "Show which values are in force, and where they come from", link)
-    doctor = add("doctor", "Find out what is wrong on the way", link)
+    add("config", "Show which values are in force, and where they come from", link, secret)
+    doctor = add("doctor", "Find out what is wrong on the way", link, secret)
     doctor.add_argument("targets", nargs="*", metavar="TARGET", help="local services to look at, too")
     doctor.add_argument("--idle", type=seconds, default=0.0, metavar="S", help="does an idle link last this long?")
     demo = add("demo", "Try it on this machine")
@@ -7961,6 +8370,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int | None]] = {
     "serve": lambda options, console: _run(_serve(options, console)),
     "connect": _connect,
     "start": _start,
+    "token": _token,
     "status": _status,
     "stop": _stop,
     "expect": _expect,
@@ -7977,6 +8387,7 @@ def main(argv: list[str] | None = None) -> int:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # else a socket could become the stdout that was closed
     os.close(number)
+    shown = hide_flags(SECRET_FLAGS) if argv is None else []
     parser = _parser()
     words = sys.argv[1:] if argv is None else argv
     end = words.index("--") if "--" in words else len(words)
@@ -7984,7 +8395,8 @@ def main(argv: list[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(known)
     parser.prog = f"pytunnel {options.command}"
     if unknown:
-        parser.error(f"unrecognized arguments: {escape(' '.join(unknown))}")
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]  # values may be secrets
+        parser.error(f"unrecognized arguments: {escape(' '.join(flags or unknown))}")
     options.argv, options.run = words, words[end + 1 :]
     if options.run and (options.command not in ("connect", "start") or options.detach):
         parser.error("a command after -- is for connect and start, without --detach")
@@ -7997,6 +8409,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(handlers=[handler])
     chatty = options.verbose or options.command == "serve"
     log.setLevel(logging.DEBUG if options.debug else logging.INFO if chatty else logging.WARNING)
+    for flag in shown:
+        console.say(f"warning: other users of this machine can see the value of {flag}; {SECRET_FLAGS[flag]}")
     try:
         return COMMANDS[options.command](options, console) or ExitStatus.OK
     except TunnelError as error:

@@ -58,13 +58,14 @@ from pytunnel import (
 TOKEN = "test-token-0123456789abcdef0123456789abcdef"
 OTHER_TOKEN = "another-token-0123456789abcdef0123456789ab"
 COMMON_FLAGS = ["--help", "--json", "--verbose", "--debug"]
-LINK_FLAGS = ["--server", "--token"]
+TOKEN_FLAGS = ["--token", "--token-file"]
+LINK_FLAGS = ["--server", *TOKEN_FLAGS]
 CLIENT_FLAGS = ["--detach", "--no-tui", "--wait-local", "--max-retries", "--url-file", "--format"]
 EDIT_FLAGS = ["--header", "--remove-header", "--response-header", "--remove-response-header"]
 FLAGS = {
     "serve": [
-        "--listen", "--domain", "--token", "--trusted-proxy", "--grace", "--hold", "--drain",
-        "--max-body", "--max-per-address", "--metrics-public", "--log-format", *COMMON_FLAGS,
+        "--listen", "--domain", "--trusted-proxy", "--grace", "--hold", "--drain",
+        "--max-body", "--max-per-address", "--metrics-public", "--log-format", *TOKEN_FLAGS, *COMMON_FLAGS,
     ],
     "connect": [
         "--name", "--route", "--host-header", "--spa", "--insecure", "--auth", "--allow", "--pass-auth",
@@ -75,7 +76,8 @@ FLAGS = {
     "stop": ["--all", *COMMON_FLAGS],
     "expect": ["--name", "--method", "--path", "--count", "--timeout", "--save", *COMMON_FLAGS],
     "replay": ["--name", "--times", *COMMON_FLAGS],
-    "login": ["--token", *COMMON_FLAGS],
+    "login": [*TOKEN_FLAGS, *COMMON_FLAGS],
+    "token": ["--name", "--max-tunnels", "--max-requests", *COMMON_FLAGS],
     "config": [*LINK_FLAGS, *COMMON_FLAGS],
     "doctor": ["--idle", *LINK_FLAGS, *COMMON_FLAGS],
     "demo": ["--listen", "--no-tui", *COMMON_FLAGS],
@@ -697,6 +699,7 @@ async def test_damaged_memory_of_a_client_is_no_memory(home: Path, content: byte
     path = home / "state" / "client.json"
     path.parent.mkdir()
     path.write_bytes(content)
+    path.chmod(0o600)
     result = await run("connect", "3000", home=home)
     assert (result.status, len(result.stderr)) == (2, 1), result
     assert "no token for http://localhost:8080" in result.error
@@ -708,6 +711,7 @@ async def test_a_damaged_token_file_is_not_served(home: Path, content: bytes) ->
     path = home / "state" / "token"
     path.parent.mkdir()
     path.write_bytes(content)
+    path.chmod(0o600)
     async with await start("serve", "--listen", "127.0.0.1:0", home=home) as server:
         status = await server.wait(5)
         assert status in (1, 2)
@@ -719,6 +723,7 @@ async def test_damaged_files_of_a_client_are_no_traceback(home: Path, name: str)
     path = home / "state" / name
     path.parent.mkdir()
     path.write_bytes(b"\xff\xfe\xfd" * 10)
+    path.chmod(0o600)
     async with origin() as local, serving(home / "server", "--token", TOKEN) as server:
         args = [str(local.port), "--server", server.url, *(() if name == "token" else ("--token", TOKEN))]
         async with await start("connect", *args, home=home) as client:
@@ -920,6 +925,7 @@ async def test_a_remembered_token_of_a_server_reached_through_loopback_is_used(h
     """This machine serves too, with a token of its own, but the tunnel that is dialled is another server's."""
     (home / "state").mkdir()
     (home / "state" / "token").write_text("the-token-of-this-machines-own-server\n")
+    (home / "state" / "token").chmod(0o600)
     async with origin() as local, serving(home / "server", "--token", TOKEN) as server:
         args = [str(local.port), "--server", server.url]
         for more in (["--token", TOKEN], []):
@@ -948,6 +954,7 @@ async def test_environment_wins_over_memory(home: Path) -> None:
     (home / "state").mkdir()
     memory = {"server": f"http://127.0.0.1:{free_port()}", "tokens": {}}
     (home / "state" / "client.json").write_text(json.dumps(memory))
+    (home / "state" / "client.json").chmod(0o600)
     async with origin() as local, serving(home / "s", "--token", TOKEN) as server:
         env = {"PYTUNNEL_SERVER": server.url, "PYTUNNEL_TOKEN": TOKEN}
         async with await start("connect", str(local.port), home=home, env=env) as client:
@@ -994,18 +1001,19 @@ async def test_the_line_to_paste(home: Path, terminal: bool) -> None:
     os.close(follower)
     os.close(write_end)
     try:
-        text = await asyncio.wait_for(read_line_with(stderr[0], "  pytunnel connect 3000 "), 10)
+        text = await asyncio.wait_for(read_line_with(stderr[0], "  PYTUNNEL_TOKEN="), 10)
         kept = home / "state" / "token"
         token = kept.read_text().strip()
         words = shlex.split(text)
+        secret = words.pop(0)
         assert words[:4] == ["pytunnel", "connect", "3000", "--server"]
-        assert words[5] == "--token"
+        assert secret == f"PYTUNNEL_TOKEN={token if terminal else '…'}"
         assert (token in text) is terminal
         assert (str(kept) in text) is not terminal
         if terminal:
             async with origin() as local:
-                args = ["connect", str(local.port), *words[3:]]
-                async with await start(*args, home=home / "elsewhere") as client:
+                args, env = ["connect", str(local.port), *words[3:]], dict([secret.split("=")])
+                async with await start(*args, home=home / "elsewhere", env=env) as client:
                     assert (await visit(await url_of(client))).status == 200
     finally:
         process.terminate()
@@ -1030,7 +1038,7 @@ async def read_line_with(descriptor: int, start: str) -> str:
 async def test_a_token_that_was_given_is_not_repeated(home: Path) -> None:
     async with await start("serve", "--listen", "127.0.0.1:0", "--token", TOKEN, home=home) as server:
         line = await server.stderr_line("pytunnel connect 3000")
-        assert '--token "…"' in line
+        assert "PYTUNNEL_TOKEN=… pytunnel" in line
         server.send_signal(signal.SIGTERM)
         await server.wait()
         assert TOKEN not in "\n".join(server.stderr)

@@ -412,7 +412,7 @@ async def test_the_token_is_printed_on_a_terminal(tmp_path: Path) -> None:
             def printed() -> bool:
                 with contextlib.suppress(BlockingIOError):
                     text.extend(os.read(master, 65536))
-                return b"--token " in text and text.endswith(b"\n")
+                return b"PYTUNNEL_TOKEN=" in text and text.endswith(b"\n")
 
             await eventually(printed, 10, "the line to paste")
             assert (tmp_path / "token").read_text().strip() in text.decode()

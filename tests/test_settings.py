@@ -42,7 +42,11 @@ class Place:
             self._monkeypatch.setenv(name, value)
 
     def remember(self, server: str, **tokens: str) -> None:
-        (self.state / "client.json").write_text(json.dumps({"server": server, "tokens": tokens}))
+        self.private("client.json", json.dumps({"server": server, "tokens": tokens}))
+
+    def private(self, name: str, text: str) -> None:
+        (self.state / name).write_text(text)
+        (self.state / name).chmod(0o600)
 
 
 @pytest.fixture
@@ -79,7 +83,7 @@ def test_the_token_comes_from_the_nearest_place_that_has_one(place: Place) -> No
     place.project.write_text(f'token = "{B}"\n')
     place.env(PYTUNNEL_TOKEN=A)
     place.remember(server, **{server: D})
-    (place.state / "token").write_text(f"{TOKEN}\n")
+    place.private("token", f"{TOKEN}\n")
     steps: list[tuple[Callable[[], object], dict[str, str], bool, str, str]] = [
         (lambda: None, {"token": OTHER_TOKEN}, True, OTHER_TOKEN, "--token"),
         (lambda: None, {}, True, A, "$PYTUNNEL_TOKEN"),
@@ -92,7 +96,7 @@ def test_the_token_comes_from_the_nearest_place_that_has_one(place: Place) -> No
     for take_away, flags, project, token, source in steps:
         take_away()
         assert Settings(flags, project=project).token == Setting(token, source)
-    with pytest.raises(UsageError, match="no token for http://localhost:8080: add --token"):
+    with pytest.raises(UsageError, match="no token for http://localhost:8080: run pytunnel login"):
         Settings({}).checked_token()
 
 
@@ -100,7 +104,7 @@ def test_a_kept_token_is_for_its_own_server(place: Place) -> None:
     """That of a file with a server, of the memory and of this machine's server go nowhere else."""
     place.config.write_text(f'server = "https://one.example"\ntoken = "{A}"\n')
     place.remember("https://two.example", **{"https://two.example": B})
-    (place.state / "token").write_text(TOKEN)
+    place.private("token", TOKEN)
     table = {
         "https://one.example": A,
         "https://one.example:443": "",  # another text; a token too few is safe
@@ -623,6 +627,6 @@ def test_settings_know_all_flags_of_a_tunnel() -> None:
     options = pytunnel._parser().parse_args(["connect", "3000"])
     flags = {name.replace("_", "-") for name in vars(options)}
     assert set(pytunnel.TUNNEL_SETTINGS) - {"target"} <= flags
-    others = {"command", "server", "token", "name", "targets", "json", "verbose", "debug", "no-tui"}
+    others = {"command", "server", "token", "token-file", "name", "targets", "json", "verbose", "debug", "no-tui"}
     client = {"detach", "detached", "wait-local", "max-retries", "url-file", "format"}
     assert flags - set(pytunnel.TUNNEL_SETTINGS) == others | client
