@@ -169,7 +169,18 @@ def test_keys() -> None:
         f"| {pytunnel.MAX_HEAD // pytunnel.KiB} KiB, {pytunnel.MAX_FIELDS} fields, "
         f"{pytunnel.MAX_FIELD // pytunnel.KiB} KiB each",
         f"at most {pytunnel.MAX_STREAMS * pytunnel.INITIAL_WINDOW // pytunnel.MiB} MiB of unread bodies "
-        f"and {pytunnel.MAX_UNACKED // pytunnel.MiB} MiB kept",
+        f"and {pytunnel.MAX_PENDING // pytunnel.MiB} MiB of frames",
+        f"a stalled link holds {pytunnel.MAX_PENDING // pytunnel.MiB} MiB",
+        f"| {pytunnel.MAX_BUFFERED // pytunnel.MiB} MiB |",
+        f"or keeps {pytunnel.MAX_BUFFERED // pytunnel.MiB} MiB",
+        f"for all sessions together by {pytunnel.MAX_BUFFERED // pytunnel.MiB} MiB",
+        f"| {pytunnel.MAX_EACH} (`serve --max-per-address`), {pytunnel.MAX_VISITORS:,} or",
+        f"may have {pytunnel.MAX_EACH} connections (IPv6: a /64), abort {pytunnel.MAX_ABORTS} requests at once "
+        f"and {pytunnel.ABORT_RATE:g} a second",
+        f"{pytunnel.MAX_GUESSES} wrong ones from an address, and it\n  may try one every {1 / pytunnel.GUESS_RATE:g} s",
+        f"| {pytunnel.HEAD_TIMEOUT:g} s; {pytunnel.BODY_TIMEOUT:g} s |",
+        f"took more than {pytunnel.HEAD_TIMEOUT:g} s, or its content stopped for {pytunnel.BODY_TIMEOUT:g} s",
+        f"| {pytunnel.VISITOR_KEEPALIVE:g} s |",
         f"| names of one token | {pytunnel.MAX_NAMES};",
         f"{pytunnel.MAX_CREDENTIALS} users, {pytunnel.MAX_NETWORKS} networks",
         f"| {pytunnel.MAX_TUNNELS}, {pytunnel.MAX_STREAMS} at a time (`token add",

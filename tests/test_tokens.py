@@ -654,7 +654,7 @@ def test_a_command_line_without_its_secrets(words: list[str], kept: list[str]) -
     ],
 )
 async def test_no_mistake_shows_a_token(tmp_path: Path, args: list[str]) -> None:
-    result = await run(*args, home=tmp_path)
+    result = await run(*args, home=tmp_path, expected_complaint="Traceback" if "--debug" in args else "")
     text = "\n".join([*result.stdout, *result.stderr])
     assert text and OTHER_TOKEN not in text, text
     assert result.status == (0 if args[0] == "config" else result.status or 99)
@@ -667,6 +667,7 @@ async def test_a_crash_does_not_show_a_token(tmp_path: Path, place: str) -> None
     async with serving(tmp_path, "--token", TOKEN, "--debug") as server:
         args = ["connect", "3000", "--server", server.url, "--token", TOKEN, "--debug"]
         async with await start(*args, command=command) as client:
+            client.expected_complaint = "Traceback"
             assert await client.wait() == 1
             assert client.stderr[-1] == "ZeroDivisionError: division by zero"
             assert TOKEN not in "\n".join([*client.stdout, *client.stderr, *server.process.stderr])
