@@ -1561,7 +1561,7 @@ def open_descriptors(pid: int) -> tuple[collections.Counter[str], list[Connectio
         with contextlib.suppress(FileNotFoundError):
             names.append(os.readlink(f"/proc/{pid}/fd/{number}"))
     tables = [Path(f"/proc/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
-    rows = [line.split() for line in itertools.chain.from_iterable(tables)]
+    rows = [line.split() for line in itertools.chain.from_iterable(tables) if " 06 " not in line]  # no TIME-WAIT
     inodes = {(row[1][-13:], row[2][-13:]): row[9] for row in rows}  # the tail: an IPv4 address may be mapped, or not
     ends = {row[9]: row for row in rows if not row[2].endswith(":0000")}
     kinds: collections.Counter[str] = collections.Counter()
