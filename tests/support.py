@@ -1566,7 +1566,7 @@ def open_descriptors(pid: int) -> tuple[collections.Counter[str], list[Connectio
         with contextlib.suppress(FileNotFoundError):
             names.append(os.readlink(f"/proc/{pid}/fd/{number}"))
     tables = [Path(f"/proc/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
-    rows = [line.split() for line in itertools.chain.from_iterable(tables)]
+    rows = [line.split() for line in itertools.chain.from_iterable(tables) if " 06 " not in line]  # no TIME-WAIT
     inodes = {(row[1][-13:], row[2][-13:]): row[9] for row in rows}  # the tail: an IPv4 address may be mapped, or not
     ends = {row[9]: row for row in rows if not row[2].endswith(":0000")}
     kinds: collections.Counter[str] = collections.Counter()
@@ -1739,7 +1739,9 @@ class Tunnel:
         found = []
         for role, processes in (("server", self._servers), ("client", self.clients)):
             for process in processes:
-                if process.returncode is None:
+                if process.returncode is not None:
+                    continue
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended just now
                     kinds, connections = open_descriptors(process.pid)
                     more = [*(kinds - self._at_rest[role][0]).elements()]
                     more += [f"{c}, whose other end is gone" for c in connections if not c.held]
@@ -1765,10 +1767,14 @@ class Tunnel:
         """The server's gauges that differ from what they were; visitors who are still there make them differ."""
         if self.server.returncode is not None:
             return []
-        if len(open_descriptors(self.server.pid)[1]) != len(self._at_rest["server"][1]):
-            return []
-        gauges = await self._read_gauges()
-        return [f"{name} {gauges[name]:g}, not {was:g}" for name, was in self._gauges.items() if gauges[name] > was]
+        try:
+            if len(open_descriptors(self.server.pid)[1]) != len(self._at_rest["server"][1]):
+                return []
+            gauges = await self._read_gauges()
+        except (FileNotFoundError, ConnectionError, Truncated):
+            return []  # it is ending
+        more = {name: now for name, now in gauges.items() if now > self._gauges[name]}
+        return [f"{name} {now:g}, not {self._gauges[name]:g}" for name, now in more.items()]
 
     async def _read_gauges(self) -> dict[str, float]:
         """What the server says of itself, where it does."""
