@@ -3579,15 +3579,18 @@ class TunnelServer:
         self._registry.admit([*self._given, *grants], self._tokens.revoked)
 
     async def _watch_tokens(self) -> None:
-        """Notice what `pytunnel token` changes."""
+        """Notice what `pytunnel token` changes. What cannot be read is tried again, so that no revocation is missed."""
+        problem = ""
         while True:
             await asyncio.sleep(TOKENS_INTERVAL)
             if (stamp := self._tokens.stamp()) != self._stamp:
-                self._stamp = stamp
                 try:
                     self._read_tokens()
+                    self._stamp, problem = stamp, ""
                 except TunnelError as error:
-                    log.warning("the tokens stay as they were: %s", error)
+                    if str(error) != problem:
+                        log.warning("the tokens stay as they were: %s", error)
+                    problem = str(error)
 
     # Requests
 
@@ -6475,6 +6478,9 @@ class Served(NamedTuple):
     token: str
     server: TunnelServer
 
+    def __repr__(self) -> str:
+        return f"Served({self.url!r})"  # test reports show it
+
 
 @contextlib.asynccontextmanager
 async def serve(listen: str = "127.0.0.1:0", *, token: str = "", state: Path | None = None) -> AsyncIterator[Served]:
@@ -7354,8 +7360,8 @@ def _token(options: argparse.Namespace, console: Console) -> None:
         names = list(map(check_name, options.name))
         token = tokens.add(label, names, options.max_tunnels, options.max_requests)
         write(json.dumps({"label": label, "token": token}) if options.json else token)
-        advice = "a server that runs takes it at once; where the service is, run pytunnel login with the server's URL"
-        console.say(f"this token is shown only now; kept for {label} in {tokens.directory} is what proves it: {advice}")
+        kept = f"shown this once; {tokens.directory} keeps only what proves it"
+        console.say(f"{label}: {kept}; on the machine with the service, give it to pytunnel login URL")
 
 
 def _doctor(options: argparse.Namespace, console: Console) -> int:
