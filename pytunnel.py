@@ -4155,8 +4155,11 @@ class TunnelServer:
         await self._http.shutdown(0.2)
 
     async def _watch(self) -> None:
-        """See how late the event loop is, whether the sessions keep too much, and what `pytunnel token` changes."""
-        loop = asyncio.get_running_loop()
+        """See how late the event loop is, whether the sessions keep too much, and what `pytunnel token` changes.
+
+        Tokens that cannot be read are tried again, so that no revocation is missed.
+        """
+        loop, problem = asyncio.get_running_loop(), ""
         while True:
             due = loop.time() + TICK
             await asyncio.sleep(TICK)
@@ -4165,11 +4168,13 @@ class TunnelServer:
             if self._is_full > was_full:
                 log.warning("sessions keep more than %d MiB: new requests are refused", MAX_BUFFERED // MiB)
             if (stamp := self._tokens.stamp()) != self._stamp:
-                self._stamp = stamp
                 try:
                     self._read_tokens()
+                    self._stamp, problem = stamp, ""
                 except TunnelError as error:
-                    log.warning("the tokens stay as they were: %s", error)
+                    if str(error) != problem:
+                        log.warning("the tokens stay as they were: %s", error)
+                    problem = str(error)
 
     def _read_tokens(self) -> None:
         grants = self._tokens.grants(default=not self._given)
@@ -7210,6 +7215,9 @@ class Served(NamedTuple):
     token: str
     server: TunnelServer
 
+    def __repr__(self) -> str:
+        return f"Served({self.url!r})"  # test reports show it
+
 
 @contextlib.asynccontextmanager
 async def serve(listen: str = "127.0.0.1:0", *, token: str = "", state: Path | None = None) -> AsyncIterator[Served]:
@@ -8147,8 +8155,8 @@ def _token(options: argparse.Namespace, console: Console) -> None:
         names = list(map(check_name, options.name))
         token = tokens.add(label, names, options.max_tunnels, options.max_requests)
         write(json.dumps({"label": label, "token": token}) if options.json else token)
-        advice = "a server that runs takes it at once; where the service is, run pytunnel login with the server's URL"
-        console.say(f"this token is shown only now; kept for {label} in {tokens.directory} is what proves it: {advice}")
+        kept = f"shown this once; {tokens.directory} keeps only what proves it"
+        console.say(f"{label}: {kept}; on the machine with the service, give it to pytunnel login URL")
 
 
 def _doctor(options: argparse.Namespace, console: Console) -> int:

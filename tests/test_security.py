@@ -281,6 +281,8 @@ async def test_an_unknown_key_and_a_wrong_proof_look_the_same() -> None:
         unknown = [await attempt(port, key_id(OTHER_TOKEN), bytes(32)) for _ in range(2)]
         assert known[0] == known[1]
         assert unknown[0] == unknown[1], "a salt that changes tells that the key is made up"
+        stranger = await attempt(port, "0123456789abcdef", bytes(32))
+        assert len({known[0][1], unknown[0][1], stranger[1]}) == 3, "a salt that keys share tells the same"
         assert known[0][0] == unknown[0][0]
         assert known[0][2] == unknown[0][2]
         assert json.loads(known[0][2])["code"] == "token"

@@ -292,6 +292,22 @@ async def test_the_line_to_paste_of_a_server_with_labels_only(tmp_path: Path) ->
         assert token not in server.output()
 
 
+async def test_a_token_that_is_given_stands_in_for_the_default(service: Service) -> None:
+    pytunnel.write_private(service.home / "other" / "state" / "token", TOKEN)
+    labelled = add(service.home / "other", "laptop")
+    state = service.home / "other" / "state"
+    server = pytunnel.TunnelServer(tokens=[OTHER_TOKEN], state=state, host="127.0.0.1", port=0)
+    await server.start()
+    try:
+        url = f"http://127.0.0.1:{server.port}"
+        for token in (OTHER_TOKEN, labelled):
+            await pytunnel.TunnelClient(url, token, []).log_in()
+        with pytest.raises(Refused, match="does not know this token"):
+            await pytunnel.TunnelClient(url, TOKEN, []).log_in()
+    finally:
+        await server.close()
+
+
 # ---------------------------------------------------------------------------------------- Revoked
 
 
@@ -480,15 +496,13 @@ async def test_the_names_of_a_revoked_token_are_free(service: Service) -> None:
 async def test_tunnels_are_limited_over_all_sessions_of_a_token(service: Service) -> None:
     token, other = add(service.home, "kiosk", max_tunnels=2), add(service.home, "other")
     await service.admitted("kiosk", "other")
-    async with service.connect("127.0.0.1:1", token, "one"):
+    async with service.connect("127.0.0.1:1", other, "other"), service.connect("127.0.0.1:1", token, "one"):
         async with service.connect("127.0.0.1:1", token, "two"):
             error = await refused(service.connect("127.0.0.1:1", token, "three"))
             assert (error.code, error.exit_status, error.retry) == ("limit", 4, False)
             assert str(error) == "this token may have 2 tunnels at a time, and it has one, two now"
-            async with service.connect("127.0.0.1:1", other, "three"):
-                pass
-        await eventually(lambda: len(service.registry.sessions) == 1, 5)
-        async with service.connect("127.0.0.1:1", token, "four"):
+        await eventually(lambda: len(service.registry.sessions) == 2, 5)
+        async with service.connect("127.0.0.1:1", token, "three"):
             pass
     await eventually(lambda: not service.registry.sessions, 5)
     with pytest.raises(Refused, match="may have 2 tunnels at a time, and these are 3"):
@@ -499,9 +513,10 @@ async def test_tunnels_are_limited_over_all_sessions_of_a_token(service: Service
 async def test_a_client_that_takes_its_own_name_over_needs_no_room(service: Service) -> None:
     token = add(service.home, "kiosk", max_tunnels=1)
     await service.admitted("kiosk")
-    with contextlib.suppress(TunnelError):  # the first one has been replaced
-        async with service.connect("127.0.0.1:1", token, "one"), service.connect("127.0.0.1:1", token, "one"):
-            assert len(service.registry.sessions) == 1
+    async with service.running(1, token, "one") as first, service.running(1, token, "one"):
+        with pytest.raises(Refused, match="another client with the same token"):
+            await first
+        assert len(service.registry.sessions) == 1
 
 
 async def test_requests_are_limited_over_all_sessions_of_a_token_and_released(service: Service) -> None:
@@ -538,6 +553,28 @@ async def test_requests_are_limited_over_all_sessions_of_a_token_and_released(se
         assert (await first.read_response()).body == b"hello"
         assert (await service.get("two")).body == b"hello"
         assert service.registry._requests[key_id(token)] == 0
+
+
+async def test_a_link_that_takes_nothing_does_not_put_revocation_off(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is queued for it could wait for WRITE_TIMEOUT, which is longer than a revoked token may last."""
+    token, stuck = add(service.home, "laptop"), asyncio.Event()
+
+    async def send_bytes(*_: object) -> None:
+        stuck.set()
+        await asyncio.Event().wait()
+
+    await service.admitted("laptop")
+    async with service.running(1, token, "web") as client, RawVisitor(service.server.port) as visitor:
+        monkeypatch.setattr("aiohttp.web.WebSocketResponse.send_bytes", send_bytes)
+        await visitor.send(request("GET", b"/", f"web.localhost:{service.server.port}".encode()))
+        await stuck.wait()
+        service.tokens.revoke("laptop")
+        async with asyncio.timeout(5):
+            assert (await visitor.read_response()).value(b"x-pytunnel-error") == b"link-lost"
+            with pytest.raises(Refused, match="does not know this token"):
+                await client
 
 
 async def test_a_token_that_is_revoked_just_after_its_handshake_is_cut_off(
@@ -673,6 +710,13 @@ async def test_a_crash_does_not_show_a_token(tmp_path: Path, place: str) -> None
             assert TOKEN not in "\n".join([*client.stdout, *client.stderr, *server.process.stderr])
 
 
+async def test_what_the_python_api_gives_does_not_show_it() -> None:
+    async with pytunnel.serve(token=TOKEN) as server:
+        client = pytunnel.TunnelClient(server.url, TOKEN, [])
+        assert TOKEN not in f"{server!r} {client!r} {server.server!r} {server.server._given!r}"
+        assert server.url in repr(server)
+
+
 # ---------------------------------------------------------------------------------------- Where a token comes from
 
 
@@ -729,7 +773,7 @@ async def test_every_command_with_a_token_takes_it_from_a_file(tmp_path: Path, c
 
 @pytest.mark.parametrize("command", ["connect", "start"])
 async def test_a_missing_token_is_asked_for_on_a_terminal(tmp_path: Path, command: str) -> None:
-    """What is typed does not show; nothing at all is what no token is elsewhere."""
+    """What is typed does not show; Ctrl-D is what no token is elsewhere."""
     async with origin() as local, serving(tmp_path / "server", "--token", TOKEN) as server:
         (tmp_path / "pytunnel.toml").write_text(f'[tunnels.web]\ntarget = "{local.port}"\n')
         args = ["connect", f"web={local.port}"] if command == "connect" else ["start"]
@@ -751,7 +795,7 @@ async def test_a_missing_token_is_asked_for_on_a_terminal(tmp_path: Path, comman
 
                 os.set_blocking(near, False)
                 await eventually(lambda: reads(f"token for {server.url}: ".encode()), 10, "the question")
-                os.write(near, typed.encode() + b"\n")
+                os.write(near, typed.encode() + b"\n" if typed else b"\x04")
                 assert process.stdout
                 if typed:
                     url = (await asyncio.wait_for(process.stdout.readline(), 10)).decode().strip()
