@@ -48,7 +48,8 @@ A link is a WebSocket at `GET /_pytunnel/link`, subprotocol `pytunnel.1`. The ha
 
 Heads are byte strings joined by NUL. Only the server opens streams; ids grow and are never reused. Both sides count
 the counted frames. A new link states in its handshake how many each side has received, and what is missing is sent
-again: no frame is lost and none is delivered twice.
+again: no frame is lost and none is delivered twice. Who breaks these rules gets a GOAWAY that says how, and close code
+1002; the session is over.
 
 Sections, in order; each uses only what stands above it, and those before State do no I/O
 ----------------------------------------------------------------------------------------
@@ -61,6 +62,8 @@ Flow control
 Session
 HTTP/1.1 messages
 Handshake
+Callers
+Metrics
 Exchanges
 Views
 Screen
@@ -161,7 +164,7 @@ log = logging.getLogger("pytunnel")
 # ---- Limits and defaults --------------------------------------------------------------------------------------------
 # Every number that a peer or a visitor could push is bounded here, once, with its unit and its reason.
 # A session's worst case on either side is MAX_STREAMS x INITIAL_WINDOW of unread bodies (128 MiB), MAX_INTERIM + 1
-# heads of each of these streams, and MAX_UNACKED of frames kept for resume; it takes that many stopped readers.
+# heads of each of these streams, and MAX_PENDING of other frames; it takes that many stopped readers.
 
 KiB = 1024
 MiB = 1024 * KiB
@@ -172,12 +175,14 @@ MAX_FIELDS = 128  # header fields of one head (HAProxy 101, aiohttp 128)
 MAX_CONTROL = 1 * KiB  # bytes of a RESET's or GOAWAY's payload
 MAX_MESSAGE = 1 * MiB  # bytes of one WebSocket message: a batch and the frame that reached over its limit
 MAX_BATCH = 256 * KiB  # bytes that one message collects before it goes out
+MAX_FRAMES = 1000  # frames taken before others have their turn of the event loop: 5 ms, where a message may hold 80,000
 TURN = 64 * KiB  # bytes a stream sends before the next one has its turn
 INITIAL_WINDOW = 256 * KiB  # bytes of credit for a new stream (yamux uses the same)
 MAX_WINDOW = 2**31 - 1  # bytes of credit a peer may ever add up to (RFC 9113 section 6.9.1)
 SEND_BUFFER = 64 * KiB  # bytes a stream may queue before its writer waits
 MAX_UNACKED = 8 * MiB  # bytes kept for resume; at this bound no more DATA is taken
-MAX_UNACKED_FRAMES = 65536  # frames kept for resume; a peer that reads but never acknowledges is cut here
+MAX_UNACKED_FRAMES = 65536  # frames kept for resume, or waiting; a peer that never acknowledges, or reads, is cut here
+MAX_PENDING = 16 * MiB  # bytes of frames kept for resume and of control frames waiting; past it no stream is opened
 ACK_BYTES = 256 * KiB  # bytes received before an acknowledgement is sent at once
 ACK_DELAY = 0.1  # seconds an acknowledgement may wait for company
 MAX_STREAMS = 512  # streams of one session at a time
@@ -189,19 +194,25 @@ PING_INTERVAL = 15.0  # seconds of silence before a PING: below nginx's 60 s and
 PING_TIMEOUT = 10.0  # seconds to answer; a dead link is noticed within the sum of both
 WRITE_TIMEOUT = 10.0  # seconds one message may wait for room in the transport before the link counts as lost
 HANDSHAKE_TIMEOUT = 10.0  # seconds for the whole handshake
-MAX_HANDSHAKES = 128  # links at a time that have not shown their token yet
-MAX_HELLO = 16 * KiB  # bytes of a handshake message
+MAX_HANDSHAKES = 1024  # links at a time that have not shown their token yet,
+MAX_HANDSHAKES_EACH = 32  # and of these, of one address
+MAX_HELLO = 32 * KiB  # bytes of a handshake message: MAX_TUNNELS names take 4 KiB of it, and MAX_RULES
+MAX_RULES = 24 * KiB  # bytes of a hello that tell whom its tunnels let in; a password for each of MAX_TUNNELS takes 12
+MAX_CREDENTIALS = 32  # users with passwords of one tunnel; a visitor's is compared with each
+MAX_NETWORKS = 64  # networks of one tunnel
 MAX_TUNNELS = 64  # tunnels of one session
 MAX_NAMES = 100  # names one token may own on a server; those unused the longest make room for new ones
 MAX_ZONES = 16  # hosts under which clients have dialled this server; each serves tunnels below it
 MAX_ITERATIONS = 100_000  # PBKDF2 rounds a server may ask a client for
-ITERATIONS = 4096  # PBKDF2 rounds, the least RFC 7677 allows: our tokens are random, not memorable
+ITERATIONS = 4096  # PBKDF2 rounds, the least RFC 7677 allows: our tokens are random, not memorable, and a server
+# that asks a client for fewer is after its proof, to try tokens on
 
 GRACE = 120.0  # seconds a session outlives its link: a sleep in the train tunnel, not one over lunch
 HOLD = 30.0  # seconds a request waits for a client that is away
 MAX_HELD = 128  # requests that wait for one tunnel's client at a time
 DRAIN = 30.0  # seconds the server lets running exchanges finish after SIGTERM
 GOODBYE = 5.0  # seconds the client lets them finish after SIGINT or SIGTERM
+LAST_WORD = 1.0  # seconds a peer that broke the protocol has to take our GOAWAY before its connection is cut
 LINGER = 10.0  # seconds an upload may go on after an error response (nginx lingering_time is 30)
 MAX_DISCARD = 16 * MiB  # bytes of it that are read and thrown away, so that the visitor gets to see the response
 
@@ -237,6 +248,19 @@ LOCAL_IDLE = 4.0  # seconds an idle local connection is kept: Node.js closes its
 MAX_LOCAL_IDLE = 64  # idle local connections kept per target
 READ_BUFFER = 128 * KiB  # bytes a local connection reads ahead of its stream
 VISITOR_KEEPALIVE = 75.0  # seconds an idle visitor connection is kept (nginx keepalive_timeout)
+HEAD_TIMEOUT = 10.0  # seconds for a request's whole head, from its first byte or from the connection on
+BODY_TIMEOUT = 60.0  # seconds without a byte of a request's content before it counts as given up (nginx: 60)
+STALL_TIMEOUT = 60.0  # seconds in which a visitor takes not one byte of its response (nginx send_timeout: 60)
+REFUSAL_LINGER = 1.0  # seconds in which a visitor may read why its connection is closed
+MAX_VISITORS = 10_000  # connections of visitors and clients; less where there are not so many file descriptors
+RESERVED_FILES = 32  # file descriptors that are not for them
+MAX_EACH = 256  # connections of one address at a time: half of MAX_STREAMS, or 40 browsers behind one NAT
+MAX_CALLERS = 10_000  # addresses that are remembered at a time
+MAX_ABORTS, ABORT_RATE = 500, 50.0  # requests that an address may abort at once, and a second after that (Envoy: 500)
+MAX_GUESSES, GUESS_RATE = 20, 1 / 3  # wrong tokens or passwords of an address at once, and a second after that
+MAX_CALLER_LINES, CALLER_LINE_RATE = 1, 1.0  # lines in the log about an address at once, and a second after that
+MAX_BUFFERED = 256 * MiB  # bytes that all sessions of a server keep; at this bound no more requests are taken
+TICK = 0.5  # seconds between two looks at that, and at how late the event loop is
 INSPECTOR_PORTS = 20  # ports from INSPECTOR_PORT on that are tried
 MAX_POLL = 25.0  # seconds the inspector's page waits for something new: below what browsers and proxies allow
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
@@ -458,21 +482,26 @@ def decode_reason(payload: bytes) -> tuple[ErrorCode, str]:
 
 
 class FrameDecoder:
-    """Turns bytes, sliced anyhow, into frames. Holds at most one frame."""
+    """Turns bytes, sliced anyhow, into frames, MAX_FRAMES at a time. Holds what it has not come to yet."""
 
     def __init__(self) -> None:
         self._buffer = b""
+        self.has_more = False  # MAX_FRAMES was reached; feed nothing to go on
 
     @property
     def buffered(self) -> int:
-        """Bytes of a frame that is not complete yet."""
+        """Bytes of frames that were not returned yet."""
         return len(self._buffer)
 
     def feed(self, data: bytes) -> list[Frame]:
-        """Return the frames that `data` completes. Raises ProtocolError; the decoder is of no use after that."""
+        """Return frames that `data` completes. Raises ProtocolError; the decoder is of no use after that."""
         data = self._buffer + data  # mostly nothing and whole frames, which makes no copy
-        frames, start = [], 0
+        frames, start, room, self.has_more = [], 0, MAX_FRAMES, False
         while len(data) - start >= FRAME_HEADER.size:
+            if not room:
+                self.has_more = True
+                break
+            room -= 1
             word, flags, stream_id = FRAME_HEADER.unpack_from(data, start)
             length, type_ = word >> 8, word & 0xFF
             self._check(type_, flags, stream_id, length)
@@ -659,6 +688,7 @@ class Session:
         self.goaway: tuple[ErrorCode, str] | None = None  # the peer's
         self.leaving = False  # we sent a GOAWAY
         self.round_trip: float | None = None  # seconds, of the last PING
+        self.work = 0  # messages and frames that were received, for a reader who wants to be fair
         self.drained: list[int] = []  # streams whose writers may go on; the caller empties it
         self._peer_window, self._window = send_window, receive_window
         self._streams: dict[int, _SessionStream] = {}
@@ -689,25 +719,31 @@ class Session:
         """Number of streams that are not closed."""
         return len(self._streams)
 
+    @property
+    def buffered(self) -> int:
+        """Bytes kept here until they are sent, acknowledged or read."""
+        unread = sum(stream.buffered + stream.receive.unread for stream in self._streams.values())
+        return unread + self._control_bytes + self._unacked_bytes
+
     def open_stream(self, tunnel: int, kind: Kind, head: bytes, *, end: bool = False, waited: float = 0.0) -> int:
         """Open a stream with a request head and return its id. Raises StreamReset when there is no room for it.
 
         `waited` tells the client how many seconds the request has been on the server.
         """
         assert self.is_server
-        if self._last_id >= MAX_STREAM_ID and not self.leaving:
-            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
         if self.goaway or self.leaving:
             raise StreamReset(ErrorCode.SHUTDOWN, "the session is ending")
         if len(self._streams) >= self.max_streams:
             raise StreamReset(ErrorCode.REFUSED, f"{self.max_streams} streams are open")
-        if self._unacked_bytes + self._control_bytes > MAX_UNACKED:
+        if self._congested:
             raise StreamReset(ErrorCode.REFUSED, "the link is congested")
         stream = self._add_stream(self._last_id + 1)
         payload = OPEN_HEADER.pack(tunnel, kind, round(waited * 1000)) + head
         self._send_control(FrameType.OPEN, END if end else 0, stream.id, payload)
         if end:
             self._transition(stream, Input.SEND_END)
+        if stream.id >= MAX_STREAM_ID:
+            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
         return stream.id
 
     def send_head(self, stream_id: int, head: bytes, *, interim: bool = False, end: bool = False) -> None:
@@ -815,9 +851,14 @@ class Session:
         return b"".join(out)
 
     def receive_data(self, data: bytes, now: float) -> list[Frame]:
-        """Take bytes from the link and return the frames for the layer above. Raises ProtocolError."""
+        """Take bytes from the link and return the frames for the layer above. Raises ProtocolError.
+
+        With `has_more` there are others in them: call it again, with nothing.
+        """
         self._heard_at, events = now, []
-        for frame in self._decoder.feed(data):
+        frames = self._decoder.feed(data)
+        self.work += 1 + len(frames)
+        for frame in frames:
             if frame.type in LINK_LEVEL:
                 self._receive_link_level(frame)
                 continue
@@ -827,6 +868,8 @@ class Session:
                 events.append(frame)
         if 0 < self._bytes_to_ack < ACK_BYTES and self._ack_deadline is None:
             self._ack_deadline = now + ACK_DELAY
+        if len(self._control) > MAX_UNACKED_FRAMES:  # an honest peer has stopped to open streams long before
+            raise ProtocolError(f"over {MAX_UNACKED_FRAMES} replies that are not read")
         return events
 
     @property
@@ -836,11 +879,25 @@ class Session:
         return bool(waiting) or self._bytes_to_ack >= ACK_BYTES
 
     @property
+    def has_more(self) -> bool:
+        """Whether `receive_data` has left frames for another call."""
+        return self._decoder.has_more
+
+    @property
     def between_frames(self) -> bool:
         """Whether all bytes received so far made whole frames, as every message must."""
         return not self._decoder.buffered
 
     # What is sent
+
+    @property
+    def _congested(self) -> bool:
+        """Whether what waits for the peer, or for its ACK, is too much for another stream to add to it.
+
+        A quarter of the frames that end a session: refusing the streams of a peer that does not read takes frames, too.
+        """
+        frames = len(self._unacked) + len(self._control)
+        return self._unacked_bytes + self._control_bytes > MAX_PENDING or frames > MAX_UNACKED_FRAMES // 4
 
     def _take_control(self, out: list[bytes], room: int) -> int:
         while self._control and room > 0:
@@ -973,13 +1030,11 @@ class Session:
         if self.is_server or frame.stream_id <= self._last_id:
             raise ProtocolError(f"OPEN of stream {frame.stream_id} after {self._last_id}")
         unknown = frame.payload[2] not in Kind.__members__.values()  # what a newer peer may ask for
-        if unknown or self.leaving or len(self._streams) >= self.max_streams:
+        if unknown or self.leaving or len(self._streams) >= self.max_streams or self._congested:
             self._last_id = frame.stream_id
             code = ErrorCode.SHUTDOWN if self.leaving else ErrorCode.REFUSED
             refusal = encode_reason(code, "unknown kind" if unknown else "no more streams")
             self._send_control(FrameType.RESET, 0, frame.stream_id, refusal)
-            if len(self._control) > MAX_UNACKED_FRAMES:
-                raise ProtocolError("more streams than answers to them are read")
             return False
         stream = self._add_stream(frame.stream_id)
         if frame.flags & END:
@@ -1015,6 +1070,7 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
 _CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+_BASIC = re.compile(rb"basic +([A-Za-z0-9+/]+={0,2})", re.IGNORECASE)
 _HOST = re.compile(r"(?:((?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63})\.?|\[([0-9a-f:.]+)\])(?::([0-9]{0,5}))?")
 
 HOP_BY_HOP = frozenset(  # RFC 9110 section 7.6.1
@@ -1023,6 +1079,7 @@ HOP_BY_HOP = frozenset(  # RFC 9110 section 7.6.1
 )
 NEVER_NOMINATED = frozenset({b"host", b"content-length"})  # a Connection field may not take these away
 FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 OUR_FORWARDED = (b"X-Forwarded-For", b"X-Forwarded-Proto", b"X-Forwarded-Host")
 FORWARDED = frozenset({b"forwarded", b"x-real-ip", *(name.lower() for name in OUR_FORWARDED)})
 
@@ -1078,7 +1135,41 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
     return [*kept, *ours.items()]
 
 
+_COOKIE_DOMAIN = re.compile(rb"(?i)[ \t]*domain[ \t]*=")
+_PLAIN_HOST = re.compile(r"[a-z0-9._-]*")
+
+
+def own_cookies(headers: Headers, host: str) -> Headers:
+    """Return a response's fields with no cookie for more than `host`: another tunnel would get it.
+
+    A Domain that browsers might read as a parent of the host is left out; the cookie is the host's own then (RFC 6265
+    section 5.3).
+    """
+
+    def allowed(attribute: bytes) -> bool:
+        if not _COOKIE_DOMAIN.match(attribute):
+            return True
+        domain = attribute.partition(b"=")[2].strip(b" \t").lower().decode("latin-1").lstrip(".")
+        below = domain == host or domain.endswith(f".{host}")
+        return below or bool(domain and _PLAIN_HOST.fullmatch(domain) and not host.endswith(f".{domain.rstrip('.')}"))
+
+    kept = []
+    for name, value in headers:
+        if name.lower() == b"set-cookie" and b"domain" in value.lower():
+            cookie, *attributes = value.split(b";")
+            value = b";".join([cookie, *filter(allowed, attributes)])
+        kept.append((name, value))
+    return kept
+
+
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
+
+
+def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Return an address or network, and IPv4 for one that is IPv4 written as IPv6. Raises ValueError."""
+    network = ipaddress.ip_network(text)
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    return ipaddress.IPv4Network((mapped, network.prefixlen - 96)) if mapped and network.prefixlen >= 96 else network
 
 
 def visitor_address(peer: str, headers: Headers, trusted: Networks) -> str:
@@ -1088,6 +1179,7 @@ def visitor_address(peer: str, headers: Headers, trusted: Networks) -> str:
     while trusted:
         try:
             address = ipaddress.ip_address(before[-1])
+            address = getattr(address, "ipv4_mapped", None) or address
             proxy = any(ipaddress.ip_address(peer) in network for network in trusted)
         except (ValueError, IndexError):
             break
@@ -1096,6 +1188,19 @@ def visitor_address(peer: str, headers: Headers, trusted: Networks) -> str:
         peer = str(address)
         before.pop()
     return peer
+
+
+def basic_credentials(headers: Headers) -> bytes | None:
+    """Return the `user:password` that a visitor gives (RFC 7617), None without one. Raises MessageError for two."""
+    values = field_values(headers, b"authorization")
+    if len(values) > 1:
+        raise MessageError(f"{len(values)} Authorization fields")
+    match = _BASIC.fullmatch(values[0]) if values else None
+    try:
+        credentials = base64.b64decode(match[1], validate=True) if match else b""
+    except ValueError:
+        return None
+    return credentials if b":" in credentials else None
 
 
 def _encode_head(*start: bytes, headers: Headers) -> bytes:
@@ -1425,12 +1530,16 @@ def split_target(method: bytes, target: bytes, headers: Headers) -> tuple[bytes,
 # What the two ends say before the first frame, and who is who: SCRAM-SHA-256's exchange (RFC 5802, 7677), where both
 # prove that they know the token, it never crosses the wire, and what the server keeps would not let a thief of it in.
 #
-#     client  hello       version, key (a short hash of the token), nonce, what was dialled, tunnels, session to resume
+#     client  hello       version, key (a short hash of the token), nonce, what was dialled, tunnels, session to resume,
+#                         whom the tunnels let in
 #     server  challenge   nonce, salt, iterations
 #     client  proof       ClientProof over the texts of hello and challenge
 #     server  ready       ServerSignature, session, tunnels, how much was received   or   refused: code, reason, retry
+#
+# A hello that has rules (Access) is for a server that enforces them: its ready says so, or the client leaves.
 
 PROTOCOL_VERSION = 1
+ENFORCED = ("allow", "auth")  # what a ready lists
 _T = TypeVar("_T")
 
 
@@ -1515,12 +1624,92 @@ class Message:
         except ValueError:
             raise ProtocolError(f"handshake field {name!r} is not base64") from None
 
+    def members(self, name: str) -> Iterator[tuple[str, Message]]:
+        """Yield the members of a field, which are objects; none without it."""
+        for key, value in self.get(name, dict, {}).items():
+            member = Message("{}")
+            if not isinstance(value, dict):
+                raise ProtocolError(f"handshake field {name!r} is not of objects")
+            member._fields = value
+            yield key, member
+
     def number(self, name: str, low: int, high: int, default: int | None = None) -> int:
         """Return an integer field, which must lie in the range."""
         value = self.get(name, int, default)
         if not low <= value <= high:
             raise ProtocolError(f"handshake field {name!r} is not within {low} to {high}")
         return value
+
+
+class Access(NamedTuple):
+    """Which visitors a tunnel lets in: those from `networks` who know one of the passwords; without any, everybody.
+
+    Of passwords there are salted digests only: neither end keeps them, and they do not cross the wire.
+    """
+
+    networks: Networks = ()
+    salt: bytes = b""
+    digests: tuple[bytes, ...] = ()
+    pass_auth: bool = False  # the local service sees the visitor's Authorization, too
+
+    @classmethod
+    def parse(cls, allow: Sequence[str], auth: Sequence[str], pass_auth: bool, salt: bytes) -> Access:
+        """Read networks and `user:password`s. Raises UsageError, which never repeats a password."""
+        if len(allow) > MAX_NETWORKS or len(auth) > MAX_CREDENTIALS:
+            raise UsageError(f"a tunnel may have {MAX_NETWORKS} times allow and {MAX_CREDENTIALS} times auth")
+        if pass_auth and not auth:
+            raise UsageError("pass-auth is nothing without auth; add --auth USER:PASS")
+        networks = []
+        for text in allow:
+            try:
+                networks.append(parse_network(text))
+            except ValueError:
+                forms = "203.0.113.7, 10.0.0.0/8 or 2001:db8::/32"
+                raise UsageError(f"{escape(text)!r} is no address or network to allow: write it like {forms}") from None
+        for text in auth:
+            if not re.fullmatch(r"[^:]+:.+", text) or re.search(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]", text):
+                raise UsageError("auth is not USER:PASS: give a user, a colon and a password, no control characters")
+        digests = [_digest(salt, unicodedata.normalize("NFC", text).encode()) for text in auth]
+        return cls(networks, salt, tuple(digests), pass_auth) if networks or digests else cls()
+
+    def encode(self) -> dict[str, object]:
+        """Return the members of a hello."""
+        salt, digests = base64.b64encode(self.salt).decode(), base64.b64encode(b"".join(self.digests)).decode()
+        return {"allow": list(map(str, self.networks)), "salt": salt, "digests": digests, "pass": self.pass_auth}
+
+    @classmethod
+    def decode(cls, message: Message) -> Access:
+        """Read what `encode` made. Raises ProtocolError."""
+        allow, digests = message.get("allow", list), message.bytes("digests")
+        if len(allow) > MAX_NETWORKS or len(digests) > 32 * MAX_CREDENTIALS or len(digests) % 32:
+            raise ProtocolError(f"{len(allow)} networks and {len(digests)} bytes of digests for a tunnel")
+        try:
+            networks = [parse_network(str(text)) for text in allow]
+        except ValueError:
+            raise ProtocolError("not a network that a tunnel could allow") from None
+        each = tuple(digests[start : start + 32] for start in range(0, len(digests), 32))
+        return cls(networks, message.bytes("salt"), each, message.get("pass", bool))
+
+    def allows(self, address: str) -> bool:
+        """Whether a visitor may come from there."""
+        try:
+            return not self.networks or any(parse_network(address)[0] in network for network in self.networks)
+        except ValueError:
+            return False
+
+    def accepts(self, credentials: bytes) -> bool:
+        """Whether this is one of the passwords; that takes the same time whichever it is, or none."""
+        digest = _digest(self.salt, credentials)
+        return sum(hmac.compare_digest(digest, known) for known in self.digests) > 0
+
+    def passed_on(self, headers: Headers) -> Headers:
+        """Return a request's fields as the tunnel takes them."""
+        if self.pass_auth or not self.digests:
+            return headers
+        return [(name, value) for name, value in headers if name.lower() != b"authorization"]
+
+
+EVERYBODY = Access()
 
 
 def check_name(name: str) -> str:
@@ -1566,6 +1755,124 @@ def tunnel_name(host: str, zones: Iterable[str]) -> str | None:
     """Return the tunnel that a visitor's host (from parse_host) means, None when it is the server's own host."""
     label, _, zone = host.partition(".")
     return label if zone and zone in zones and host not in zones else None
+
+
+# ---- Callers --------------------------------------------------------------------------------------------------------
+# What one address may do until it has to wait: be here so many times, and so much of what only trouble has much of.
+# Nobody else waits with it. Times are seconds of any one clock.
+
+
+class Allowance:
+    """`burst` at once, and `rate` a second after that (a token bucket)."""
+
+    __slots__ = ("_at", "_burst", "_left", "_rate")
+
+    def __init__(self, burst: float, rate: float) -> None:
+        self._burst, self._rate = burst, rate
+        self._left, self._at = burst, 0.0
+
+    def left(self, now: float) -> int:
+        """Return how many there are."""
+        self._left = min(self._burst, self._left + (now - self._at) * self._rate)
+        self._at = now
+        return int(self._left)
+
+    def take(self, now: float) -> bool:
+        """Use one up; False when there is none."""
+        if not self.left(now):
+            return False
+        self._left -= 1
+        return True
+
+
+class Caller:
+    """An address from which visitors or clients call."""
+
+    __slots__ = ("aborts", "guesses", "handshakes", "lines", "open", "unsaid")
+
+    def __init__(self) -> None:
+        self.open = 0  # connections; of a visitor behind a trusted proxy, requests
+        self.handshakes = 0  # of these, links that have not shown their token yet
+        self.aborts = Allowance(MAX_ABORTS, ABORT_RATE)  # requests that it did not wait for
+        self.guesses = Allowance(MAX_GUESSES, GUESS_RATE)  # tokens and passwords that were wrong
+        self.lines = Allowance(MAX_CALLER_LINES, CALLER_LINE_RATE)  # in the log
+        self.unsaid = 0  # lines that were left out since the last one
+
+    def line(self, text: str, now: float) -> str:
+        """Return the line that the log gets about it, "" when there were too many."""
+        if not self.lines.take(now):
+            self.unsaid += 1
+            return ""
+        more, self.unsaid = self.unsaid, 0
+        return f"{text} ({more} more of this address were left out)" if more else text
+
+
+class Callers:
+    """By address: of IPv6 by the /64, which is the least that anybody gets."""
+
+    def __init__(self) -> None:
+        self._callers: dict[str, Caller] = {}
+
+    def __getitem__(self, address: str) -> Caller:
+        if ":" in address:
+            with contextlib.suppress(ValueError):
+                ipv6 = ipaddress.IPv6Address(address)
+                address = str(ipv6.ipv4_mapped or f"{int(ipv6) >> 64:x}::/64")
+        caller = self._callers.get(address)
+        if caller is None:
+            if len(self._callers) >= MAX_CALLERS:  # those that are here stay, and they are bounded elsewhere
+                self._callers = {key: caller for key, caller in self._callers.items() if caller.open}
+            caller = self._callers[address] = Caller()
+        return caller
+
+
+# ---- Metrics --------------------------------------------------------------------------------------------------------
+# What a server counts, as Prometheus reads it: a name, or name{label="value"}, and a number.
+
+METRICS = {  # name -> type, help
+    "pytunnel_sessions": ("gauge", "Sessions of clients, with a link or waiting for one."),
+    "pytunnel_links": ("gauge", "Links in use."),
+    "pytunnel_streams": ("gauge", "Requests that are open in sessions."),
+    "pytunnel_visitors": ("gauge", "Connections of visitors and clients."),
+    "pytunnel_buffered_bytes": ("gauge", "Bytes that sessions keep until they are sent, acknowledged or read."),
+    "pytunnel_tasks": ("gauge", "Tasks of the event loop."),
+    "pytunnel_received_bytes_total": ("counter", "Content of visitors' requests, and what they sent after a 101."),
+    "pytunnel_sent_bytes_total": ("counter", "Content of responses, and what visitors got after a 101."),
+    "pytunnel_responses_total": ("counter", "Responses to visitors by class of status, our own pages included."),
+    "pytunnel_refusals_total": ("counter", "Requests and connections that got a page of our own, by X-Pytunnel-Error."),
+    "pytunnel_aborts_total": ("counter", "Requests whose visitor went away."),
+    "pytunnel_handshakes_total": ("counter", "Handshakes of clients by result."),
+    "pytunnel_resumes_total": ("counter", "Links that went on with a session."),
+    "pytunnel_event_loop_lag_seconds": ("histogram", "How late the event loop ran what was due."),
+    "process_open_fds": ("gauge", "File descriptors in use."),
+    "process_resident_memory_bytes": ("gauge", "Resident memory."),
+}
+LAG_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, math.inf)  # seconds
+
+
+class Metrics(collections.Counter[str]):
+    """Samples by name and labels."""
+
+    def observe_lag(self, seconds: float) -> None:
+        """Count how late the event loop was."""
+        name = "pytunnel_event_loop_lag_seconds"
+        for bound in LAG_BUCKETS:
+            self[f'{name}_bucket{{le="{"+Inf" if bound == math.inf else f"{bound:g}"}"}}'] += seconds <= bound
+        self[f"{name}_sum"] += seconds  # type: ignore[assignment]
+        self[f"{name}_count"] += 1
+
+    def text(self, gauges: Mapping[str, float]) -> str:
+        """Return everything in Prometheus's text format 0.0.4."""
+        samples: dict[str, list[str]] = {name: [] for name in METRICS}
+        for key, value in {**self, **gauges}.items():
+            name = re.sub(r"(_bucket|_sum|_count)?(\{.*)?\Z", "", key)
+            samples[name].append(f"{key} {value:.15g}\n")
+        blocks = (
+            f"# HELP {name} {text}\n# TYPE {name} {type_}\n{''.join(samples[name])}"
+            for name, (type_, text) in METRICS.items()
+            if samples[name]
+        )
+        return "".join(blocks)
 
 
 # ---- Exchanges ------------------------------------------------------------------------------------------------------
@@ -2560,6 +2867,29 @@ def read_or_make(path: Path, make: Callable[[], str]) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
+def file_limit() -> int:
+    """Return how many files this process may have open."""
+    if os.name != "posix":
+        return MAX_VISITORS + RESERVED_FILES
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else MAX_VISITORS + RESERVED_FILES
+
+
+def raise_file_limit() -> None:
+    """Let this process have as many files open as it needs, and as it may take."""
+    if os.name == "posix":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_VISITORS + RESERVED_FILES
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
 # ---- Link -----------------------------------------------------------------------------------------------------------
 # Runs a session over one WebSocket after another, and gives each stream asyncio's verbs. One task reads and never waits
 # for a consumer (windows bound what it may have to keep); one task writes, and whatever became ready in one turn of the
@@ -2604,7 +2934,7 @@ class Stream:
         self._ended = ended  # and the peer's
         self._error: StreamReset | None = None
         self._heads: collections.deque[bytes] = collections.deque()
-        self._chunks: collections.deque[bytes] = collections.deque()
+        self._chunks: collections.deque[bytes | bytearray] = collections.deque()
         self._readable = asyncio.Event()
         self.writable = asyncio.Event()  # set by the link when the queue has room again
 
@@ -2646,7 +2976,7 @@ class Stream:
             self._check()
             self._readable.clear()
             await self._readable.wait()
-        data = self._chunks.popleft()
+        data = bytes(self._chunks.popleft())  # no copy of what is bytes already
         if self._link.session.acknowledge_received_data(self.id, len(data)):
             self._link.wake()
         return data
@@ -2687,7 +3017,10 @@ class Stream:
         if frame.type == FrameType.HEAD:
             self._heads.append(frame.payload)
         elif self._chunks and len(self._chunks[-1]) + len(frame.payload) < MAX_HEAD:
-            self._chunks[-1] += frame.payload  # many small chunks would take more memory than the window counts
+            # Many small chunks would take more memory than the window counts; bytes would be copied for each of them.
+            if isinstance(self._chunks[-1], bytes):
+                self._chunks[-1] = bytearray(self._chunks[-1])
+            self._chunks[-1] += frame.payload
         elif frame.payload:
             self._chunks.append(frame.payload)
         self._ended = self._ended or bool(frame.flags & END)
@@ -2713,6 +3046,7 @@ class Link:
         self.session = session
         self.on_stream: Callable[[Stream], None] = lambda stream: stream.close()
         self.on_goaway: Callable[[ErrorCode, str], None] = lambda code, reason: None
+        self.broken: ProtocolError | None = None  # `run` raises it, unless the peer goes away while it is told
         self._streams: dict[int, Stream] = {}
         self._wakeup = asyncio.Event()
         self._closed = asyncio.Event()  # some stream has been
@@ -2723,7 +3057,10 @@ class Link:
         self._timer: asyncio.TimerHandle  # fires early at worst
 
     async def run(self, ws: WebSocket, peer_received: int) -> str:
-        """Use `ws` until it is lost or finished, and return why; the caller closes it. Raises ProtocolError."""
+        """Use `ws` until it is lost or finished, and return why; the caller closes it.
+
+        Raises ProtocolError, which ends the session, after the peer has been told.
+        """
         loop = asyncio.get_running_loop()
         self.session.resume(peer_received, loop.time())
         self._free.clear()
@@ -2733,6 +3070,11 @@ class Link:
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             return next(end for end in ends if end.done()).result()
+        except ProtocolError as error:
+            self.broken = error
+            self.session.suspend()
+            await self._refuse(ws, error)
+            raise
         finally:
             self.session.suspend()
             self._timer.cancel()
@@ -2740,6 +3082,15 @@ class Link:
                 await end_tasks(*ends)
             finally:  # cancelled here, too, when the connection ends while it is being given up
                 self._free.set()
+
+    @staticmethod
+    async def _refuse(ws: WebSocket, error: ProtocolError) -> None:
+        from aiohttp import WSCloseCode
+
+        with contextlib.suppress(OSError):  # TimeoutError, too
+            async with asyncio.timeout(LAST_WORD):
+                await ws.send_bytes(encode_frame(FrameType.GOAWAY, 0, 0, encode_reason(error.code, str(error))))
+                await ws.close(code=WSCloseCode.PROTOCOL_ERROR)
 
     async def detach(self, reason: str) -> None:
         """Give up the WebSocket in use, if any, so that another may be used."""
@@ -2787,12 +3138,20 @@ class Link:
     async def _read(self, ws: WebSocket) -> str:
         from aiohttp import WSMsgType
 
-        loop, session = asyncio.get_running_loop(), self.session
+        loop, session, rested = asyncio.get_running_loop(), self.session, 0
         while True:
             message = await ws.receive()
             if message.type is WSMsgType.BINARY:
-                for frame in session.receive_data(message.data, loop.time()):
-                    self._dispatch(frame)
+                if not message.data:
+                    raise ProtocolError("an empty message")
+                data: bytes | None = message.data
+                while data is not None:
+                    for frame in session.receive_data(data, loop.time()):
+                        self._dispatch(frame)
+                    data = b"" if session.has_more else None
+                    if session.has_more or session.work - rested >= MAX_FRAMES:
+                        rested = session.work
+                        await asyncio.sleep(0)  # `receive` does not wait for a peer that is fast enough
                 if not session.between_frames:
                     raise ProtocolError("a message that ends inside a frame")
                 if session.has_data_to_send:
@@ -2801,7 +3160,7 @@ class Link:
                     self._timer.cancel()
                     self._set_timer()
             elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
-                return "the connection was closed"
+                return "the connection was closed" + (f": {escape(session.goaway[1])}" if session.goaway else "")
             elif message.type is WSMsgType.ERROR:
                 return f"the connection broke: {message.data}"
             else:
@@ -2866,9 +3225,9 @@ class Link:
 class Registration:
     """A client's session in the registry: a link that comes and goes, and the names it serves."""
 
-    def __init__(self, key: str, names: list[str], session: Session) -> None:
+    def __init__(self, key: str, names: list[str], session: Session, access: Mapping[str, Access] = {}) -> None:
         self.id = secrets.token_hex(16)
-        self.key, self.names = key, names
+        self.key, self.names, self.access = key, names, access
         self.link = Link(session)
         self.expiry: asyncio.TimerHandle | None = None
 
@@ -2907,7 +3266,8 @@ class TunnelRegistry:
             self._owners[name] = self._owners.pop(name, key)  # to the end: the first ones are those unused the longest
         unused = [name for name, owner in self._owners.items() if owner == key and name not in {*self._tunnels, *names}]
         for name in unused[: max(0, sum(owner == key for owner in self._owners.values()) - MAX_NAMES)]:
-            del self._owners[name]
+            for kept in (self._owners, self._latest, self._last_seen):
+                kept.pop(name, None)
         if fresh or self._unsaved:
             self._save()
 
@@ -2958,6 +3318,10 @@ class TunnelRegistry:
             session.expiry.cancel()
         session.link.end(error)
 
+    def current(self, name: str) -> Registration | None:
+        """Return the session that has a tunnel's name, wherever its client is."""
+        return self._tunnels.get(name)
+
     async def find(self, name: str) -> Registration:
         """Return the session that serves a tunnel; waits for a client that is away for a moment. Raises Unserved."""
         loop = asyncio.get_running_loop()
@@ -2983,8 +3347,11 @@ class TunnelRegistry:
         return session
 
     def learn_zone(self, zone: str) -> None:
-        """Serve tunnels below a host under which a client, who proved to know a token, dialled."""
-        if zone not in self.zones:
+        """Serve tunnels below a host under which a client, who proved to know a token, dialled.
+
+        It cannot have dialled a tunnel's host: who says so wants to take the tunnel off the net.
+        """
+        if zone not in self.zones and tunnel_name(zone, self.zones) not in self._owners:
             self.zones = [*self.zones, zone][-MAX_ZONES:]
             self._save()
 
@@ -3011,9 +3378,16 @@ PROBLEMS = {  # X-Pytunnel-Error -> status, and one sentence that names the brok
     "local-invalid": (502, "The local service's answer is not valid HTTP. See its log, or try curl -v on the spot."),
     "link-lost": (502, "The tunnel's client went away while it handled the request. Try again when it is back."),
     "busy": (503, "Too many requests are open on this tunnel. Try again soon."),
+    "server-full": (503, "The server has as much to do as it can take. Try again soon."),
+    "too-many-requests": (429, "Too many connections or aborted requests come from this address. Try again later."),
+    "request-timeout": (408, "The request did not arrive in time."),
+    "content-too-large": (413, "The request's content is larger than this server takes."),
+    "uri-too-long": (414, "The request's target is too long."),
     "shutting-down": (503, "The server is restarting. Try again soon."),
     "bad-request": (400, "The request is not valid HTTP."),
     "too-large": (431, "The request's header fields are too large."),
+    "unauthorized": (401, "This tunnel is for those who have a user name and password for it. Ask its owner for them."),
+    "not-allowed": (403, "This tunnel is not open to the network you come from. Ask its owner to allow your address."),
     "forbidden": (403, "This address is for pytunnel's client, not for web pages."),
     "not-a-link": (426, f"This address is for pytunnel's client, which speaks {SUBPROTOCOL}."),
     "method": (405, "This method is not for tunnels."),
@@ -3033,6 +3407,13 @@ PROBLEM_OF = {
     ErrorCode.CANCEL: "bad-request",
     ErrorCode.PROTOCOL: "local-invalid",
     ErrorCode.INTERNAL: "local-invalid",
+}
+
+STATUS_FIELDS: dict[int, Headers] = {  # what an answer with a status owes besides its page
+    401: [(b"WWW-Authenticate", b'Basic realm="pytunnel", charset="UTF-8"')],
+    426: [(b"Upgrade", b"websocket")],
+    429: [(b"Retry-After", b"5")],
+    503: [(b"Retry-After", b"5")],
 }
 
 
@@ -3057,7 +3438,7 @@ def problem_page(problem: str, accept: str, encoder: ResponseEncoder, fields: He
         text = f"{status} {problem}: {sentence}\n"
     body = text.encode()
     headers = [(b"Content-Type", kind), (b"Content-Length", b"%d" % len(body)), (b"X-Pytunnel-Error", problem.encode())]
-    headers += fields + {503: [(b"Retry-After", b"5")], 426: [(b"Upgrade", b"websocket")]}.get(status, [])
+    headers += fields + STATUS_FIELDS.get(status, [])
     head = ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers)
     return encoder.head(head, _date()) + encoder.data(body) + encoder.end()
 
@@ -3081,14 +3462,41 @@ class RawPipe(asyncio.StreamReader):
         return False, b""
 
 
+class Gate:
+    """Who is connected, and who may connect: so many of one address, and so many in all."""
+
+    def __init__(self, *, each: int = MAX_VISITORS, total: int = MAX_VISITORS, trusted: Networks = ()) -> None:
+        self.each, self.total, self.trusted = each, total, trusted
+        self.open = 0  # connections
+        self.callers = Callers()
+        self.metrics = Metrics()
+
+    def is_trusted(self, peer: str) -> bool:
+        """Whether a peer is a proxy whose forwarding fields count."""
+        return bool(self.trusted) and any(ipaddress.ip_address(peer) in network for network in self.trusted)
+
+    def log(self, caller: Caller, text: str) -> None:
+        """Log a line about an address, or count it where there were too many."""
+        if line := caller.line(text, time.monotonic()):
+            log.info("%s", line)
+
+
 class Visitor:
-    def __init__(self, request: web.BaseRequest, *, keep_alive: bool) -> None:
+    def __init__(self, request: web.BaseRequest, gate: Gate, *, keep_alive: bool) -> None:
         message = request._message  # the raw head; its public accessor is deprecated in favour of parsed fields
         self.request = request
-        self.peer = self.address = request.remote or ""  # `address` is the visitor's own, where `peer` is a proxy
+        self.peer = request.remote or ""
         self.method = message.method.encode()
         self.target = message.path.encode("utf-8", "surrogateescape")
         self.headers: Headers = [(name, value) for name, value in message.raw_headers]
+        self.address = visitor_address(self.peer, self.headers, gate.trusted)  # the peer's, or behind a proxy its own
+        self.proxied = self.address != self.peer
+        self.caller: Caller = gate.callers[self.address] if self.proxied else cast(Any, request.protocol).caller
+        self.host = ""  # of the tunnel
+        self.max_body: float = math.inf
+        self.answering = False  # the response has begun, and not ended
+        self._metrics = gate.metrics
+        self.problem = ""  # why its content was not read to the end
         http11 = message.version >= (1, 1)
         asks = http11 and b"upgrade" in field_tokens(self.headers, b"connection")
         self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower() if asks else b""
@@ -3107,18 +3515,22 @@ class Visitor:
         """Send the request's content to a stream and its response to the visitor; nothing is left running."""
         upload: asyncio.Future[None] | None = None
         if self.has_body:
-            upload = asyncio.ensure_future(self._upload(stream, self.request.content.readany))
+            upload = asyncio.ensure_future(self._upload(stream, self._read_content))
             stream.on_reset = lambda _: upload and upload.cancel()
         try:
             while (head := ResponseHead.decode(await stream.read_head())).interim:
                 self.write(self.encoder.head(head, b""))
+            self._metrics[f'pytunnel_responses_total{{class="{head.status // 100}xx"}}'] += 1
+            head.headers = own_cookies(head.headers, self.host)
             if head.status == 101:
                 pipe = self._switch_protocols(head)
                 upload = asyncio.ensure_future(self._upload(stream, lambda: pipe.read(SEND_BUFFER)))
                 return await self._pipe(stream, upload)
             if upload and not upload.done():
                 self.encoder.keep_alive = False  # said in the head: the rest of the request may never be read
+            self.answering = True
             await self._respond(stream, head)
+            self.answering = False
             if upload and not upload.done():
                 await asyncio.wait([upload], timeout=LINGER if head.status >= 400 else None)
         finally:
@@ -3127,15 +3539,16 @@ class Visitor:
 
     async def fail(self, problem: str) -> None:
         """Answer with an error page, or break the connection off when a response has begun."""
-        transport, encoder = self.request.transport, self.encoder
+        transport, encoder, problem = self.request.transport, self.encoder, self.problem or problem
         if encoder.started or transport is None or self.unread:
             encoder.keep_alive = False
         if transport and not encoder.started:
             transport.write(problem_page(problem, self.request.headers.get("Accept", ""), encoder))
+            self._metrics[f'pytunnel_responses_total{{class="{PROBLEMS[problem][0] // 100}xx"}}'] += 1
+            self._metrics[f'pytunnel_refusals_total{{reason="{problem}"}}'] += 1
         elif transport:
             if encoder.until_close:  # an orderly end would look like a complete response
-                linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                _reset(transport)
             transport.abort()
 
     async def discard(self) -> None:
@@ -3154,16 +3567,34 @@ class Visitor:
         if data:
             transport.write(data)
 
-    @staticmethod
-    async def _upload(stream: Stream, read: Callable[[], Awaitable[bytes]]) -> None:
+    async def _read_content(self) -> bytes:
+        """Return the next bytes of the request's content. Raises Unserved when there are too many, or none for long."""
+        while True:
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT):
+                    data = await self.request.content.readany()
+            except TimeoutError:
+                if self.answering:  # a request and a response that go on side by side may both have pauses
+                    continue
+                self.problem = "request-timeout"
+                raise Unserved(self.problem) from None
+            self.max_body -= len(data)
+            if self.max_body < 0:
+                self.problem = "content-too-large"
+                raise Unserved(self.problem)
+            return data
+
+    async def _upload(self, stream: Stream, read: Callable[[], Awaitable[bytes]]) -> None:
         try:
             while data := await read():
+                self._metrics["pytunnel_received_bytes_total"] += len(data)
                 await stream.write(data)
             await stream.write(b"", end=True)
         except StreamReset:
             pass  # the response tells why
         except Exception as error:  # aiohttp has several for content that breaks off or breaks the rules
-            stream.abort(ErrorCode.CANCEL, f"the visitor's request broke off: {type(error).__name__}")
+            what = self.problem or f"it broke off: {type(error).__name__}"
+            stream.abort(ErrorCode.CANCEL, f"the visitor's request is not whole: {what}")
 
     async def _respond(self, stream: Stream, head: ResponseHead) -> None:
         out = self.encoder.head(head, _date(), end=stream.at_eof)
@@ -3171,9 +3602,11 @@ class Visitor:
             if not stream.readable or len(out) > SEND_BUFFER:
                 self.write(out)
                 out = b""
-                await self.request.writer.drain()
+                await self._drain()
             try:
-                out += self.encoder.data(await stream.read())
+                data = await stream.read()
+                self._metrics["pytunnel_sent_bytes_total"] += len(data)
+                out += self.encoder.data(data)
             except StreamReset:
                 self.write(out)  # what did come, although the connection will break off after it
                 raise
@@ -3185,8 +3618,29 @@ class Visitor:
         transport = self.request.transport
         if transport and transport.get_write_buffer_size():
             transport.set_write_buffer_limits(0)
-            await self.request.writer.drain()
+            await self._drain()
             transport.set_write_buffer_limits()
+
+    async def _drain(self) -> None:
+        """Wait until there is room to write; a visitor who takes nothing for STALL_TIMEOUT is cut off."""
+        transport = self.request.transport
+        if transport is None or not self.request.protocol.writing_paused:
+            return
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
+
+        def look(before: int) -> None:
+            nonlocal timer
+            if (unsent := _unsent(transport)) < before:
+                timer = loop.call_later(STALL_TIMEOUT, look, unsent)
+            else:
+                _reset(transport)
+
+        timer = loop.call_later(STALL_TIMEOUT, look, _unsent(transport))
+        try:
+            await self.request.writer.drain()
+        finally:
+            timer.cancel()
 
     def _switch_protocols(self, head: ResponseHead) -> RawPipe:
         if not self.upgrade:
@@ -3201,8 +3655,9 @@ class Visitor:
     async def _pipe(self, stream: Stream, upload: asyncio.Future[None]) -> None:
         try:
             while data := await stream.read():
+                self._metrics["pytunnel_sent_bytes_total"] += len(data)
                 self.write(data)
-                await self.request.writer.drain()
+                await self._drain()
             await self._flush()
         except asyncio.CancelledError:  # the visitor has closed the connection; what it sent before that still counts
             await asyncio.wait([upload], timeout=LINGER)
@@ -3210,31 +3665,137 @@ class Visitor:
             raise
 
 
-def _visitor_server(handler: Callable[[web.BaseRequest], Awaitable[Any]], fields: Headers | None = None) -> web.Server:
-    """Return aiohttp's low-level server, with our own answer, and `fields` in it, to what is not HTTP."""
+def _unsent(transport: asyncio.WriteTransport) -> int:
+    """Return how many bytes the other end has not taken; those in the kernel, maybe megabytes, count on Linux only."""
+    unsent = transport.get_write_buffer_size()
+    if sys.platform == "linux":
+        import fcntl
+        import termios
+
+        with contextlib.suppress(OSError, ValueError):
+            answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+            unsent += int.from_bytes(answer, sys.byteorder)
+    return unsent
+
+
+def _reset(transport: asyncio.WriteTransport) -> None:
+    """End a connection with a TCP reset: whatever the kernel has not sent is dropped."""
+    linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    transport.abort()
+
+
+def _visitor_server(
+    handler: Callable[[web.BaseRequest], Awaitable[Any]], gate: Gate, fields: Headers | None = None
+) -> web.Server:
+    """Return aiohttp's low-level server with deadlines and limits for what is no request yet.
+
+    `fields` are in our own answers to that.
+    """
     from aiohttp import http_exceptions, http_parser, web
 
     if not http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
         raise TunnelError("aiohttp lacks its C parser, and its other one is not strict; reinstall aiohttp from a wheel")
 
     class VisitorProtocol(web.RequestHandler):
-        __slots__ = ()
+        __slots__ = ("_busy", "_counted", "_head_bytes", "_head_timer", "_line_bytes", "_line_ended", "caller")
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            address = (transport.get_extra_info("peername") or ("",))[0]
+            self.caller = gate.callers[address]
+            gate.open += 1
+            self._counted = not gate.is_trusted(address)
+            self.caller.open += self._counted
+            self._busy = False  # a request's head is complete, and its response is not
+            self._head_bytes = self._line_bytes = 0
+            self._line_ended = False
+            self._head_timer: asyncio.TimerHandle | None = self._loop.call_later(HEAD_TIMEOUT, self._head_is_late)
+            if gate.open > gate.total + RESERVED_FILES // 4:
+                self.force_close()  # even a page of our own takes too much now
+            elif gate.open > gate.total:
+                self._refuse("server-full")
+            elif self._counted and self.caller.open > gate.each:
+                gate.log(self.caller, f"refused a connection from {address}: it has {gate.each} already")
+                self._refuse("too-many-requests")
+
+        def connection_lost(self, exc: BaseException | None) -> None:
+            super().connection_lost(exc)
+            gate.open -= 1
+            self.admit()
+            self._end_head()
+
+        def admit(self) -> None:
+            """Do not count this connection among those of its address any more: it is a client's link."""
+            self.caller.open -= self._counted
+            self._counted = False
+
+        def data_received(self, data: bytes) -> None:
+            if not (self._busy or self._line_ended):
+                end = data.find(b"\n")
+                self._line_ended = end >= 0
+                self._line_bytes += end if self._line_ended else len(data)
+            super().data_received(data)
+            if self._messages:
+                self._busy = True
+                self._end_head()
+            elif data and not self._busy and not self._force_close:
+                self._head_bytes += len(data)
+                if self._head_bytes > MAX_HEAD:
+                    self._refuse("too-large")
+                elif self._head_timer is None:
+                    self._head_timer = self._loop.call_later(HEAD_TIMEOUT, self._head_is_late)
+
+        async def handle(self, request: web.BaseRequest) -> Any:
+            try:
+                return await handler(request)
+            finally:
+                self._busy = bool(self._messages)
+                self._line_bytes, self._line_ended = 0, False
 
         def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
-            log.info("bad request from %s: %s", request.remote, escape(str(message or exc).splitlines()[0]))
-            problem = "too-large" if isinstance(exc, http_exceptions.LineTooLong) else "bad-request"
-            encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
-            if request.transport:
-                page = problem_page("internal" if status == 500 else problem, "", encoder, fields or [])
-                request.transport.write(page)
+            gate.log(self.caller, f"bad request from {request.remote}: {escape(str(message or exc).splitlines()[0])}")
+            problem = "internal" if status == 500 else "bad-request"
+            if isinstance(exc, http_exceptions.LineTooLong):
+                problem = "uri-too-long" if self._line_bytes > MAX_FIELD else "too-large"
+            self._write_page(problem)
             return Delivered()
+
+        def _end_head(self) -> None:
+            self._head_bytes = 0
+            if self._head_timer:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+        def _head_is_late(self) -> None:
+            if self._head_bytes:
+                self._refuse("request-timeout")
+            else:
+                self.force_close()
+
+        def _refuse(self, problem: str) -> None:
+            """Answer what is no request yet, and hang up as soon as the visitor can have read that."""
+            self._write_page(problem)
+            self._force_close = True  # aiohttp reads no more of it
+            if self._waiter:
+                self._waiter.cancel()
+            if self.transport:
+                self.transport.write_eof()
+                self._loop.call_later(REFUSAL_LINGER, self.transport.abort)
+
+        def _write_page(self, problem: str) -> None:
+            gate.metrics[f'pytunnel_responses_total{{class="{PROBLEMS[problem][0] // 100}xx"}}'] += 1
+            gate.metrics[f'pytunnel_refusals_total{{reason="{problem}"}}'] += 1
+            if self.transport:
+                encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
+                self.transport.write(problem_page(problem, "", encoder, fields or []))
 
     class VisitorServer(web.Server):
         def __call__(self) -> web.RequestHandler:
             return VisitorProtocol(self, loop=asyncio.get_running_loop(), **self._kwargs)
 
     return VisitorServer(
-        handler,
+        lambda request: cast(VisitorProtocol, request.protocol).handle(request),
         handler_cancellation=True,
         keepalive_timeout=VISITOR_KEEPALIVE,
         lingering_time=0,
@@ -3267,22 +3828,32 @@ class TunnelServer:
         trusted_proxies: Iterable[str] = (),
         grace: float = GRACE,
         hold: float = HOLD,
+        max_body: float = math.inf,
+        max_each: int = MAX_EACH,
+        metrics_public: bool = False,
     ) -> None:
         self._salt = secrets.token_bytes(16)
         self._verifiers = {key_id(token): Verifier.from_token(token, self._salt) for token in tokens}
         self._fake_secret = secrets.token_bytes(32)
         self._state, self._grace, self._hold = state, grace, hold
         self._host, self.port, self._domain = host, port, domain
-        self._trusted = [ipaddress.ip_network(cidr) for cidr in trusted_proxies]
+        self._gate = Gate(
+            each=max_each,
+            total=max(1, min(MAX_VISITORS, file_limit() - RESERVED_FILES)),
+            trusted=[ipaddress.ip_network(cidr) for cidr in trusted_proxies],
+        )
+        self.metrics = self._gate.metrics
+        self._max_body, self._metrics_public = max_body, metrics_public
         self._handshakes = self._exchanges = 0
         self._idle = asyncio.Event()
+        self._is_full = False  # of what sessions keep
 
     async def start(self) -> None:
         """Listen; `port` is then the real one. Raises TunnelError when the address cannot be had."""
         self._registry = TunnelRegistry(self._state / "names.json", grace=self._grace, hold=self._hold)
         if self._domain:
             self._registry.zones = [self._domain.zone]
-        self._http = _visitor_server(self._handle)
+        self._http = _visitor_server(self._handle, self._gate)
         loop = asyncio.get_running_loop()
         try:
             self._listener = await loop.create_server(self._http, self._host, self.port, backlog=1024)
@@ -3291,6 +3862,7 @@ class TunnelServer:
             reason = os.strerror(error.errno or 0).lower()
             raise TunnelError(f"cannot listen on {where}: {reason}; choose another with --listen") from None
         self.port = self._listener.sockets[0].getsockname()[1]
+        self._watching = asyncio.ensure_future(self._watch())
 
     async def drain(self) -> None:
         """Take no new visitors or streams, send the clients away, and return when what runs has finished."""
@@ -3306,16 +3878,54 @@ class TunnelServer:
     async def close(self) -> None:
         """End everything that is left, at once."""
         self._listener.close()
+        await end_tasks(self._watching)
         for session in list(self._registry.sessions.values()):
             self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, "the server stops"))
             session.link.finish()
         await self._http.shutdown(0.2)
 
+    async def _watch(self) -> None:
+        """See how late the event loop is, and whether the sessions keep too much."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + TICK
+            await asyncio.sleep(TICK)
+            self.metrics.observe_lag(max(0.0, loop.time() - due))
+            was_full, self._is_full = self._is_full, self._buffered() > MAX_BUFFERED
+            if self._is_full > was_full:
+                log.warning("sessions keep more than %d MiB: new requests are refused", MAX_BUFFERED // MiB)
+
+    def _buffered(self) -> int:
+        return sum(session.link.session.buffered for session in self._registry.sessions.values())
+
+    def _metrics_text(self) -> bytes:
+        sessions = [session.link.session for session in self._registry.sessions.values()]
+        gauges = {
+            "pytunnel_sessions": len(sessions),
+            "pytunnel_links": sum(session.connected for session in sessions),
+            "pytunnel_streams": sum(session.streams for session in sessions),
+            "pytunnel_visitors": self._gate.open,
+            "pytunnel_buffered_bytes": self._buffered(),
+            "pytunnel_tasks": len(asyncio.all_tasks()),
+        }
+        with contextlib.suppress(OSError):  # Linux
+            gauges["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # without the one that lists them
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            gauges["process_resident_memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+        return self.metrics.text(gauges).encode()
+
+    def _may_see_metrics(self, visitor: Visitor, host: str) -> bool:
+        """Whether a request was made on this machine, and not by a front that forwards a stranger's."""
+        forwards = not visitor.proxied and any(name.lower() in FORWARDED for name, _ in visitor.headers)
+        with contextlib.suppress(ValueError):
+            local = ipaddress.ip_address(visitor.address).is_loopback and not forwards
+            return local and (host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback)
+        return False
+
     # Requests
 
     async def _handle(self, request: web.BaseRequest) -> Any:
-        visitor = Visitor(request, keep_alive=not self._registry.draining)
-        visitor.address = visitor_address(visitor.peer, visitor.headers, self._trusted)
+        visitor = Visitor(request, self._gate, keep_alive=not self._registry.draining)
         try:
             if (response := await self._route(visitor)) is not None:
                 return response
@@ -3334,7 +3944,7 @@ class TunnelServer:
         except Exception:
             log.exception("a request failed")
             await visitor.fail("internal")
-        if visitor.unread:
+        if visitor.unread and visitor.problem != "request-timeout":
             await visitor.discard()
         return Delivered(keep_alive=visitor.encoder.keep_alive)
 
@@ -3345,9 +3955,15 @@ class TunnelServer:
         name = tunnel_name(host, self._registry.zones)
         if name is not None:
             visitor.target = target
+            visitor.host = host
             await self._forward(visitor, name, host_field)
         elif target == LINK_PATH.encode():
-            return await self._serve_link(visitor.request)
+            return await self._serve_link(visitor)
+        elif target == b"/metrics" and (self._metrics_public or self._may_see_metrics(visitor, host)):
+            text = self._metrics_text()
+            fields = [(b"Content-Type", b"text/plain; version=0.0.4"), (b"Content-Length", b"%d" % len(text))]
+            head = visitor.encoder.head(ResponseHead(200, b"OK", fields), _date())
+            visitor.write(head + visitor.encoder.data(text))
         elif target == b"/healthz":
             visitor.write(visitor.encoder.head(HEALTHY, _date()) + visitor.encoder.data(b"ok\n"))
         else:
@@ -3365,45 +3981,103 @@ class TunnelServer:
             raise Unserved("bad-request")
         if b"h2c" in visitor.upgrade:
             visitor.upgrade = b""
-        arrived, head = time.monotonic(), self._request_head(visitor, host)
+        visitor.max_body = self._max_body
+        if int(b"".join(field_values(visitor.headers, b"content-length")) or 0) > self._max_body:
+            raise Unserved("content-too-large")
+        arrived = time.monotonic()
+        self._check_load(visitor, arrived)
         kind = Kind.UPGRADE if visitor.upgrade else Kind.HTTP
         end = not (visitor.upgrade or visitor.has_body)
         self._exchanges += 1
+        visitor.caller.open += visitor.proxied
         try:
-            session = await self._registry.find(name)
+            session = await self._find(visitor, name)
+            head = self._request_head(visitor, host, session.access.get(name, EVERYBODY))
             tunnel, waited = session.names.index(name), time.monotonic() - arrived
             with contextlib.closing(session.link.open(tunnel, kind, head, end=end, waited=waited)) as stream:
                 await visitor.relay(stream)
+        except (asyncio.CancelledError, ConnectionError):
+            if not visitor.upgrade:
+                self.metrics["pytunnel_aborts_total"] += 1
+                visitor.caller.aborts.take(time.monotonic())
+            raise
         finally:
+            visitor.caller.open -= visitor.proxied
             self._exchanges -= 1
             self._idle.set()
 
-    def _request_head(self, visitor: Visitor, host: bytes) -> RequestHead:
-        headers = end_to_end(visitor.headers, keep_upgrade=bool(visitor.upgrade))
+    def _check_load(self, visitor: Visitor, now: float) -> None:
+        """Raise Unserved when the server, or the visitor's address, has too much open."""
+        if self._is_full:
+            raise Unserved("server-full")
+        caller, problem = visitor.caller, ""
+        if not caller.aborts.left(now):
+            problem = f"it aborted {MAX_ABORTS} requests"
+        elif visitor.proxied and caller.open >= self._gate.each:
+            problem = f"it has {caller.open} open"
+        if problem:
+            self._gate.log(caller, f"refused a request from {visitor.address}: {problem}")
+            raise Unserved("too-many-requests")
+
+    async def _find(self, visitor: Visitor, name: str) -> Registration:
+        """Return the session that serves a tunnel, once it is clear that it lets this visitor in. Raises Unserved."""
+        before = self._registry.current(name)
+        if before:  # so that no stranger takes up the room of those who wait for its client
+            self._admit(visitor, before, name)
+        session = await self._registry.find(name)
+        if session is not before:  # its client may have started again with other rules
+            self._admit(visitor, session, name)
+        return session
+
+    def _admit(self, visitor: Visitor, session: Registration, name: str) -> None:
+        """Check that a tunnel lets this visitor in. Raises Unserved."""
+        access = session.access.get(name, EVERYBODY)
+        if not access.allows(visitor.address):
+            raise Unserved("not-allowed")
+        if access.digests:
+            credentials = basic_credentials(visitor.headers)
+            if credentials is None:
+                raise Unserved("unauthorized")
+            now, caller = time.monotonic(), visitor.caller
+            if not caller.guesses.left(now):  # whether it is right is what a guesser wants to know
+                raise Unserved("too-many-requests")
+            if not access.accepts(credentials):
+                caller.guesses.take(now)
+                self._gate.log(caller, f"a wrong password from {visitor.address} for {name}")
+                raise Unserved("unauthorized")
+
+    def _request_head(self, visitor: Visitor, host: bytes, access: Access) -> RequestHead:
+        headers = access.passed_on(end_to_end(visitor.headers, keep_upgrade=bool(visitor.upgrade)))
         if field_values(headers, b"host") != [host]:  # absolute-form: the target wins
             headers = [(name, host if name.lower() == b"host" else value) for name, value in headers]
-        peer = visitor.peer
-        trusted = any(ipaddress.ip_address(peer) in network for network in self._trusted)
-        headers = forwarded(headers, peer, visitor.request.scheme, host, trusted=trusted)
+        trusted = self._gate.is_trusted(visitor.peer)
+        headers = forwarded(headers, visitor.peer, visitor.request.scheme, host, trusted=trusted)
         return RequestHead(visitor.method, visitor.target, headers)
 
     # Links
 
-    async def _serve_link(self, request: web.BaseRequest) -> Any:
+    async def _serve_link(self, visitor: Visitor) -> Any:
         from aiohttp import web
 
+        request, caller = visitor.request, visitor.caller
         if "Origin" in request.headers:
             raise Unserved("forbidden")
         offered = [name.strip() for name in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
         if SUBPROTOCOL not in offered or "Upgrade" not in request.headers:
             raise Unserved("not-a-link")
-        if self._handshakes >= MAX_HANDSHAKES or self._registry.draining:
-            raise Unserved("shutting-down" if self._registry.draining else "busy")
+        if self._registry.draining:
+            raise Unserved("shutting-down")
+        if self._handshakes >= MAX_HANDSHAKES:
+            raise Unserved("server-full")
+        if caller.handshakes >= MAX_HANDSHAKES_EACH or not caller.guesses.left(time.monotonic()):
+            raise Unserved("too-many-requests")
         ws = web.WebSocketResponse(protocols=(SUBPROTOCOL,), compress=False, max_msg_size=MAX_MESSAGE, timeout=1.0)
         ws.headers["Server"] = "pytunnel"
         transport = request.transport
         assert transport
         self._handshakes += 1
+        caller.handshakes += 1
+        result = "broken"
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 await ws.prepare(request)
@@ -3411,9 +4085,14 @@ class TunnelServer:
             origin = self._domain or Origin.from_url(hello.get("server", str))
             self._registry.learn_zone(origin.zone)
             session, received = await self._session_for(hello, key)
+            result = "ready"
+            cast(Any, request.protocol).admit()
         except (Refused, ProtocolError, MessageError) as error:
-            log.info("refused a link from %s: %s", request.remote, escape(str(error)))
+            self._gate.log(caller, f"refused a link from {visitor.address}: {escape(str(error))}")
             code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
+            result = code
+            if code == "token":
+                caller.guesses.take(time.monotonic())
             with contextlib.suppress(ConnectionError):
                 await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
             return ws
@@ -3424,15 +4103,20 @@ class TunnelServer:
             raise Unserved("not-a-link") from None
         finally:
             self._handshakes -= 1
+            caller.handshakes -= 1
+            self.metrics[f'pytunnel_handshakes_total{{result="{result}"}}'] += 1
+        resumed = session.id == hello.get("session", str, "")
+        self.metrics["pytunnel_resumes_total"] += resumed
         ready = encode_message(
             "ready",
             signature=base64.b64encode(signature).decode(),
             session=session.id,
-            resumed=session.id == hello.get("session", str, ""),
+            resumed=resumed,
             received=session.link.session.received,
             tunnels=[{"name": name, "url": origin.url(name)} for name in session.names],
             window=INITIAL_WINDOW,
             streams=MAX_STREAMS,
+            enforced=ENFORCED,
             agent=f"pytunnel/{__version__}",
         )
         await self._run_link(ws, transport, session, ready, received)
@@ -3448,16 +4132,18 @@ class TunnelServer:
             self._registry.connected(session)
             log.info("%s: connected%s", names, " again" * bool(received))
             reason = await session.link.run(ws, received)
-        except ProtocolError as error:
-            reason = f"refused: {error}"
-            self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
+        except ProtocolError:
+            pass
         finally:
+            if session.link.broken:
+                reason = f"refused: {session.link.broken}"
+                self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
             self._registry.disconnected(session)
             if not names:  # the client only wanted to know whether its token is good
                 self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
             if reason != "finished":
                 transport.abort()
-            stopped = session.link.session.goaway is not None
+            stopped = session.link.session.goaway and session.link.session.goaway[0] is ErrorCode.NO_ERROR
             log.info("%s: %s", names, "its client stopped" if stopped else escape(reason))
 
     async def _handshake(self, ws: web.WebSocketResponse) -> tuple[Message, str, bytes]:
@@ -3486,14 +4172,15 @@ class TunnelServer:
         previous = hello.get("session", str, "")
         if previous in self._registry.replaced:
             raise Refused("replaced", "another client with the same token has taken the name since")
+        access = {name: Access.decode(rules) for name, rules in hello.members("access")}
         session = self._registry.sessions.get(previous)
-        if session and session.key == key:
+        if session and session.key == key and session.access == access:
             await session.link.detach("its client came back on another connection")
             received = hello.number("received", 0, 2**63)
             if session.id in self._registry.sessions and session.link.session.may_resume(received):
                 return session, received
         names = [check_name(str(name)) for name in hello.get("tunnels", list)]
-        if len(names) > MAX_TUNNELS or len(set(names)) != len(names):
+        if len(names) > MAX_TUNNELS or len(set(names)) != len(names) or not access.keys() <= set(names):
             raise ProtocolError(f"{len(names)} tunnels, allowed are {MAX_TUNNELS} with different names")
         state = Session(
             is_server=True,
@@ -3501,7 +4188,7 @@ class TunnelServer:
             max_streams=min(MAX_STREAMS, hello.number("streams", 1, MAX_WINDOW, MAX_STREAMS)),
         )
         self._registry.claim(key, names)
-        session = Registration(key, names, state)
+        session = Registration(key, names, state, access)
         self._registry.bind(session, previous)
         return session, 0
 
@@ -3619,7 +4306,7 @@ class LocalConnection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.closed = asyncio.Event()
-        self.idle_since = 0.0
+        self.idle_since = 0.0  # 0 while it is in use
         self._transport: asyncio.Transport
         self._chunks: collections.deque[bytes] = collections.deque()
         self._buffered = 0
@@ -3680,7 +4367,7 @@ class LocalConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         self._eof = True
         self._readable.set()
-        return self._transport.can_write_eof()  # the other direction stays open, where there are two
+        return self._transport.can_write_eof() and not self.idle_since  # nothing more to say on an idle one: close it
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._eof, self._error = True, exc
@@ -3716,6 +4403,7 @@ class LocalService:
         while self._idle:
             connection = self._idle.pop()
             if connection.reusable and connection.idle_since >= oldest:
+                connection.idle_since = 0.0
                 return connection
             connection.abort()
         return None
@@ -3841,7 +4529,8 @@ class Forwarding:
                 await self._pipe(connection)
             elif upload and not upload.done():
                 await self._finish_upload(connection, upload, self._parser.head.status)
-            if self._parser.keep_alive and (upload is None or (upload.done() and upload.result())):
+            sent = upload is None or (upload.done() and upload.result())
+            if self._parser.keep_alive and sent and connection.reusable:
                 self._service.give_back(connection)
                 kept = True
         except ConnectionError as error:
@@ -3874,13 +4563,21 @@ class Forwarding:
                     await self._stream.write(body, end=parser.done)
 
     def _write_head(self, head: ResponseHead, *, end: bool) -> None:
-        if head.status == 101 and self._stream.kind is not Kind.UPGRADE:
-            raise MessageError("101 without an Upgrade", 502)
+        if head.status == 101:
+            self._check_switch(head)
         head = ResponseHead(head.status, head.reason, self._edits.apply(head.headers))
         payload = head.encode()
         if not head.interim:
             self._log.respond(self._exchange, head, payload)
         self._stream.write_head(payload, interim=head.interim, end=end and head.status != 101)
+
+    def _check_switch(self, head: ResponseHead) -> None:
+        if self._stream.kind is not Kind.UPGRADE:
+            raise MessageError("101 without an Upgrade", 502)
+        keys = field_values(self._head.headers, b"sec-websocket-key")
+        accepts = [base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest()) for key in keys]
+        if field_values(head.headers, b"sec-websocket-accept") != accepts:
+            raise MessageError("101 with a Sec-WebSocket-Accept that is not the key's", 502)
 
     async def _upload(self, connection: LocalConnection, *, chunked: bool) -> bool:
         """Send the request's content, or a pipe's bytes; True says that all of it went out."""
@@ -3937,6 +4634,7 @@ class Tunnel(NamedTuple):
     response: Edits = Edits()
     insecure: bool = False  # do not verify the certificate of a service that is not on this machine
     spa: bool = False  # of a folder: its index.html for paths that are no file
+    access: Access = EVERYBODY  # whom the server lets in
 
     @property
     def targets(self) -> list[Target]:
@@ -3981,6 +4679,9 @@ class TunnelClient:
         self.problem = "connecting"  # why there is no link; "" while there is one
         self.retry_at: float | None = None  # when the next dial is, in the event loop's time
         self._token, self._on_event, self._max_retries = token, on_event, max_retries
+        self._access = {tunnel.name: tunnel.access.encode() for tunnel in tunnels if tunnel.access != EVERYBODY}
+        if len(encode_message("", access=self._access)) > MAX_RULES:
+            raise UsageError("more networks and passwords than a server takes from one client; start several")
         self._routes = [tunnel.open() for tunnel in tunnels]
         self._changed = asyncio.Event()
         self.log.listeners.add(self._changed.set)
@@ -4190,9 +4891,10 @@ class TunnelClient:
         async with self._dial(until) as ws:
             async with asyncio.timeout_at(until):
                 ready = await self._handshake(ws)
+            received = ready.number("received", 0, 2**63)  # before anybody is told that there is a session
             link = await self._enter_session(ready)
             self._connected_at = loop.time()
-            return await link.run(ws, ready.number("received", 0, 2**63))
+            return await link.run(ws, received)
 
     @contextlib.asynccontextmanager
     async def _dial(self, until: float) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
@@ -4246,6 +4948,7 @@ class TunnelClient:
             nonce=nonce,
             server=self.server,
             tunnels=[tunnel.name for tunnel in self.tunnels],
+            access=self._access,
             session=self._session_id,
             received=link.session.received if link else 0,
             window=INITIAL_WINDOW,
@@ -4259,12 +4962,14 @@ class TunnelClient:
         if not challenge.get("nonce", str).startswith(nonce):
             raise ProtocolError("the server's nonce is not ours")
         auth_message = f"{hello}\n{challenge.text}".encode()
-        iterations = challenge.number("iterations", 1, MAX_ITERATIONS)
+        iterations = challenge.number("iterations", ITERATIONS, MAX_ITERATIONS)
         proof, signature = client_proof(self._token, challenge.bytes("salt"), iterations, auth_message)
         await ws.send_str(encode_message("proof", proof=base64.b64encode(proof).decode()))
         ready = await self._answer(ws)
         if not hmac.compare_digest(ready.bytes("signature"), signature):
             raise Refused("token", "the server does not know this token itself; is this the right server?")
+        if self._access and any(rule not in ready.get("enforced", list, []) for rule in ENFORCED):
+            raise Refused("access", "this server is too old for --auth and --allow; upgrade it")
         return ready
 
     @staticmethod
@@ -4343,12 +5048,15 @@ class TunnelClient:
     # Streams
 
     def _on_stream(self, stream: Stream) -> None:
+        if len(self._forwarding) >= MAX_STREAMS:  # those that linger, or are about to end, count as well
+            with contextlib.closing(stream):
+                return stream.abort(ErrorCode.REFUSED, "no more streams")
         task = asyncio.ensure_future(self._forward(stream))
         self._forwarding.add(task)
 
         def reset(code: ErrorCode) -> None:
             # NO_ERROR: the visitor has left, but what it sent before is still to be delivered
-            if code is ErrorCode.NO_ERROR and len(self._forwarding) <= MAX_STREAMS:
+            if code is ErrorCode.NO_ERROR and len(self._forwarding) <= MAX_STREAMS // 2:  # leaves room for new ones
                 asyncio.get_running_loop().call_later(LINGER, task.cancel)
             else:
                 task.cancel()
@@ -4364,8 +5072,11 @@ class TunnelClient:
     async def _forward(self, stream: Stream) -> None:
         try:
             head = RequestHead.decode(stream.head)
+            target, _ = split_target(head.method, head.target, head.headers)
+            if target != head.target or head.method in (b"CONNECT", b"TRACE"):  # the server has sorted these out
+                raise ProtocolError("a request to a proxy")
             exchange = self._begin(stream.tunnel, head, stream.head, waited=stream.waited)
-        except (ProtocolError, IndexError):
+        except (ProtocolError, MessageError, IndexError):
             return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
         await self._exchange(stream, stream.tunnel, head, exchange)
 
@@ -4461,9 +5172,20 @@ def _listing(root: Path, names: list[str]) -> str:
 @contextlib.asynccontextmanager
 async def _running(app: web.Application) -> AsyncIterator[int]:
     """Run an application on a free port of 127.0.0.1, which is what the context gives."""
-    from aiohttp import web
+    from aiohttp import http_exceptions, web
 
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+    logger = log.getChild("files")  # aiohttp has a traceback for each request that is not HTTP
+    logger.filters = [lambda r: not (r.exc_info and isinstance(r.exc_info[1], http_exceptions.HttpProcessingError))]
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        logger=logger,
+        shutdown_timeout=0.1,
+        handler_cancellation=True,
+        max_line_size=MAX_FIELD,
+        max_field_size=MAX_FIELD,
+        max_headers=MAX_FIELDS + len(OUR_FORWARDED),
+    )
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -5084,7 +5806,7 @@ class Inspector:
         """Listen: on `port`, else on one of the next ones, else on any; `port` is then the real one."""
         loop = asyncio.get_running_loop()
         fields = [(name.encode(), value.encode()) for name, value in INSPECTOR_FIELDS.items()]
-        self._http = _visitor_server(self._handle, fields)
+        self._http = _visitor_server(self._handle, Gate(), fields)
         theirs = {target.port for target in all_targets(self._client.tunnels)}  # also when nothing listens there yet
         for port in [*(port for port in range(self.port, self.port + INSPECTOR_PORTS) if port not in theirs), 0]:
             with contextlib.suppress(OSError):
@@ -5847,6 +6569,9 @@ TUNNEL_FLAGS = {  # of `connect`, and settings of each tunnel in a file: type, w
     "remove-header": (list, "K", "drop a field from each request"),
     "response-header": (list, "'K: V'", "the same for responses"),
     "remove-response-header": (list, "K", "the same for responses"),
+    "auth": (list, "USER:PASS", "let in only visitors who know the password"),
+    "allow": (list, "CIDR", "let in only visitors from this network or address"),
+    "pass-auth": (bool, "", "the local service gets the visitor's password, too"),
     "spa": (bool, "", "a folder: its index.html for pages that are no file"),
     "insecure": (bool, "", "do not verify a local service's certificate"),
 }
@@ -5969,6 +6694,8 @@ class Settings:
                 parse_host(host)
             except MessageError:
                 raise UsageError(f"{escape(host)!r} is not a host; give one, or `rewrite` for the target's") from None
+        given = [os.environ["PYTUNNEL_AUTH"]] if "PYTUNNEL_AUTH" in os.environ else []  # an empty one is an error
+        auth = self._flags.get("auth") or given or options.get("auth") or ()
         return Tunnel(
             check_name(name) if name else default_name(self.checked_token(), self.memory.machine(), parsed.text),
             parsed,
@@ -5978,6 +6705,7 @@ class Settings:
             Edits.parse(options.get("response_header") or (), options.get("remove_response_header") or ()),
             bool(options.get("insecure")),
             bool(options.get("spa")),
+            Access.parse(options.get("allow") or (), auth, bool(options.get("pass_auth")), secrets.token_bytes(16)),
         )
 
 
@@ -6112,6 +6840,9 @@ async def connect(
     response_header: Sequence[str] = (),
     remove_response_header: Sequence[str] = (),
     route: Sequence[str] = (),
+    auth: Sequence[str] = (),
+    allow: Sequence[str] = (),
+    pass_auth: bool = False,
     spa: bool = False,
     insecure: bool = False,
 ) -> AsyncIterator[TunnelClient]:
@@ -6488,6 +7219,18 @@ class Output(threading.Thread):
         self.join(1.0)
 
 
+class JsonLines(logging.Formatter):
+    """A log line as an object for a program."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return it as JSON: time (RFC 3339), level, message, and a traceback where there is one."""
+        at = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
+        fields = {"time": at, "level": record.levelname.lower(), "message": record.getMessage()}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
 class Console:
     """Tells programs and people what happens."""
 
@@ -6498,6 +7241,9 @@ class Console:
         self.quiet = bool(getattr(options, "detached", False))  # about requests
         self.stdout, self.stderr = Output(1), Output(2)
         self.say: Callable[[str], None] = self.stderr.write  # a line for people; the terminal view takes its place
+        self.log_as_json = getattr(options, "log_format", None) == "json"
+        if self.log_as_json:
+            self.say = log.info
         self._last_line = ""
 
     def emit(self, event: str, **fields: Any) -> None:
@@ -6519,6 +7265,8 @@ class Console:
     def fail(self, error: TunnelError) -> None:
         if self.as_json:
             self.emit("error", code=error.code, message=str(error))
+        if self.log_as_json:
+            return log.error("%s", error)
         self.say(f"error: {error}")
 
     def close(self) -> None:
@@ -6666,6 +7414,7 @@ def _foreground_group() -> int:
 
 async def _serve(options: argparse.Namespace, console: Console) -> None:
     state = state_directory()
+    raise_file_limit()
     host, port = parse_listen(options.listen)
     given = options.token or os.environ.get("PYTUNNEL_TOKEN")
     token = check_token(given) if given else stored_token(state / "token")
@@ -6680,6 +7429,9 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
             trusted_proxies=options.trusted_proxy,
             grace=options.grace,
             hold=options.hold,
+            max_body=options.max_body,
+            max_each=options.max_per_address,
+            metrics_public=options.metrics_public,
         )
     except ValueError as error:
         raise UsageError(f"--trusted-proxy: {error}; give an address or a network, like 10.0.0.0/8") from None
@@ -6791,7 +7543,8 @@ def _detach(options: argparse.Namespace, console: Console) -> int:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         signal.signal(number, signal.default_int_handler)
     try:
-        output, live, _ = process.stdout.read().partition(LIVE)
+        with process.stdout:
+            output, live, _ = process.stdout.read().partition(LIVE)
     except KeyboardInterrupt:
         process.terminate()
         raise
@@ -7104,6 +7857,14 @@ def seconds(text: str) -> float:
     return value
 
 
+def size(text: str) -> int:
+    """Read a flag's number of bytes, like `10M`. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if not match:
+        raise ValueError
+    return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
+
+
 def count(text: str) -> int:
     """Read a flag's number of times. Raises ValueError."""
     if (value := int(text)) < 1:
@@ -7147,6 +7908,12 @@ def _parser() -> CommandParser:
         ("--drain", DRAIN, f"exchanges get {DRAIN:g} s on SIGTERM"),
     ):
         serve.add_argument(flag, type=seconds, default=default, metavar="S", help=what)
+    what = "content of a request at most, like 10M; default: any"
+    serve.add_argument("--max-body", type=size, default=math.inf, metavar="SIZE", help=what)
+    what = f"connections of one address at a time; default: {MAX_EACH}"
+    serve.add_argument("--max-per-address", type=count, default=MAX_EACH, metavar="N", help=what)
+    serve.add_argument("--metrics-public", action="store_true", help="/metrics for everybody, not only this machine")
+    serve.add_argument("--log-format", choices=("text", "json"), help="json: an object a line on stderr")
     serve.add_argument("--trusted-proxy", action="append", default=[], metavar="CIDR", help="believe its X-Forwarded-*")
     connect = add("connect", "Give local services public URLs", link, client)
     connect.usage = "pytunnel connect [OPTION...] TARGET... [-- COMMAND...]"
@@ -7223,8 +7990,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("a command after -- is for connect and start, without --detach")
     console = Console(options)
     handler = logging.Handler()
-    handler.emit = lambda record: console.say(handler.format(record))  # type: ignore[method-assign]
-    logging.basicConfig(handlers=[handler], format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    text = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    handler.setFormatter(JsonLines() if console.log_as_json else text)
+    to = console.stderr.write if console.log_as_json else lambda line: console.say(line)
+    handler.emit = lambda record: to(handler.format(record))  # type: ignore[method-assign]
+    logging.basicConfig(handlers=[handler])
     chatty = options.verbose or options.command == "serve"
     log.setLevel(logging.DEBUG if options.debug else logging.INFO if chatty else logging.WARNING)
     try:

@@ -40,6 +40,7 @@ from urllib.parse import parse_qs, urlsplit
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from support import (
+    DEBUG,
     PROGRAM,
     PatternChecker,
     Process,
@@ -54,6 +55,10 @@ from support import (
     request,
     response,
 )
+
+from pytunnel import HEAD_TIMEOUT, MAX_STREAMS
+
+DEBUG.clear()  # it takes time and memory, and these are measured here
 
 Reader = asyncio.StreamReader
 Writer = asyncio.StreamWriter
@@ -117,12 +122,13 @@ class Service:
 
     def __init__(self) -> None:
         self.stopping = asyncio.Event()
+        self.most_open = 0  # connections at a time
 
     async def run(self, ports: int) -> None:
         async with contextlib.AsyncExitStack() as stack:
             origins = []
             for _ in range(ports):
-                origin = RawOrigin(self._handle, record_limit=0)
+                origin = self.origin = RawOrigin(self._handle, record_limit=0)
                 origins.append(await stack.enter_async_context(origin))
             emit("listening", ports=[origin.port for origin in origins])
             await asyncio.Event().wait()
@@ -132,12 +138,22 @@ class Service:
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         handler = {
             "/down": self._down, "/up": self._up, "/events": self._events, "/ws": self._websocket, "/stop": self._stop,
-            "/nonce": self._nonce,
+            "/nonce": self._nonce, "/wait": self._wait, "/most": self._most,
         }.get(parts.path, self._small)  # fmt: skip
         await handler(request, query, reader, writer)
 
     async def _small(self, request: RawRequest, _: dict[str, str], reader: Reader, writer: Writer) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\nhello, world")
+
+    async def _wait(self, request: RawRequest, _: dict[str, str], reader: Reader, writer: Writer) -> None:
+        """Answer half, and then nothing, until the visitor leaves."""
+        self.origin.connections[:] = [each for each in self.origin.connections if each.open]
+        self.most_open = max(self.most_open, len(self.origin.connections))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\nhello,")
+        await reader.read()
+
+    async def _most(self, request: RawRequest, _: dict[str, str], reader: Reader, writer: Writer) -> None:
+        writer.write(response(b"%d" % self.most_open))
 
     async def _stop(self, request: RawRequest, query: dict[str, str], reader: Reader, writer: Writer) -> None:
         self.stopping.set()
@@ -293,6 +309,67 @@ async def visit_stall(place: Place, count: int) -> dict[str, Any]:
     return {}
 
 
+async def visit_slow_heads(place: Place, count: int, source: str) -> dict[str, Any]:
+    """Begin requests and go on with a byte a second; seconds until each was hung up on, and its status."""
+
+    async def one() -> tuple[float, int]:
+        async with RawVisitor(place.port, timeout=PATIENCE, source=source) as visitor:
+            started = now()
+            await visitor.send(b"GET / HTTP/1.1\r\nX-Slow: ")
+            begun.append(None)
+            if len(begun) == count:
+                emit("started")
+            answer = asyncio.ensure_future(visitor.read_until_close())
+            while not answer.done():
+                with contextlib.suppress(ConnectionError):
+                    await visitor.send(b"x")
+                await asyncio.wait([answer], timeout=1.0)
+            return now() - started, int(answer.result().split()[1])
+
+    begun: list[None] = []
+    ended = await asyncio.gather(*(one() for _ in range(count)))
+    return {"seconds": [seconds for seconds, _ in ended], "statuses": [status for _, status in ended]}
+
+
+async def visit_slow_readers(place: Place, count: int, source: str) -> dict[str, Any]:
+    """Begin large downloads and take a KiB of each a second, until SIGTERM."""
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    async with contextlib.AsyncExitStack() as stack:
+        visitors = []
+        for _ in range(count):
+            visitor = await stack.enter_async_context(RawVisitor(place.port, rcvbuf=4096, source=source))
+            await visitor.send(place.request("GET", f"/down?size={1024 * MIB}&framing=length"))
+            await visitor.read_head()
+            visitors.append(visitor)
+        emit("started")
+        while not stop.is_set():
+            for visitor in visitors:
+                await visitor.read_some(1024)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await stop.wait()
+    return {}
+
+
+async def visit_aborts(place: Place, count: int, sources: Sequence[str]) -> dict[str, Any]:
+    """Open connections, ask, and leave in three ways, 50 at a time; how many got an answer of which status."""
+    statuses: dict[str, int] = {}
+
+    async def leave(number: int) -> None:
+        async with RawVisitor(place.port, timeout=PATIENCE, source=sources[number % len(sources)]) as visitor:
+            await visitor.send(place.request("GET", "/wait"))
+            if number % 3:
+                status = str((await visitor.read_head()).status)
+                statuses[status] = statuses.get(status, 0) + 1
+            if number % 3 == 2:
+                visitor.abort()
+
+    for start in range(0, count, 50):
+        await asyncio.gather(*(leave(number) for number in range(start, min(start + 50, count))))
+    return {"statuses": statuses}
+
+
 async def visit_fresh(place: Place, count: int) -> dict[str, Any]:
     """Small requests one after another, each on a connection of its own; milliseconds of each."""
     times = []
@@ -419,6 +496,9 @@ WORKERS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "transfer": visit_transfer,
     "small": visit_small,
     "stall": visit_stall,
+    "slow-heads": visit_slow_heads,
+    "slow-readers": visit_slow_readers,
+    "aborts": visit_aborts,
     "fresh": visit_fresh,
     "events": visit_events,
     "websocket": visit_websocket,
@@ -493,14 +573,15 @@ class Stage:
 
 
 @contextlib.asynccontextmanager
-async def stage(*, relay: bool = False, ports: int = 1) -> AsyncIterator[Stage]:
+async def stage(*, relay: bool = False, ports: int = 1, serve_args: Sequence[str] = ()) -> AsyncIterator[Stage]:
     """Start all of it, and warm it up."""
     with tempfile.TemporaryDirectory(prefix="pytunnel-acceptance-") as name:
         directory = Path(name)
         env = {"TMPDIR": str(directory), "PYTUNNEL_STATE_DIR": str(directory / "state")}
         async with await start_worker("origin", ports=ports) as origin:
             listening = await origin.event("listening")
-            async with Tunnel(listening["ports"][0], relay=relay, env=env, token=TOKEN) as tunnel:
+            tunnel = Tunnel(listening["ports"][0], relay=relay, env=env, token=TOKEN, serve_args=serve_args)
+            async with tunnel:
                 for _ in range(20):
                     assert (await tunnel.get(b"/small")).body == b"hello, world"
                 yield Stage(tunnel, origin, listening["ports"], directory)
@@ -564,6 +645,66 @@ async def measure_stalled(_: int) -> AsyncIterator[Row]:
             lambda: [p.fd_count() for p in (s.tunnel.server, s.tunnel.client)] <= descriptors, 10, "descriptors"
         )
         yield Row("after they left: descriptors back after", f"{now() - started:.1f} s", "< 10 s", True)
+
+
+async def measure_slow(_: int) -> AsyncIterator[Row]:
+    """(k) Honest requests beside 500 connections whose head does not end and 100 readers of a KiB a second."""
+    async with stage() as s, contextlib.AsyncExitStack() as stack:
+        workers = [
+            await stack.enter_async_context(await start_worker(role, place=s.through, count=count, source=source))
+            for role, count, source in (
+                ("slow-readers", 100, "127.0.0.4"), ("slow-heads", 250, "127.0.0.2"), ("slow-heads", 250, "127.0.0.3"),
+            )
+        ]  # fmt: skip
+        for worker in workers:
+            await worker.event("started", timeout=60)
+        times = (await result_of("small", place=s.through, count=1000))["times"]
+        fresh = (await result_of("fresh", place=s.through, count=200))["times"]
+        what = "beside 500 slow heads and 100 slow readers"
+        yield Row(f"{what}: p50 of 1,000 requests", f"{percentile(times, 0.5):.1f} ms")
+        yield below(f"{what}: p99", percentile(times, 0.99), 200, "ms")
+        yield below(f"{what}: p99 of 200 new connections", percentile(fresh, 0.99), 200, "ms")
+        results = [await worker.event("result", timeout=60) for worker in workers[1:]]
+        seconds = [each for result in results for each in result["seconds"]]
+        yield below("slow heads were hung up on after, at the latest", max(seconds), HEAD_TIMEOUT + 2, "s")
+        yield equal("with status", {status for result in results for status in result["statuses"]}, {408})
+
+
+async def measure_aborts(_: int) -> AsyncIterator[Row]:
+    """(l) 10,000 requests that are opened and aborted, from many addresses and from one."""
+    async with stage() as s:
+        processes = {"server": s.tunnel.server, "client": s.tunnel.client}
+
+        async def settled() -> dict[str, float]:
+            """The server's gauges, once its streams and visitors are gone."""
+            deadline = now() + 10
+            while True:
+                async with RawVisitor(s.tunnel.port) as visitor:
+                    await visitor.send(request(target=b"/metrics"))
+                    lines = (await visitor.read_response()).body.decode().splitlines()
+                pairs = (line.rpartition(" ") for line in lines if line[0] != "#")
+                found = {key: float(value) for key, _, value in pairs}
+                if (found["pytunnel_streams"], found["pytunnel_visitors"]) == (0, 2) or now() > deadline:
+                    return found
+
+        many = [f"127.1.0.{number}" for number in range(1, 101)]
+        await result_of("aborts", place=s.through, count=1000, sources=many)  # memory that a process gets once
+        before, memory = await settled(), {name: process.rss() for name, process in processes.items()}
+        files = {name: process.fd_count() for name, process in processes.items()}
+        answers = (await result_of("aborts", place=s.through, count=10_000, sources=many))["statuses"]
+        after = await settled()
+        yield Row("10,000 aborts of 100 addresses: answers", str(answers))
+        for name in ("pytunnel_tasks", "pytunnel_streams", "pytunnel_visitors"):
+            yield equal(f"after them: {name}", after[name], before[name])
+        for name, process in processes.items():
+            yield below(f"after them: the {name} has grown by", (process.rss() - memory[name]) / MIB, 8, "MiB")
+            await eventually(lambda p=process, n=files[name]: p.fd_count() <= n, 10, f"the {name}'s descriptors")
+        most = float((await s.tunnel.get(b"/most")).body)
+        yield below("the local service's connections at a time", most, MAX_STREAMS, "", 0)
+        answers = (await result_of("aborts", place=s.through, count=2000, sources=["127.0.0.2"]))["statuses"]
+        yield Row("2,000 aborts of one address: answers", str(answers), "429 among them", "429" in answers)
+        fresh = await result_of("fresh", place=s.through, count=20)
+        yield below("another address meanwhile: the slowest of 20", max(fresh["times"]), 200, "ms")
 
 
 async def at_rest(*processes: Process) -> None:
@@ -712,7 +853,7 @@ async def measure_start(_: int) -> AsyncIterator[Row]:
 
 async def measure_nonces(_: int) -> AsyncIterator[Row]:
     """(h) Everybody gets the answer to their own question."""
-    async with stage(ports=20) as s:
+    async with stage(ports=20, serve_args=["--max-per-address", "1000"]) as s:
         targets = [f"n{number}={port}" for number, port in enumerate(s.ports)]
         arguments = ["connect", *targets, "--server", s.tunnel.server_url, "--token", TOKEN, "--json"]
         async with await Process.start(*arguments) as client:
@@ -835,6 +976,8 @@ MEASUREMENTS: dict[str, Callable[[int], AsyncIterator[Row]]] = {
     "rate": measure_rate,
     "cuts": measure_cuts,
     "watched": measure_watched,
+    "slow": measure_slow,
+    "aborts": measure_aborts,
 }
 
 

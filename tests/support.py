@@ -15,6 +15,7 @@ import asyncio
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import os
 import random
@@ -28,7 +29,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
 import pytunnel
@@ -445,10 +446,14 @@ def _set_buffers(sock: socket.socket, rcvbuf: int | None, sndbuf: int | None) ->
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
 
 
-async def _dial(port: int, host: str, rcvbuf: int | None = None, sndbuf: int | None = None) -> RawSocket:
+async def _dial(
+    port: int, host: str, rcvbuf: int | None = None, sndbuf: int | None = None, source: str | None = None
+) -> RawSocket:
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         sock.setblocking(False)
+        if source is not None:
+            sock.bind((source, 0))
         _set_buffers(sock, rcvbuf, sndbuf)
         await asyncio.get_running_loop().sock_connect(sock, (host, port))
         if sock.getsockname()[:2] == (host, port):  # what TCP makes of a dead ephemeral port, now and then
@@ -467,7 +472,7 @@ class RawVisitor:
 
     Between two reads it takes nothing from the kernel, so a visitor that does not call read is a slow
     one (use `rcvbuf` to make the kernel's share small). `timeout` bounds each wait for more bytes or
-    for room to send, not the whole message. `ended` is None, "fin" or "reset".
+    for room to send, not the whole message. `ended` is None, "fin" or "reset". `source` is its own address.
     """
 
     def __init__(
@@ -478,11 +483,12 @@ class RawVisitor:
         timeout: float = TIMEOUT,
         rcvbuf: int | None = None,
         sndbuf: int | None = None,
+        source: str | None = None,
     ) -> None:
         self.port = port
         self.timeout = timeout
         self.ended: str | None = None
-        self._address = host
+        self._address, self._source = host, source
         self._buffers = (rcvbuf, sndbuf)
         self._buffer = bytearray()
         self._may_read = asyncio.Event()
@@ -491,7 +497,7 @@ class RawVisitor:
 
     async def __aenter__(self) -> Self:
         async with asyncio.timeout(self.timeout):
-            self._socket = await _dial(self.port, self._address, *self._buffers)
+            self._socket = await _dial(self.port, self._address, *self._buffers, source=self._source)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -678,9 +684,11 @@ class Received(bytearray):
 
     def __init__(self) -> None:
         super().__init__()
+        self.peer: object = None  # the address of whoever connected
         self.total = 0  # bytes received, recorded or not
         self.eof = False  # the peer has sent FIN
         self.lost = False  # the socket is closed, by either side
+        self.kept = False  # between two requests: whoever connected may keep it for another one
         self.reset = False  # ... and it ended with an error, usually the peer's RST
 
     @property
@@ -700,6 +708,8 @@ class RawOrigin:
     does not read holds the sender back: little more than 2 x `limit` is buffered. An exception in a
     handler, other than a lost connection, is raised again when the origin is closed.
     """
+
+    running: ClassVar[dict[int, RawOrigin]] = {}  # by port
 
     def __init__(
         self,
@@ -742,6 +752,7 @@ class RawOrigin:
             sock.close()
             raise
         self.port = sock.getsockname()[1]
+        self.running[self.port] = self
         return self
 
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
@@ -753,6 +764,7 @@ class RawOrigin:
         """Stop listening, end every connection and every handler; idempotent."""
         if self._server is not None:
             self._server.close()
+            self.running.pop(self.port, None)
         self.abort_connections()
         for task in self._tasks:
             task.cancel()
@@ -819,8 +831,9 @@ class RawOrigin:
             self._signal.notify()
 
     async def _serve_request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        request = _parse_request_head(await reader.readuntil(b"\r\n\r\n"))
         assert isinstance(reader, _RecordingReader)
+        request = _parse_request_head(await reader.readuntil(b"\r\n\r\n"))
+        reader.received.kept = False
         request.connection = reader.index
         request.complete = request.framing == 0
         self.requests.append(request)
@@ -830,7 +843,8 @@ class RawOrigin:
         await self._handler(request, reader, writer)
         if not writer.is_closing():
             await writer.drain()
-        return self.keep_alive and request.complete and not writer.is_closing()
+        reader.received.kept = self.keep_alive and request.complete and not writer.is_closing()
+        return reader.received.kept
 
 
 class _RecordingReader(asyncio.StreamReader):
@@ -863,6 +877,7 @@ class _OriginProtocol(asyncio.StreamReaderProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._own_transport = transport
+        self._recording.received.peer = transport.get_extra_info("peername")
         self._origin._transports.add(transport)
         super().connection_made(transport)
         self._origin._signal.notify()
@@ -1281,6 +1296,14 @@ async def _discard(sock: RawSocket) -> None:
 
 # ---------------------------------------------------------------------------------------- Processes
 
+DEBUG = {"PYTHONASYNCIODEBUG": "1", "PYTHONWARNINGS": "default::ResourceWarning"}
+NO_DEBUG = dict.fromkeys(DEBUG, "")  # `env` of a test that measures: debug mode takes time and memory
+
+_COMPLAINT = re.compile(
+    r"Traceback \(most recent call last\)|was never (awaited|retrieved)|Task was destroyed|ResourceWarning|Unclosed"
+)
+_SLOW = re.compile(r"Executing <.+ took \d+\.\d{3} seconds")  # debug mode's; it tells of a busy machine
+
 
 def with_limits(**limits: float) -> list[str]:
     """The command of the program with other numbers in its section `Limits and defaults`."""
@@ -1296,6 +1319,9 @@ class Process:
 
     `async with await Process.start("serve", "--json") as server:` kills what is left of it (its own process
     group, nothing else) and reaps it. Every failed wait tells the output so far.
+
+    It runs in asyncio's debug mode. A block that ends well fails all the same when stderr has a traceback, or tells
+    of something never awaited, retrieved or closed; a test that means to see this says so in `expected_complaint`.
     """
 
     def __init__(self, args: Sequence[str], process: asyncio.subprocess.Process) -> None:
@@ -1304,6 +1330,7 @@ class Process:
         self.stdout: list[str] = []  # lines without their ends
         self.stderr: list[str] = []
         self.events: list[dict[str, Any]] = []  # JSON events that nobody has taken yet
+        self.expected_complaint = ""  # a pattern of what a test provokes
         self._process = process
         self._signal = Signal()
         self._seen = {"stdout": 0, "stderr": 0}
@@ -1325,7 +1352,7 @@ class Process:
     ) -> Process:
         """Run `command` (the program under this interpreter) with `args`.
 
-        The environment is PATH, HOME, PYTUNNEL_STATE_DIR and `env`; nothing is inherited beside PATH. HOME
+        The environment is PATH, HOME, PYTUNNEL_STATE_DIR, DEBUG and `env`; nothing is inherited beside PATH. HOME
         is `home`, which a later process may share, or a fresh directory that lives as long as the process;
         it is the working directory too.
         """
@@ -1336,6 +1363,7 @@ class Process:
             "PATH": os.environ.get("PATH", os.defpath),
             "HOME": str(home),
             "PYTUNNEL_STATE_DIR": str(home / "state"),
+            **DEBUG,
             **(env or {}),
         }
         argv = [*(command or (sys.executable, str(PROGRAM))), *args]
@@ -1364,6 +1392,8 @@ class Process:
         if error is not None:
             error.add_note(self.output())
         await self.aclose()
+        if error is None:
+            self.check_complaints()
 
     async def aclose(self) -> None:
         """Kill the process group if the process still runs, reap, and stop the drains; idempotent."""
@@ -1393,6 +1423,12 @@ class Process:
     async def stderr_line(self, substring: str, timeout: float = TIMEOUT) -> str:
         """The next line of stderr that has the substring; later calls look after it only."""
         return await self._line("stderr", self.stderr, substring, timeout)
+
+    def check_complaints(self) -> None:
+        """Fail when stderr tells of what is a bug wherever it comes from."""
+        expected = re.compile(self.expected_complaint or r"\b\B")
+        found = [line for line in self.stderr if _COMPLAINT.search(line) and not expected.search(line)]
+        assert not found, f"on stderr: {found[0]}\n{self.output()}"
 
     def output(self) -> str:
         """Command, state and everything that the process has written."""
@@ -1450,6 +1486,8 @@ class Process:
     async def _drain(self, stream: asyncio.StreamReader, lines: list[str]) -> None:
         while raw := await stream.readline():
             line = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
+            if lines is self.stderr and _SLOW.search(line):
+                continue
             lines.append(line)
             if lines is self.stdout and line.startswith("{"):
                 self._note_event(line)
@@ -1494,6 +1532,55 @@ class Process:
         return result[0]
 
 
+# ---------------------------------------------------------------------------------------- Rest
+
+REST = 2.0  # seconds in which everything is gone that a test has used, in its own process and in those it has started
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A TCP connection of a process. `held` tells whether some process still has its other end open."""
+
+    local: Address
+    remote: Address
+    held: bool
+
+    def __str__(self) -> str:
+        return f"{self.local[0]}:{self.local[1]} to {self.remote[0]}:{self.remote[1]}"
+
+
+def _address(text: str) -> Address:
+    """An address in /proc/net/tcp and tcp6: the kernel's words in hexadecimal digits."""
+    host, _, port = text.partition(":")
+    words = [bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8)]
+    packed = b"".join(words).removeprefix(bytes(10) + b"\xff\xff")
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed), int(port, 16)
+
+
+def open_descriptors(pid: int) -> tuple[collections.Counter[str], list[Connection]]:
+    """What a process has open: TCP connections one by one, all else by kind (files by name)."""
+    names = []
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+    tables = [Path(f"/proc/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
+    rows = [line.split() for line in itertools.chain.from_iterable(tables)]
+    inodes = {(row[1][-13:], row[2][-13:]): row[9] for row in rows}  # the tail: an IPv4 address may be mapped, or not
+    ends = {row[9]: row for row in rows if not row[2].endswith(":0000")}
+    kinds: collections.Counter[str] = collections.Counter()
+    connections = []
+    for name in names:
+        kind, _, inode = name.partition(":[")
+        if kind == "socket" and (row := ends.get(inode.rstrip("]"))):
+            held = inodes.get((row[2][-13:], row[1][-13:]), "0") != "0"
+            connections.append(Connection(_address(row[1]), _address(row[2]), held))
+        else:
+            kinds[kind if kind in ("socket", "pipe") else name] += 1
+    return kinds, connections
+
+
 # ---------------------------------------------------------------------------------------- Tunnel
 
 
@@ -1501,7 +1588,10 @@ class Tunnel:
     """A server, a client and, if asked for, a relay between them, all real and ready for visitors.
 
     Server and clients keep their state directories while the tunnel lives, so that a restart is one.
-    When the block ends with an exception, the output of every process is added to it.
+    When the block ends with an exception, the output of every process is added to it. When it ends well, each
+    process that still runs must be back at rest: what it has open is what it had when the tunnel was ready, and
+    beside that only what somebody else keeps open: visitors who are still there, and connections between two
+    requests to a local service. `settles=False` is for a test whose point is that something hangs on.
     """
 
     def __init__(
@@ -1515,6 +1605,7 @@ class Tunnel:
         token: str = "test-token-0123456789abcdef0123456789abcdef",
         env: Mapping[str, str] | None = None,
         command: Sequence[str] | None = None,
+        settles: bool = True,
     ) -> None:
         self.origin_port = origin_port
         self.name = name
@@ -1532,6 +1623,9 @@ class Tunnel:
         self._servers: list[Process] = []
         self._stack = contextlib.AsyncExitStack()
         self._home = Path()
+        self._settles = settles
+        self._at_rest: dict[str, tuple[collections.Counter[str], list[Connection]]] = {}
+        self._gauges: dict[str, float] = {}
 
     async def __aenter__(self) -> Self:
         self._home = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pytunnel-test-")))
@@ -1542,16 +1636,29 @@ class Tunnel:
                 relay.target_port = self.port
                 self._relay = await self._stack.enter_async_context(relay)
             await self._start_first_client()
+            self._at_rest = {"server": open_descriptors(self.server.pid), "client": open_descriptors(self.client.pid)}
+            self._gauges = await self._read_gauges()
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            for process in (*self._servers, *self.clients):
-                error.add_note(process.output())
-        await self._stack.aclose()
+        processes = [*self._servers, *self.clients]
+        try:
+            if error is None and self._settles:
+                await self.settle()
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            if error is not None:
+                for process in processes:
+                    error.add_note(process.output())
+            await self._stack.aclose()
+        if error is None:
+            for process in processes:
+                process.check_complaints()
 
     # --- the parts
 
@@ -1615,13 +1722,77 @@ class Tunnel:
         self.clients.append(client)
         return client
 
+    # --- rest
+
+    async def settle(self) -> None:
+        """Return when server and clients are back at rest; WaitFailed with what is still there after 2 seconds."""
+        started = time.monotonic()
+        while excess := self._excess() or await self._gauges_up():
+            # A local service that is not RawOrigin cannot tell which of its connections are between two requests.
+            patience = REST + (pytunnel.LOCAL_IDLE if all(" to a local service" in text for text in excess) else 0.0)
+            if time.monotonic() - started > patience:
+                raise WaitFailed(f"not at rest after {patience:g} s: {', '.join(excess)}")
+            await asyncio.sleep(0.02)
+
+    def _excess(self) -> list[str]:
+        """What the processes that still run have open and should not."""
+        found = []
+        for role, processes in (("server", self._servers), ("client", self.clients)):
+            for process in processes:
+                if process.returncode is None:
+                    kinds, connections = open_descriptors(process.pid)
+                    more = [*(kinds - self._at_rest[role][0]).elements()]
+                    more += [f"{c}, whose other end is gone" for c in connections if not c.held]
+                    if role == "client":
+                        more += self._excess_dialled([c for c in connections if c.held])
+                    found += [f"{role} {process.pid}: {text}" for text in more]
+        return found
+
+    def _excess_dialled(self, connections: list[Connection]) -> list[str]:
+        """Of a client's connections: all links but one, and those to a local service that are in use."""
+        links = [c for c in connections if c.remote[1] == urlsplit(self.server_url).port]
+        found = [f"{link}, a second link" for link in links[1:]]
+        for c in connections:
+            origin = RawOrigin.running.get(c.remote[1])
+            if origin is not None:
+                if not any(received.peer == c.local and received.kept for received in origin.connections):
+                    found.append(f"{c} in use")
+            elif c.remote[1] == self.origin_port:
+                found.append(f"{c} to a local service")
+        return found
+
+    async def _gauges_up(self) -> list[str]:
+        """The server's gauges that differ from what they were; visitors who are still there make them differ."""
+        if self.server.returncode is not None:
+            return []
+        if len(open_descriptors(self.server.pid)[1]) != len(self._at_rest["server"][1]):
+            return []
+        gauges = await self._read_gauges()
+        return [f"{name} {gauges[name]:g}, not {was:g}" for name, was in self._gauges.items() if gauges[name] > was]
+
+    async def _read_gauges(self) -> dict[str, float]:
+        """What the server says of itself, where it does."""
+        names = ("pytunnel_streams", "pytunnel_visitors", "pytunnel_tasks")
+        async with self.visitor() as visitor:
+            await visitor.send(request("GET", b"/metrics", b"127.0.0.1:%d" % self.port, [(b"Connection", b"close")]))
+            answer = await visitor.read_response()
+        if answer.status != 200:
+            return {}
+        values = dict(line.rsplit(" ", 1) for line in answer.body.decode().splitlines() if " " in line)
+        return {name: float(values[name]) for name in names if name in values}
+
     # --- visitors
 
     def visitor(
-        self, *, timeout: float = TIMEOUT, rcvbuf: int | None = None, sndbuf: int | None = None
+        self,
+        *,
+        timeout: float = TIMEOUT,
+        rcvbuf: int | None = None,
+        sndbuf: int | None = None,
+        source: str | None = None,
     ) -> RawVisitor:
         """A visitor who goes straight to the server's port: `async with t.visitor() as v:`."""
-        return RawVisitor(self.port, timeout=timeout, rcvbuf=rcvbuf, sndbuf=sndbuf)
+        return RawVisitor(self.port, timeout=timeout, rcvbuf=rcvbuf, sndbuf=sndbuf, source=source)
 
     def request(
         self,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from support import (
     Handler,
     Header,
@@ -57,11 +58,13 @@ Play = Callable[[RawRequest, Reader, Writer], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def served(handler: Handler | bytes, **options: Any) -> AsyncIterator[tuple[RawOrigin, Tunnel]]:
+async def served(
+    handler: Handler | bytes, *, env: Mapping[str, str] | None = None, **options: Any
+) -> AsyncIterator[tuple[RawOrigin, Tunnel]]:
     """An origin and a tunnel to it, whose processes then end in order and have written nothing alarming."""
-    noisy = {"PYTHONWARNINGS": "default::ResourceWarning,default::RuntimeWarning"}
-    async with RawOrigin(handler, **options) as origin, Tunnel(origin.port, env=noisy) as tunnel:
+    async with RawOrigin(handler, **options) as origin, Tunnel(origin.port, env=env) as tunnel:
         yield origin, tunnel
+        await tunnel.settle()
         for process in (*tunnel.clients, tunnel.server):
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
@@ -173,7 +176,8 @@ async def test_methods_arrive_or_are_rejected(subtests: pytest.Subtests) -> None
             with subtests.test(f"refuses {method} {target!r}"):
                 async with tunnel.visitor() as visitor:
                     await visitor.send(tunnel.request(method, target))
-                    assert (await visitor.read_response()).status in (400, 405)
+                    got = await visitor.read_response()
+                    assert got.status == 405 or (method, got.status) == ("CONNECT", 400)
                 await assert_untouched(origin, tunnel)
 
 
@@ -340,10 +344,11 @@ async def test_a_host_that_is_none_is_rejected(subtests: pytest.Subtests) -> Non
             "two Hosts": b"Host: web.localhost\r\nHost: other.localhost\r\n",
             "the same Host twice": b"Host: web.localhost\r\nhost: web.localhost\r\n",
             "a Host after a space": b"Host: web.localhost\r\n Host: other.localhost\r\n",
+            "no Host under HTTP/1.0": b"",
         }.items():
             with subtests.test(name):
                 async with tunnel.visitor() as visitor:
-                    await visitor.send(b"GET / HTTP/1.1\r\n" + fields + b"\r\n")
+                    await visitor.send(b"GET / HTTP/1.%d\r\n%b\r\n" % ("1.0" not in name, fields))
                     assert (await visitor.read_response()).status == 400
                 await assert_untouched(origin, tunnel)
 
@@ -433,14 +438,57 @@ REJECTED = {
 }
 
 
+OTHER_STATUSES = {
+    "a field of 64 KiB": (431,),
+    "129 fields": (400, 431),
+    "Transfer-Encoding: b'gzip, chunked'": (501,),  # RFC 9112, 6.1
+    **dict.fromkeys(("HTTP/2 preface", "HTTP/1.2", "HTTP/2.0"), (400, 505)),
+}
+
+
 async def test_an_ambiguous_request_ends_the_connection(subtests: pytest.Subtests) -> None:
     async with served(response(b"real")) as (origin, tunnel):
         for name, raw in REJECTED.items():
             with subtests.test(name):
                 try:
-                    await assert_rejected(tunnel, raw, (400, 414, 431, 501, 505))
+                    await assert_rejected(tunnel, raw, OTHER_STATUSES.get(name, (400,)))
                 finally:
                     await assert_untouched(origin, tunnel)
+
+
+async def test_what_is_not_http_costs_one_line_of_the_log_at_most() -> None:
+    """Whoever wants to fill a disk has to send as much, and nothing of it reaches the terminal as it is."""
+    strangers = ["HTTP/2 preface", "TLS ClientHello", "HTTP/0.9", "HTTP/1.2", "control in a value", "a field of 64 KiB"]
+    escapes = b"GET /\x1b[2J\xe2\x80\xae HTTP/1.1\r\nHost: web.localhost\r\nA\x1b[31m: b\r\n\r\n"
+    async with RawOrigin(response(b"real")) as origin, Tunnel(origin.port, serve_args=["-v"]) as tunnel:
+        await tunnel.server.stderr_line("web: connected")
+        before = len(tunnel.server.stderr)
+        raws = [*(REJECTED[name] for name in strangers), escapes]
+        for raw in raws:
+            await assert_rejected(tunnel, raw, (400, 431, 505))
+        await tunnel.server.stderr_line("bad request from 127.0.0.1")
+        for process in (tunnel.client, tunnel.server):
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
+        lines = tunnel.server.stderr[before:]
+        assert sum("bad request" in line for line in lines) <= len(raws)
+        assert len(lines) <= len(raws) + 2, "and two about the end of client and server"
+        assert all(line.isprintable() and len(line) < 300 for line in lines)
+
+
+async def test_a_line_without_end_is_not_waited_for(subtests: pytest.Subtests) -> None:
+    """In small segments, none of which is too long by itself."""
+    async with served(response(b"real")) as (origin, tunnel):
+        for name, start in {"target": b"GET /", "field": b"GET / HTTP/1.1\r\nHost: web.localhost\r\nA: "}.items():
+            with subtests.test(name):
+                async with tunnel.visitor() as visitor:
+                    with contextlib.suppress(ConnectionError):
+                        await visitor.send(start)
+                        for _ in range(100):
+                            await visitor.send(b"x" * 700)
+                    assert (await visitor.read_response()).status in (414, 431)
+                    assert await visitor.read_until_close() == b""
+                await assert_untouched(origin, tunnel)
 
 
 BAD_CHUNKS = {
@@ -473,11 +521,11 @@ async def test_a_bad_chunk_is_no_end_of_a_body(subtests: pytest.Subtests) -> Non
                 async with tunnel.visitor() as visitor:
                     await visitor.send(POST + b"Transfer-Encoding: chunked\r\n\r\n" + body + CANARY)
                     got = await visitor.read_until_close()
+                assert got.count(b"HTTP/1.1 ") == 1, got
                 if name == "17 digits" and got.startswith(b"HTTP/1.1 200"):
-                    assert [(seen.body, seen.complete) for seen in origin.requests[:1]] == [(b"hello", True)]
+                    assert [(seen.body, seen.complete) for seen in origin.requests] == [(b"hello", True)]
                     continue
-                assert got == b"" or got.startswith(b"HTTP/1.1 400 "), got
-                assert got.count(b"HTTP/1.1 ") <= 1, got
+                assert got.startswith(b"HTTP/1.1 400 "), got
                 assert not any(seen.complete for seen in origin.requests)
                 await origin.wait_for(lambda before=before: not any(c.open for c in origin.connections[before:]))
                 await assert_untouched(origin, tunnel, b"/first")
@@ -526,7 +574,14 @@ async def test_only_what_is_safe_is_sent_again(subtests: pytest.Subtests) -> Non
         else:
             writer.write(response(b"again"))
 
-    async with served(answering({b"/closing": closing}), read_body=True) as (_, tunnel):
+    async def beginning(request: RawRequest, reader: Reader, writer: Writer) -> None:
+        calls["begun"] = calls.get("begun", 0) + 1
+        writer.write(b"HTTP/1.1 2")
+        await writer.drain()
+        writer.close()
+
+    answers: dict[bytes, bytes | Play] = {b"/closing": closing, b"/beginning": beginning}
+    async with served(answering(answers), read_body=True) as (_, tunnel):
         for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
             with subtests.test(method):
                 assert (await tunnel.get(b"/idle")).body == b"real"
@@ -535,6 +590,15 @@ async def test_only_what_is_safe_is_sent_again(subtests: pytest.Subtests) -> Non
                     assert (calls[method], got.body) == (2, b"again")
                 else:
                     assert (calls[method], problem(got)) == (1, (502, b"local-reset"))
+        with subtests.test("GET with content"):
+            calls.clear()
+            assert (await tunnel.get(b"/idle")).body == b"real"
+            got = await tunnel.fetch("GET", b"/closing", body=b"x")
+            assert (calls["GET"], problem(got)) == (1, (502, b"local-reset"))
+        with subtests.test("GET that was answered by a byte"):
+            assert (await tunnel.get(b"/idle")).body == b"real"
+            assert problem(await tunnel.get(b"/beginning")) == (502, b"local-reset")
+            assert calls["begun"] == 1
 
 
 async def test_pipelined_requests_are_answered_in_order() -> None:
@@ -553,6 +617,44 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         for i in range(33):
             assert (await visitor.read_response()).body == b"/%d" % i
         assert [seen.target for seen in origin.requests] == [b"/%d" % i for i in range(33)]
+
+
+@pytest.mark.parametrize("size", [1, 8000])
+async def test_requests_behind_a_slow_one_are_not_read_without_end(size: int) -> None:
+    """The visitor comes to a halt: a few requests wait in the server, the others stay where they come from."""
+    release = asyncio.Event()
+
+    async def slow(request: RawRequest, reader: Reader, writer: Writer) -> None:
+        await release.wait()
+        writer.write(response(b"late"))
+
+    async with served(answering({b"/slow": slow})) as (origin, tunnel), tunnel.visitor(sndbuf=64 * KiB) as visitor:
+        await tunnel.get()
+        before = tunnel.server.rss()
+        await visitor.send(tunnel.request(target=b"/slow"))
+        await origin.wait_for(lambda: origin.requests[-1].target == b"/slow")
+        batch = b"".join([tunnel.request(headers=[(b"X", b"y" * size)])] * (256 * KiB // size))
+        sent = 0
+
+        async def flood() -> None:
+            nonlocal sent
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    await visitor.socket.send(batch[: 64 * KiB])
+                    sent += 64 * KiB
+
+        flooding = asyncio.create_task(flood())
+        unchanged = 0
+        while unchanged < 20:
+            assert sent < 64 * MiB, "it is never made to wait"
+            seen = sent
+            assert (await tunnel.get()).body == b"real"
+            unchanged = unchanged + 1 if seen == sent > 0 else 0
+        assert tunnel.server.rss() - before < 8 * MiB
+        assert [seen.target for seen in origin.requests].count(b"/slow") == 1
+        visitor.abort()
+        await flooding
+        release.set()
 
 
 # ---------------------------------------------------------------------------------------- Request bodies
@@ -599,6 +701,24 @@ async def test_chunk_extensions_are_not_content(subtests: pytest.Subtests) -> No
                 assert (await visitor.read_response()).body == b"real"
             assert origin.requests[0].head == head(b"POST /first HTTP/1.1", HOST, *forwarded(), CHUNKED)
             assert (origin.requests[0].body, origin.requests[0].complete) == (b"hello world", True)
+        with subtests.test("much of it, and little content"):
+            before = tunnel.server.rss() + tunnel.client.rss()
+            body = (b"1;" + b"x" * 8000 + b"\r\n!\r\n") * 1000 + chunk(b"")
+            async with tunnel.visitor() as visitor:
+                with contextlib.suppress(ConnectionError):  # it need not be read to its end
+                    await visitor.send(POST + b"Transfer-Encoding: chunked\r\n\r\n" + body)
+                status = (await visitor.read_response()).status
+            assert status in (200, 400)
+            assert (origin.requests[-1].body == b"!" * 1000) == (status == 200) == origin.requests[-1].complete
+            assert tunnel.server.rss() + tunnel.client.rss() - before < 4 * MiB
+        with subtests.test("chunks of one byte"):
+            async with tunnel.visitor() as visitor:
+                raw = b"".join(chunk(bytes([i & 255])) for i in range(100_000)) + chunk(b"")
+                await visitor.send(POST + b"Transfer-Encoding: chunked\r\n\r\n" + raw)
+                assert (await visitor.read_response()).body == b"real"
+            assert origin.requests[-1].body == bytes(i & 255 for i in range(100_000))
+            wire = origin.connections[origin.requests[-1].connection].total
+            assert wire < 200_000, "small chunks are not passed on one by one when many are there"
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["pipelined", "afterwards"])
@@ -676,17 +796,19 @@ async def test_the_head_of_a_response_is_passed_on_whole(subtests: pytest.Subtes
 async def test_response_bodies_arrive_untouched(subtests: pytest.Subtests) -> None:
     big, zipped = pattern(0, 3 * MiB), gzip.compress(b"hello " * 1000)
     ok = b"HTTP/1.1 200 OK"
-    packed = [(b"Content-Type", b"text/html"), (b"Content-Encoding", b"gzip")]
+    kind = (b"Content-Type", b"text/html")
+    packed: dict[bytes, list[Header]] = {c: [kind, (b"Content-Encoding", c)] for c in (b"gzip", b"zstd", b"br")}
     bodies = {b"small": b"hello", b"like": EVIL, b"big": big, b"gzip": zipped, b"empty": b""}
+    bodies |= {b"zstd": zstandard.compress(b"hello " * 1000), b"br": b"\x0b\x02\x80hello\x03"}
     answers: dict[bytes, bytes | Play] = {}
     for name, body in bodies.items():
-        fields = packed if name == b"gzip" else []
+        fields = packed.get(name, [])
         pieces = [body[i : i + 100_000] for i in range(0, len(body), 100_000)]
         answers[b"/length/" + name] = response(body, headers=fields)
         answers[b"/chunked/" + name] = head(ok, *fields, CHUNKED) + b"".join(map(chunk, [*pieces, b""]))
         answers[b"/close/" + name] = head(ok, *fields, CLOSE) + body
         answers[b"/old/" + name] = head(b"HTTP/1.0 200 OK", *fields, CLOSE) + body
-    async with served(answering(answers)) as (_, tunnel), tunnel.visitor() as visitor:
+    async with served(answering(answers)) as (origin, tunnel), tunnel.visitor() as visitor:
         for target in answers:
             framing, body = target.split(b"/")[1], bodies[target.split(b"/")[2]]
             with subtests.test(target.decode()):
@@ -696,8 +818,8 @@ async def test_response_bodies_arrive_untouched(subtests: pytest.Subtests) -> No
                 assert got.clean
                 frame = (b"Content-Length", b"%d" % len(body)) if framing == b"length" else CHUNKED
                 if body or framing == b"length":
-                    fields = packed if target.endswith(b"gzip") else []
-                    assert without_date(got) == head(ok, *fields, frame)
+                    assert without_date(got) == head(ok, *packed.get(target.split(b"/")[2], []), frame)
+                assert origin.requests[-1].values(b"accept-encoding") == []
         for target in answers:
             framing, body = target.split(b"/")[1], bodies[target.split(b"/")[2]]
             with subtests.test(f"{target.decode()} under HTTP/1.0"):
@@ -814,24 +936,25 @@ async def test_connection_close_is_for_the_hop_that_says_it() -> None:
 
 async def test_interim_responses_arrive_before_the_final_one(subtests: pytest.Subtests) -> None:
     seen_by_visitor = asyncio.Semaphore(0)
+    interim = {b"1": b"100 Continue", b"2": b"103 Early Hints", b"3": b"102 Processing", b"4": b"103 Early Hints"}
     links = [(b"Link", b"</a.css>; rel=preload"), (b"link", b"</b.js>")]
 
     async def hinting(request: RawRequest, reader: Reader, writer: Writer) -> None:
-        for number in (b"1", b"2"):
-            writer.write(head(b"HTTP/1.1 103 Early Hints", *links, (b"N", number), (b"Connection", b"x")))
+        for number, start in interim.items():
+            writer.write(head(b"HTTP/1.1 " + start, *links, (b"N", number), (b"Connection", b"x")))
             await seen_by_visitor.acquire()
-        writer.write(response(b"final", headers=[(b"N", b"3")]))
+        writer.write(response(b"final", headers=[(b"N", b"5")]))
 
     async with served(answering({b"/": hinting})) as (_, tunnel):
         with subtests.test("HTTP/1.1"):
             async with tunnel.visitor() as visitor:
                 await visitor.send(tunnel.request())
-                for number in (b"1", b"2"):
-                    expected = head(b"HTTP/1.1 103 Early Hints", *links, (b"N", number))
+                for number, start in interim.items():
+                    expected = head(b"HTTP/1.1 " + start, *links, (b"N", number))
                     assert (await visitor.read_head()).head == expected
                     seen_by_visitor.release()
                 assert without_date(got := await visitor.read_response()) == head(
-                    b"HTTP/1.1 200 OK", (b"N", b"3"), (b"Content-Length", b"5")
+                    b"HTTP/1.1 200 OK", (b"N", b"5"), (b"Content-Length", b"5")
                 )
                 assert got.body == b"final"
                 await visitor.send(tunnel.request(target=b"/next"))
@@ -839,8 +962,8 @@ async def test_interim_responses_arrive_before_the_final_one(subtests: pytest.Su
         with subtests.test("HTTP/1.0 knows none"):
             async with tunnel.visitor() as visitor:
                 await visitor.send(head(b"GET / HTTP/1.0", HOST))
-                seen_by_visitor.release()
-                seen_by_visitor.release()
+                for _ in interim:
+                    seen_by_visitor.release()
                 got = await visitor.read_response()
                 assert (got.status, got.interim, got.body) == (200, [], b"final")
 
@@ -854,9 +977,12 @@ async def test_expect_continue_is_the_local_services_to_answer(subtests: pytest.
         body = b"".join([piece async for piece in origin.iter_body(request, reader)])
         writer.write(response(b"got " + body))
 
+    async def silent(request: RawRequest, reader: Reader, writer: Writer) -> None:
+        writer.write(response(b"got " + b"".join([piece async for piece in origin.iter_body(request, reader)])))
+
     refused = response(b"no", 417, reason=b"Expectation Failed")
     denied = response(b"who?", 401, [(b"WWW-Authenticate", b"Basic")], b"Unauthorized")
-    answers: dict[bytes, bytes | Play] = {b"/willing": willing, b"/417": refused, b"/401": denied}
+    answers: dict[bytes, bytes | Play] = {b"/willing": willing, b"/silent": silent, b"/417": refused, b"/401": denied}
     async with served(answering(answers)) as (origin, tunnel):
         for framing in ((b"Content-Length", b"5"), CHUNKED):
             with subtests.test(f"100, {framing[0].decode()}"):
@@ -868,6 +994,16 @@ async def test_expect_continue_is_the_local_services_to_answer(subtests: pytest.
                     got = await visitor.read_response()
                     assert (got.status, got.body) == (200, b"got hello")
                     assert origin.requests[-1].values(b"expect") == [b"100-Continue"]
+        with subtests.test("no answer"):  # nobody else says 100 in its place; the visitor goes on when it likes
+            async with tunnel.visitor() as visitor:
+                fields = [(b"Content-Length", b"5"), (b"Expect", b"100-continue")]
+                await visitor.send(tunnel.request("POST", b"/silent", fields))
+                await origin.wait_for(lambda: origin.requests[-1].target == b"/silent")
+                assert (await tunnel.get()).body == b"real"
+                assert not visitor.buffered
+                await visitor.send(b"hello")
+                got = await visitor.read_response()
+                assert (got.status, got.body, got.interim) == (200, b"got hello", [])
         for target, status in {b"/417": 417, b"/401": 401}.items():
             with subtests.test(f"{status}"):
                 async with tunnel.visitor() as visitor:

@@ -981,6 +981,9 @@ def test_targets_are_not_touched(target: bytes) -> None:
         (b"GET", b"http://b.zone?q=/", (b"/?q=/", b"b.zone")),
         (b"GET", b"http://b.zone//x", (b"//x", b"b.zone")),
         (b"OPTIONS", b"*", (b"*", b"a.zone")),
+        (b"OPTIONS", b"http://b.zone", (b"*", b"b.zone")),
+        (b"OPTIONS", b"http://b.zone/", (b"/", b"b.zone")),
+        (b"OPTIONS", b"http://b.zone?q", (b"/?q", b"b.zone")),
     ],
 )
 def test_other_forms_of_targets(method: bytes, target: bytes, wanted: tuple[bytes, bytes]) -> None:

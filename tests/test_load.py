@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support import (
+    NO_DEBUG,
     PatternChecker,
     Process,
     RawOrigin,
@@ -26,7 +27,10 @@ from support import (
     eventually,
     pattern,
     response,
+    with_limits,
 )
+
+import pytunnel
 
 Reader = asyncio.StreamReader
 Writer = asyncio.StreamWriter
@@ -35,8 +39,27 @@ MIB = 1024 * 1024
 SIZE = 128 * MIB
 PIECE = 256 * 1024
 GROWTH = 32 * MIB  # resident bytes that a transfer of any size may add to a process
-STALLED_GROWTH = 96 * MIB  # and what a hundred readers may who have stopped reading
+READ = 256 * 1024  # bytes that one read of asyncio's transports may bring
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(autouse=True)
+async def no_debug_mode() -> None:
+    """Gigabytes pass through this process in pieces of some kilobytes: the notes of debug mode would take minutes."""
+    asyncio.get_running_loop().set_debug(False)
+
+
+def stalled_growth(streams: int) -> int:
+    """Resident bytes that streams may add to a process while nobody reads what they carry: just below 1 MiB each.
+
+    The client has, for each of them, in the connection to the local service READ_BUFFER and the read that went over
+    it; the read under way to the session; SEND_BUFFER there and the read that went over it. The server has less:
+    its window, the piece under way and the transport's buffer. Once per process come what the log keeps, the frames
+    kept for resume, and the interpreter's own share.
+    """
+    each = pytunnel.READ_BUFFER + READ + READ + pytunnel.SEND_BUFFER + READ
+    log = min(2 * streams * pytunnel.MAX_PREFIX, pytunnel.MAX_LOG)
+    return streams * each + log + pytunnel.MAX_UNACKED + 8 * MIB
 
 
 def head_of(size: int, chunked: bool) -> bytes:
@@ -123,9 +146,12 @@ def bytes_below(directory: Path) -> int:
 
 @contextlib.asynccontextmanager
 async def tunnel_to(origin: RawOrigin, directory: Path) -> AsyncIterator[Tunnel]:
-    """A tunnel whose processes keep state and temporary files in one directory, warm from some requests."""
+    """A tunnel whose processes keep state and temporary files in one directory, warm from some requests.
+
+    Not in debug mode: it remembers where each task and each callback was made, and here memory is measured.
+    """
     (directory / "tmp").mkdir()
-    env = {"TMPDIR": str(directory / "tmp"), "PYTUNNEL_STATE_DIR": str(directory / "state")}
+    env = {"TMPDIR": str(directory / "tmp"), "PYTUNNEL_STATE_DIR": str(directory / "state"), **NO_DEBUG}
     async with Tunnel(origin.port, env=env) as t:
         for _ in range(3):
             assert (await t.get(b"/warm")).status == 200
@@ -215,7 +241,7 @@ async def test_readers_who_have_stopped_cost_their_own_windows_and_nothing_else(
                 assert (await t.get(b"/new")).body == b"ok"
             answer = await t.fetch("POST", b"/new", body=pattern(0, MIB))
             assert answer.body == b"%d" % MIB
-            before.check_memory(STALLED_GROWTH)
+            before.check_memory(stalled_growth(100))
             assert files_open(t.server) == files_open(t.client) == []
 
             checker = PatternChecker()  # one of them reads again, and gets all of it
@@ -257,7 +283,7 @@ async def test_a_local_service_that_has_stopped_reading_holds_its_uploads_back(t
             assert not any(task.done() for task in uploads)
             assert sent[0] < 50 * 64 * MIB // 2, "what the kernel's buffers take, but not the whole bodies"
             assert (await t.get(b"/new")).body == b"ok"
-            before.check_memory(STALLED_GROWTH)
+            before.check_memory(stalled_growth(50))
             for visitor in visitors:
                 visitor.close()
             await asyncio.gather(*uploads)
@@ -316,14 +342,14 @@ async def test_visitors_who_leave_leave_nothing_behind(tmp_path: Path) -> None:
             await asyncio.gather(*(leave(number) for number in range(batch * 50, batch * 50 + 50)))
         await origin.wait_for(lambda: not origin.open_connections, 10, "the local connections to end")
         await before.descriptors_return()
-        before.check_memory(STALLED_GROWTH)
+        before.check_memory(stalled_growth(50))
         assert (await t.get(b"/warm")).body == b"ok"
         seen = len(origin.requests)
         await eventually(lambda: sum(event["event"] == "request" for event in t.client.events) >= seen)
 
 
 async def test_local_connections_that_are_not_used_again_are_closed(tmp_path: Path) -> None:
-    """A burst leaves kept connections behind; they go when their time is over, or when the service closes them."""
+    """A burst leaves kept connections behind; they go when their time is over."""
     arrived = [0]
     everybody = asyncio.Event()
 
@@ -345,6 +371,24 @@ async def test_local_connections_that_are_not_used_again_are_closed(tmp_path: Pa
         assert {answer.status for answer in answers} == {200}
         await before.descriptors_return(8)
         assert not origin.open_connections
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+async def test_a_kept_local_connection_that_its_service_closes_is_closed_too(when: str) -> None:
+    """Long before its time is over; at once is with the response, which does not say so."""
+    writers = []
+
+    async def handle(request: RawRequest, reader: Reader, writer: Writer) -> None:
+        writer.write(response(b"ok"))
+        writers.append(writer)
+        if when == "at once":
+            writer.write_eof()
+
+    async with RawOrigin(handle) as origin, Tunnel(origin.port, command=with_limits(LOCAL_IDLE=60.0)) as t:
+        assert (await t.get()).body == b"ok"
+        if when == "later":
+            writers[0].write_eof()
+        await origin.wait_for(lambda: not origin.open_connections, what="the client to close it")
 
 
 # ---------------------------------------------------------------------------------------- Many at once

@@ -171,6 +171,7 @@ def test_keys() -> None:
         f"at most {pytunnel.MAX_STREAMS * pytunnel.INITIAL_WINDOW // pytunnel.MiB} MiB of unread bodies "
         f"and {pytunnel.MAX_UNACKED // pytunnel.MiB} MiB kept",
         f"| names of one token | {pytunnel.MAX_NAMES};",
+        f"{pytunnel.MAX_CREDENTIALS} users, {pytunnel.MAX_NETWORKS} networks",
         f"turns of {pytunnel.TURN // pytunnel.KiB} KiB",
         f"{pytunnel.INITIAL_WINDOW // pytunnel.KiB} KiB a stream",
         f"within {pytunnel.DIAL_TIMEOUT:g} s of starting",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
+import hmac
 import json
 import os
 import pty
@@ -41,8 +43,9 @@ from pytunnel import (
     INTERIM,
     LINK_PATH,
     MAX_DATA,
-    MAX_HANDSHAKES,
+    MAX_HANDSHAKES_EACH,
     MAX_HELLO,
+    MAX_INTERIM,
     MAX_MESSAGE,
     MAX_TUNNELS,
     OPEN_HEADER,
@@ -53,6 +56,7 @@ from pytunnel import (
     FrameType,
     Message,
     RequestHead,
+    TunnelServer,
     client_proof,
     encode_frame,
     encode_message,
@@ -176,10 +180,18 @@ class Peer:
 
     async def frame(self, type_: FrameType) -> Frame:
         """Return the next frame of that type."""
+        return await self._next(lambda frame: frame.type == type_)
+
+    async def frame_of(self, stream_id: int) -> Frame:
+        """Return the next frame of that stream that tells something about its exchange."""
+        told = (FrameType.HEAD, FrameType.DATA, FrameType.RESET)
+        return await self._next(lambda frame: frame.stream_id == stream_id and frame.type in told)
+
+    async def _next(self, fits: Callable[[Frame], bool]) -> Frame:
         async with asyncio.timeout(PATIENCE):
             while True:
                 for index, frame in enumerate(self._frames):
-                    if frame.type == type_:
+                    if fits(frame):
                         return self._frames.pop(index)
                 message = await self.ws.receive()
                 assert message.type is aiohttp.WSMsgType.BINARY, message
@@ -275,6 +287,72 @@ async def test_an_unknown_key_and_a_wrong_proof_look_the_same() -> None:
         for proof in (b"", bytes(31), bytes(33), bytes(4000)):
             assert (await attempt(port, key_id(TOKEN), proof))[2] == known[0][2]
         assert_calm(server)
+
+
+@contextlib.asynccontextmanager
+async def serving_here(state: Path, *tokens: str) -> AsyncIterator[int]:
+    """A server in this process, and its port."""
+    server = TunnelServer(tokens=tokens, state=state, host="127.0.0.1", port=0)
+    await server.start()
+    try:
+        yield server.port
+    finally:
+        await server.close()
+
+
+async def test_every_guess_costs_the_same_and_is_compared_in_constant_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not measured but counted: the same steps over the same lengths, whatever was guessed, and one comparison."""
+    guesses = {
+        "no token": (key_id(""), b""),
+        "a short one": (key_id("x"), b"x"),
+        "another one": (key_id(OTHER_TOKEN), bytes(32)),
+        "the beginning of the right one": (key_id(TOKEN[:-1]), bytes(32)),
+        "no key": ("", bytes(32)),
+        "a key that is none": ("x" * 1000, bytes(32)),
+        "the right key, and no proof": (key_id(TOKEN), b""),
+        "the right key, and half a proof": (key_id(TOKEN), bytes(31)),
+        "the right key, and too much of a proof": (key_id(TOKEN), bytes(4000)),
+        "the right key, and a wrong proof": (key_id(TOKEN), bytes(32)),
+    }
+    steps: list[tuple[object, ...]] = []
+
+    def watch(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            steps.append((name, *(len(arg) for arg in args if name == "compare_digest")))
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    async def guess(port: int, key: str, proof: bytes) -> tuple[str, list[tuple[object, ...]]]:
+        async with dialled(port) as peer:
+            steps.clear()
+            await peer.hello(key=key)
+            refused = await peer.say(encode_message("proof", proof=base64.b64encode(proof).decode()))
+            return refused.text, list(steps)
+
+    async with serving_here(tmp_path, TOKEN) as port:
+        for module, name in ((hmac, "compare_digest"), (hmac, "digest"), (hashlib, "pbkdf2_hmac")):
+            watch(module, name)
+        outcomes = {name: await guess(port, key, proof) for name, (key, proof) in guesses.items()}
+        (refused,) = {refused for refused, _ in outcomes.values()}
+        assert json.loads(refused)["code"] == "token"
+        for name, (_, taken) in outcomes.items():
+            assert taken == outcomes["the right key, and a wrong proof"][1], name
+            assert [step for step in taken if step[0] == "compare_digest"] == [("compare_digest", 32, 32)], name
+        for answer, code in ((False, "refused"), (True, "ready")):  # it is what decides, for the right token and wrong
+            monkeypatch.setattr(hmac, "compare_digest", lambda *_, answer=answer: answer)
+            async with dialled(port) as peer:
+                challenge = await peer.hello()
+                await peer.prove(challenge)
+                assert (await peer.answer()).get("type", str) == code
+            async with dialled(port) as peer:
+                await peer.hello()
+                proof = base64.b64encode(bytes(32)).decode()
+                assert (await peer.say(encode_message("proof", proof=proof))).get("type", str) == code
 
 
 async def test_a_proof_is_good_for_one_challenge_only() -> None:
@@ -411,11 +489,11 @@ async def test_a_link_to_a_tunnels_host_is_the_local_services_business() -> None
 
 
 async def test_half_handshakes_are_dropped_and_do_not_keep_others_out() -> None:
-    """200 sockets that stop after the 101, or after their hello."""
+    """200 sockets that stop after the 101; of one address only some get that far, of another one comes in meanwhile."""
     sockets = 200
 
     async def stop_half_way(port: int, stack: contextlib.AsyncExitStack) -> tuple[int, RawVisitor]:
-        visitor = await stack.enter_async_context(RawVisitor(port, timeout=PATIENCE))
+        visitor = await stack.enter_async_context(RawVisitor(port, timeout=PATIENCE, source="127.0.0.2"))
         await visitor.send(request(target=LINK_PATH.encode(), headers=[*LINK_HEADERS, PROTOCOL]))
         head = await visitor.read_head()
         if head.status != 101:
@@ -427,7 +505,8 @@ async def test_half_handshakes_are_dropped_and_do_not_keep_others_out() -> None:
         began = time.monotonic()
         answers = await asyncio.gather(*(stop_half_way(port, stack) for _ in range(sockets)))
         statuses = [status for status, _ in answers]
-        assert (statuses.count(101), statuses.count(503)) == (MAX_HANDSHAKES, sockets - MAX_HANDSHAKES)
+        assert (statuses.count(101), statuses.count(429)) == (MAX_HANDSHAKES_EACH, sockets - MAX_HANDSHAKES_EACH)
+        await assert_logins_work(port)
         async with RawVisitor(port) as visitor:
             await visitor.send(request(target=b"/healthz"))
             assert (await visitor.read_response()).status == 200
@@ -601,6 +680,18 @@ async def a_final_head_called_interim(peer: Peer, stream_id: int) -> None:
     await peer.data(stream_id, b"poison", end=True)
 
 
+async def a_101_called_interim(peer: Peer, stream_id: int) -> None:
+    await peer.head(stream_id, b"101", b"Switching Protocols", b"Upgrade", b"websocket", flags=INTERIM)
+    await peer.data(stream_id, FAKE, end=True)
+
+
+async def eleven_interim_heads(peer: Peer, stream_id: int) -> None:
+    for _ in range(MAX_INTERIM + 1):
+        await peer.head(stream_id, b"103", b"Early Hints", flags=INTERIM)
+    await peer.head(stream_id, *HONEST)
+    await peer.data(stream_id, b"poison", end=True)
+
+
 async def more_than_announced_in_pieces(peer: Peer, stream_id: int) -> None:
     await peer.head(stream_id, *HONEST)
     for data in (b"honest", FAKE):
@@ -652,7 +743,15 @@ LIES: dict[str, Lie] = {
     "a header that ends the head": lie(b"200", b"OK", b"X", b"y\r\n\r\n" + FAKE),
     "a header name that ends the head": lie(b"200", b"OK", b"X: y\r\n\r\n" + FAKE, b"y"),
     "a reason that ends the head": lie(b"200", b"OK\r\n\r\n" + FAKE),
-    "a status that is none": lie(b"2000", b"OK"),
+    **{f"a status that is none, {v!r}": lie(v, b"OK") for v in (b"2000", b"20", b"99", b"099", b"600", b"999", b"")},
+    **{
+        f"{c!r} in a {part}": lie(b"200", c if part == "reason" else b"OK", b"X", c if part == "field" else b"y")
+        for part in ("reason", "field")
+        for c in (b"\x01", b"\x7f", b"\x1b[2J", b"\r", b"\n")
+    },
+    "an interim head that is a 101": a_101_called_interim,
+    "a length for a 204, and that much": lie(b"204", b"No Content", b"Content-Length", b"6", body=b"poison"),
+    "eleven interim heads": eleven_interim_heads,
     "a 101 that nobody asked for": lie(b"101", b"Switching Protocols", b"Upgrade", b"websocket"),
     "a 100 that is final": lie(b"100", b"Continue"),
     "a 103 with content": lie(b"103", b"Early Hints"),
@@ -776,6 +875,58 @@ async def test_a_session_is_resumed_by_its_own_token_only(tmp_path: Path) -> Non
             await owner.data(stream_id, b"honest", end=True)
             assert (await visitor.read_response()).body == b"honest"
         assert_calm(server)
+
+
+async def test_another_token_s_tunnel_can_be_neither_taken_nor_ended_nor_looked_into(tmp_path: Path) -> None:
+    """All a server offers a client is its own session: there is no more to refuse than names and sessions."""
+
+    async def assert_owned(owner: Peer) -> None:
+        async with RawVisitor(port) as visitor:
+            await visitor.send(request(host=b"web.localhost"))
+            stream_id, _ = await owner.opened()
+            await owner.head(stream_id, *HONEST)
+            await owner.data(stream_id, b"honest", end=True)
+            assert (await visitor.read_response()).body == b"honest"
+
+    async with serving_here(tmp_path, TOKEN, OTHER_TOKEN) as port, linked(port) as owner:
+        for tunnels in (["web"], ["own", "web"], ["web", "own"]):
+            for session in ("", owner.session):
+                async with dialled(port) as thief:
+                    await thief.prove(await thief.hello(token=OTHER_TOKEN, tunnels=tunnels, session=session))
+                    refused = await thief.answer()
+                    assert (refused.get("code", str), refused.get("retry", bool)) == ("name", False)
+                await assert_owned(owner)
+        async with linked(port, "own", OTHER_TOKEN) as thief:
+            await thief.send(FrameType.GOAWAY, payload=b"\0\0")
+            await thief.synchronise()
+            await assert_owned(owner)
+        paths = [
+            "api/status",
+            "api/exchanges",
+            "api/exchanges/1/replay",
+            "_pytunnel/",
+            "_pytunnel/web",
+            "",
+        ]
+        for path in paths:
+            for method in ("GET", "POST", "DELETE"):
+                async with RawVisitor(port) as visitor:
+                    await visitor.send(request(method, b"/" + path.encode(), b"localhost", body=b""))
+                    got = await visitor.read_response()
+                    assert (got.status, got.value(b"X-Pytunnel-Error")) == (404, b"unknown-tunnel")
+        await assert_owned(owner)
+
+
+@pytest.mark.parametrize("owner", ["", None, 0, [], {}], ids=repr)
+async def test_a_name_whose_owner_is_nobody_is_nobodys_to_take(tmp_path: Path, owner: object) -> None:
+    (tmp_path / "names.json").write_text(json.dumps({"names": {"web": owner}, "zones": []}))
+    async with serving_here(tmp_path, TOKEN) as port:
+        for key in (key_id(TOKEN), ""):
+            async with dialled(port) as peer:
+                challenge = await peer.hello(key=key)
+                await peer.prove(challenge)
+                assert (await peer.answer()).get("code", str) == ("name" if key else "token")
+        await assert_logins_work(port)
 
 
 async def test_of_connections_that_resume_one_session_at_once_one_carries_it() -> None:

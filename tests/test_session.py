@@ -21,6 +21,7 @@ from pytunnel import (
     INTERIM,
     MAX_BATCH,
     MAX_INTERIM,
+    MAX_PENDING,
     MAX_PENDING_PONGS,
     MAX_UNACKED,
     TRANSITIONS,
@@ -684,19 +685,32 @@ def test_requests_are_refused_while_too_much_is_not_acknowledged() -> None:
     session = Session(is_server=True)  # without a link
     big = b"GET\0/" + b"x" * 60_000
     with pytest.raises(StreamReset) as caught:
-        for _ in range(MAX_UNACKED // len(big) + 2):
+        for _ in range(MAX_PENDING // len(big) + 2):
             session.open_stream(0, Kind.HTTP, big)
     assert caught.value.code is ErrorCode.REFUSED
-    assert session._control_bytes <= MAX_UNACKED + len(big) + 100
+    assert session._control_bytes <= MAX_PENDING + len(big) + 100
 
 
 def test_a_peer_that_never_acknowledges_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pytunnel, "MAX_UNACKED_FRAMES", 10)
     session = connected(is_server=True)
     for _ in range(10):
         session.send_reset(session.open_stream(0, Kind.HTTP, REQUEST), ErrorCode.CANCEL)
+    monkeypatch.setattr(pytunnel, "MAX_UNACKED_FRAMES", 10)
     with pytest.raises(ProtocolError, match="10 frames"):
         session.data_to_send()
+
+
+def test_no_stream_is_opened_towards_a_peer_that_does_not_acknowledge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an honest one, which is only slow, never gets as far as the limit above."""
+    monkeypatch.setattr(pytunnel, "MAX_UNACKED_FRAMES", 40)
+    session = connected(is_server=True)
+    with pytest.raises(StreamReset, match="congested"):
+        for _ in range(20):
+            session.send_reset(session.open_stream(0, Kind.HTTP, REQUEST), ErrorCode.CANCEL)
+            session.data_to_send()
+    assert len(session._unacked) == 12  # past a quarter
+    session.receive_data(ack(12), 0.0)
+    session.open_stream(0, Kind.HTTP, REQUEST)
 
 
 # Keepalive
@@ -1252,7 +1266,9 @@ def test_the_recorded_conversation_itself_is_fine() -> None:
 
 # The big one: two sessions and a bad network
 
-SCALED = {"TURN": 64, "SEND_BUFFER": 100, "MAX_UNACKED": 2000, "ACK_BYTES": 300, "MAX_BATCH": 256}
+SCALED = {
+    "TURN": 64, "SEND_BUFFER": 100, "MAX_UNACKED": 2000, "MAX_PENDING": 4000, "ACK_BYTES": 300, "MAX_BATCH": 256,
+}  # fmt: skip
 BLOCK = random.Random(0).randbytes(4096)
 
 
@@ -1397,7 +1413,7 @@ class Conversation:
                 assert stream.buffered == sum(map(len, stream.pending))
             # DATA stops at the bound; OPENs, HEADs, RESETs and WINDOWs of six streams may come on top.
             assert session._unacked_bytes == sum(map(len, session._unacked))
-            others = 40 * (len(self.at_client) + 6)
+            others = 40 * (len(self.heads_put) + 6)
             assert session._unacked_bytes <= SCALED["MAX_UNACKED"] + SCALED["TURN"] + others
             assert session._control_bytes == sum(map(len, session._control))
             assert set(session._credits) <= set(session._streams)

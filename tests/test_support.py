@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import support
 from support import (
     BadMessage,
     Handler,
@@ -791,7 +793,7 @@ print(json.dumps({"event": "env", "env": dict(os.environ), "stdin": sys.stdin.re
     async with await Process.start(env={"EXTRA": "2"}, command=python(code)) as process:
         event = await process.event("env")
         environment, home = event["env"], Path(event["env"]["HOME"])
-        assert set(environment) - {"LC_CTYPE"} == {"PATH", "HOME", "PYTUNNEL_STATE_DIR", "EXTRA"}
+        assert set(environment) - {"LC_CTYPE"} == {"PATH", "HOME", "PYTUNNEL_STATE_DIR", "EXTRA", *support.DEBUG}
         assert Path(environment["PYTUNNEL_STATE_DIR"]).parent == home
         assert event["stdin"] == ""
         assert os.listdir(home) == []
@@ -816,6 +818,53 @@ async def test_signals_resources_and_killing_what_is_left() -> None:
         os.kill(process.pid, 0)
 
 
+COMPLAINTS = {
+    "Traceback": "1 / 0",
+    "was never awaited": "sleep(1)",
+    "was never retrieved": "loop.create_future().set_exception(OSError())",
+    "Task was destroyed": "tasks = [loop.create_task(forever())]; await sleep(0); tasks.clear()",
+    "ResourceWarning": "socket.socket()",
+    "Unclosed": "aiohttp.ClientSession()",
+}
+
+
+@pytest.mark.parametrize("complaint", COMPLAINTS)
+async def test_a_process_that_complains_fails_unless_it_is_expected_to(complaint: str) -> None:
+    code = f"""
+import aiohttp, asyncio, gc, socket
+from asyncio import sleep
+
+async def forever():
+    await asyncio.get_running_loop().create_future()
+
+async def main():
+    loop = asyncio.get_running_loop()
+    {COMPLAINTS[complaint]}
+    gc.collect()
+
+asyncio.run(main())
+"""
+    with pytest.raises(AssertionError, match=f"on stderr: .*{complaint}"):
+        async with await Process.start(command=python(code)) as process:
+            await process.wait()
+    async with await Process.start(command=python(code)) as process:
+        process.expected_complaint = f"{complaint}|Traceback|Unclosed|ResourceWarning"  # each tells more than one
+        await process.wait()
+
+
+async def test_a_process_may_be_slow() -> None:
+    code = """
+import asyncio, sys, time
+async def main():
+    time.sleep(0.2)
+    print("after", file=sys.stderr)
+asyncio.run(main())
+"""
+    async with await Process.start(command=python(code)) as process:
+        assert await process.wait() == 0
+        assert process.stderr == ["after"]
+
+
 # ---------------------------------------------------------------------------------------- Tunnel
 
 # The smallest program that keeps the command line contract: the client tells the server its target in
@@ -832,14 +881,18 @@ for name in ("listen", "server", "token", "name", "extra"):
 parser.add_argument("--json", action="store_true")
 args = parser.parse_args()
 target = None
+kept = []  # what it should have let go
 
 def emit(**event):
     print(json.dumps(event), flush=True)
 
 async def pipe(reader, writer):
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    except ConnectionError:
+        pass
     writer.close()
 
 async def on_connection(reader, writer):
@@ -849,6 +902,12 @@ async def on_connection(reader, writer):
         target = int(first.split()[1])
         writer.write(b"ok\\n")
         return await pipe(reader, writer)
+    if first.startswith((b"GET /keep-", b"GET /metrics ")):
+        what = first.split()[1]
+        kept.append(open(__file__) if what == b"/keep-file" else writer if what == b"/keep-connection" else what)
+        body = b"# of a stand-in\\npytunnel_streams %d\\n" % kept.count(b"/keep-stream")
+        writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n%b" % (len(body), body))
+        return None if what == b"/keep-connection" else writer.close()
     far_reader, far_writer = await asyncio.open_connection("127.0.0.1", target)
     far_writer.write(first)
     await asyncio.gather(pipe(reader, far_writer), pipe(far_reader, writer))
@@ -869,6 +928,10 @@ async def link(url):
 async def connect():
     url = urlsplit(args.server)
     reader, writer = await link(url)
+    if args.extra == "links":
+        kept.append(await link(url))
+    if args.extra == "requests":
+        kept.append(await asyncio.open_connection("127.0.0.1", int(args.target)))
     emit(event="ready", url=f"http://{args.name}.localhost:{url.port}/", name=args.name, target=args.target)
     while True:
         try:
@@ -876,6 +939,7 @@ async def connect():
         except ConnectionError:
             pass
         emit(event="disconnected")
+        writer.close()
         while True:
             try:
                 reader, writer = await link(url)
@@ -934,9 +998,140 @@ async def test_tunnel_with_a_relay_survives_a_cut_and_a_restart(
         assert tunnel.server is not first
 
 
+@pytest.mark.parametrize(
+    ("target", "extra", "excess"),
+    [
+        (b"/keep-file", "", "server .*stand_in.py"),
+        (b"/keep-connection", "", "server .*whose other end is gone"),
+        (b"/keep-stream", "", "pytunnel_streams 1, not 0"),
+        (b"/", "links", "client .*a second link"),
+        (b"/", "requests", "client .*in use"),
+    ],
+)
+async def test_a_tunnel_whose_processes_keep_what_they_should_let_go_fails(
+    origin: RawOrigin, stand_in: list[str], monkeypatch: pytest.MonkeyPatch, target: bytes, extra: str, excess: str
+) -> None:
+    monkeypatch.setattr(support, "REST", 0.2)
+    with pytest.raises(WaitFailed, match=excess) as caught:
+        async with Tunnel(origin.port, command=stand_in, connect_args=["--extra", extra]) as tunnel:
+            assert (await tunnel.get(target)).status == 200
+    assert any("listening" in note for note in caught.value.__notes__)
+    async with Tunnel(origin.port, command=stand_in, connect_args=["--extra", extra], settles=False) as tunnel:
+        assert (await tunnel.get(target)).status == 200
+
+
+async def test_what_visitors_and_local_services_keep_open_is_no_fault_of_a_tunnel(
+    origin: RawOrigin, stand_in: list[str]
+) -> None:
+    async with contextlib.AsyncExitStack() as stack, Tunnel(origin.port, command=stand_in) as tunnel:
+        visitor = await stack.enter_async_context(tunnel.visitor())
+        await visitor.send(tunnel.request(target=b"/keep-connection"))
+        assert (await visitor.read_response()).status == 200
+        visitor.write_eof()
+
+
+async def test_a_tunnel_whose_processes_complain_fails(origin: RawOrigin, tmp_path: Path) -> None:
+    program = tmp_path / "stand_in.py"
+    program.write_text(STAND_IN.replace("kept = []", "import sys; print('Unclosed', file=sys.stderr); kept = []"))
+    command = [sys.executable, str(program)]
+    with pytest.raises(AssertionError, match="on stderr: Unclosed"):
+        async with Tunnel(origin.port, command=command):
+            pass
+    async with Tunnel(origin.port, command=command) as tunnel:
+        tunnel.server.expected_complaint = tunnel.client.expected_complaint = "Unclosed"
+
+
 async def test_a_tunnel_that_does_not_start_tells_every_output(stand_in: list[str]) -> None:
     with pytest.raises(WaitFailed) as caught:
         async with Tunnel(1, connect_args=["--no-such-flag"], command=stand_in):
             pass
     assert any("listening" in note for note in caught.value.__notes__)
     assert "unrecognized arguments" in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------- What a test leaves behind
+
+LEAVING = """
+import asyncio, conftest, gc, logging, pytest, socket
+from asyncio import create_task, sleep
+
+conftest.REST = 0.2
+kept = []
+
+async def fail():
+    raise ValueError
+
+def test_a_descriptor():
+    kept.append(socket.socket())
+
+async def test_a_descriptor_of_an_async_test():
+    kept.append(socket.socket())
+
+async def test_a_task():
+    kept.append(create_task(sleep(100)))
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_task_on_the_loop_of_the_module():
+    kept.append(create_task(sleep(100)))
+
+def test_never_closed():
+    cycle = [socket.socket()]
+    cycle.append(cycle)
+
+async def test_never_awaited():
+    cycle = [fail()]
+    cycle.append(cycle)
+
+async def test_never_retrieved():
+    cycle = [create_task(fail())]
+    cycle.append(cycle)
+    await sleep(0)
+
+async def test_a_destroyed_task():
+    create_task(asyncio.Event().wait())
+    await sleep(0)
+
+async def test_a_failed_callback():
+    asyncio.get_running_loop().call_soon(lambda: 1 / 0)
+    await sleep(0)
+"""
+LEAVING_NOTHING = """
+@pytest.fixture
+async def server():
+    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    task = create_task(sleep(100))
+    yield
+    server.close()
+    task.cancel()
+
+@pytest.fixture(scope="module")
+def of_the_module():
+    with socket.socket() as sock:
+        yield sock
+
+async def test_clean_fixtures(server, of_the_module):
+    assert asyncio.get_running_loop().get_debug()
+
+async def test_clean_in_time():
+    asyncio.get_running_loop().call_later(0.05, socket.socket().close)
+
+async def test_clean_and_slow():
+    logging.getLogger("asyncio").warning("Executing a callback took a second")
+
+def test_clean_and_sync(of_the_module):
+    pass
+"""
+
+
+async def test_a_test_that_leaves_something_behind_fails_and_no_other_one(tmp_path: Path) -> None:
+    (tmp_path / "test_leaving.py").write_text(LEAVING + LEAVING_NOTHING)
+    options = ["-c", str(support.ROOT / "pyproject.toml"), "-p", "conftest", "-q", "-rA", "-p", "no:randomly"]
+    command = [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", str(tmp_path)]
+    env = {"PYTHONPATH": str(support.ROOT / "tests"), **support.NO_DEBUG}
+    async with await Process.start(command=command, env=env) as process:
+        process.expected_complaint = "ResourceWarning"  # what is kept to the very end, in `kept`
+        assert await process.wait(60) == 1, process.output()
+    results = re.findall(r"^(PASSED|FAILED|ERROR) \S+::(test_\w+)", "\n".join(process.stdout), re.MULTILINE)
+    unclean = {name for result, name in results if result != "PASSED"}
+    assert unclean == set(re.findall(r"test_\w+(?=\()", LEAVING)), process.output()
+    assert {name for _, name in results} - unclean == set(re.findall(r"test_clean\w+", LEAVING_NOTHING))

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import struct
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
@@ -539,6 +540,69 @@ async def test_last_words_are_heard(subtests: pytest.Subtests) -> None:
                     assert bytes(connection).partition(b"\r\n\r\n")[2] == words
 
 
+async def test_a_close_frame_without_a_code_stays_without_one() -> None:
+    closes = {False: frame(8, b"", masked=False), True: frame(8, b"")}
+
+    async def answer(_: RawRequest, reader: Reader, writer: Writer) -> None:
+        assert await reader.readexactly(len(closes[True])) == closes[True]
+        writer.write(closes[False])
+
+    async with served(piping(answer)) as (_, tunnel), tunnel.visitor(timeout=STEP) as visitor:
+        await upgraded(visitor, tunnel)
+        await visitor.send(closes[True])
+        assert await visitor.read_until_close() == closes[False]
+        assert visitor.ended == "fin"
+
+
+@pytest.mark.parametrize("takeover", [True, False], ids=["one context", "a context each"])
+async def test_compressed_messages_are_the_two_ends_business(takeover: bool) -> None:
+    """With context takeover a message can only be read by who has read all before it, in the same order."""
+
+    def packer() -> tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]:
+        deflate, inflate = zlib.compressobj(wbits=-15), zlib.decompressobj(wbits=-15)
+
+        def pack(data: bytes) -> bytes:
+            nonlocal deflate
+            if not takeover:
+                deflate = zlib.compressobj(wbits=-15)
+            return (deflate.compress(data) + deflate.flush(zlib.Z_SYNC_FLUSH)).removesuffix(b"\0\0\xff\xff")
+
+        def unpack(data: bytes) -> bytes:
+            nonlocal inflate
+            if not takeover:
+                inflate = zlib.decompressobj(wbits=-15)
+            return inflate.decompress(data + b"\0\0\xff\xff")
+
+        return pack, unpack
+
+    async def next_message(read: Callable[[int], Awaitable[bytes]]) -> bytes:
+        start = await read(2)
+        assert start[0] == 0xC1, "a whole text message, compressed (RFC 7692, 6)"
+        length = start[1] & 127
+        length = struct.unpack(">H", await read(2))[0] if length == 126 else length
+        mask = await read(4) if start[1] & 128 else bytes(4)
+        return bytes(byte ^ mask[i & 3] for i, byte in enumerate(await read(length)))
+
+    def message(data: bytes, *, masked: bool) -> bytes:
+        return b"\xc1" + frame(1, data, masked=masked)[1:]
+
+    async def shout(_: RawRequest, reader: Reader, writer: Writer) -> None:
+        pack, unpack = packer()
+        for _ in texts:
+            said = unpack(await next_message(reader.readexactly))
+            writer.write(message(pack(said.upper()), masked=False))
+
+    texts = [b"the same words again, number %d" % (i // 2) * (1 + i * 10) for i in range(40)]
+    terms = b"permessage-deflate" + b"; server_no_context_takeover; client_no_context_takeover" * (not takeover)
+    start = head(b"HTTP/1.1 101 Switching Protocols", *UPGRADE, ACCEPT, (b"Sec-WebSocket-Extensions", terms))
+    async with served(piping(shout, start=start)) as (_, tunnel), tunnel.visitor(timeout=STEP) as visitor:
+        await upgraded(visitor, tunnel, fields=[*ASKING, (b"Sec-WebSocket-Extensions", terms)])
+        pack, unpack = packer()
+        for text in texts:
+            await visitor.send(message(pack(text), masked=True))
+            assert unpack(await next_message(visitor.read_exactly)) == text.upper()
+
+
 # ---------------------------------------------------------------------------------------- No upgrade
 
 
@@ -563,6 +627,31 @@ async def test_a_refused_upgrade_is_an_ordinary_response(subtests: pytest.Subtes
                     await visitor.send(tunnel.request(target=b"/next"))
                     assert (await visitor.read_response()).body == b"real"
                     assert not origin.requests[-1].values(b"upgrade")
+
+
+async def test_a_101_that_does_not_fit_the_handshake_is_a_502(subtests: pytest.Subtests) -> None:
+    """RFC 6455, 4.1, has the visitor refuse it; here the developer is told, and the connection is no pipe."""
+    wrong = {
+        b"/missing": [],
+        b"/other": [(ACCEPT[0], b"s3pPLMBiTxaQ9kYGzzhZRbK+xOO=")],
+        b"/key": [(ACCEPT[0], KEY[1])],
+        b"/empty": [(ACCEPT[0], b"")],
+        b"/case": [(ACCEPT[0], ACCEPT[1].lower())],
+        b"/twice": [ACCEPT, ACCEPT],
+    }
+    starts = {target: head(b"HTTP/1.1 101 Switching Protocols", *UPGRADE, *fields) for target, fields in wrong.items()}
+    answers: dict[bytes, bytes | Play] = {target: piping(loop_back, start=start) for target, start in starts.items()}
+    async with served(answering(answers)) as (origin, tunnel), tunnel.visitor(timeout=STEP) as visitor:
+        for target in answers:
+            with subtests.test(target.decode()):
+                await visitor.send(tunnel.request(target=target, headers=ASKING))
+                got = await visitor.read_response()
+                assert problem(got) == (502, b"local-invalid")
+                assert not got.values(b"upgrade")
+                seen = next(seen for seen in origin.requests if seen.target == target)
+                await origin.wait_for(lambda seen=seen: not origin.connections[seen.connection].open)
+                await visitor.send(tunnel.request(target=b"/next"))
+                assert (await visitor.read_response()).body == b"real"
 
 
 async def test_an_upgrade_that_fails_is_a_502(subtests: pytest.Subtests) -> None:

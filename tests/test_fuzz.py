@@ -1,0 +1,18 @@
+"""The seeds of the fuzz targets, and what they have found so far; `python tests/fuzz.py TARGET` looks for more."""
+
+from __future__ import annotations
+
+import pytest
+from fuzz import TARGETS
+
+FOUND: dict[str, list[bytes]] = {"frames": [], "response": [], "handshake": []}  # inputs that broke the promise once
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_known_parses_or_raises_the_protocols_own_error(target: str) -> None:
+    run, seeds = TARGETS[target]
+    inputs = [*seeds(), *FOUND[target]]
+    assert len(inputs) > 10
+    for data in (b"", *inputs):
+        for cut in (0, 1, len(data) // 2):
+            run(data[: len(data) - cut])
