@@ -39,7 +39,6 @@ from acceptance import (
     WEBSOCKET_KEY,
     Row,
     Service,
-    below,
     equal,
     head_of,
     percentile,
@@ -60,7 +59,7 @@ from support import (
 
 KIB = 1024
 SLOPE = 1.0  # MB an hour that a process may grow by
-JUDGED = 600.0  # seconds from which on a slope tells more than the noise: a MiB more or less is kept for reuse
+JUDGED = 600.0  # seconds from which on a slope tells anything: a process keeps a MiB more or less for later
 WARM = 300.0  # seconds after which memory counts, the first sixth when that is less
 LOSSES: tuple[Cut, ...] = ("reset", "silence", "close")
 LARGEST = 2 * MIB  # bytes of a body
@@ -311,9 +310,14 @@ async def resources(tunnel: Tunnel) -> dict[str, float]:
     return found | {name: metrics[name] for name in ("pytunnel_tasks", "pytunnel_streams") if name in metrics}
 
 
-def slope(samples: list[tuple[float, float]]) -> float:
-    """MB an hour, by least squares."""
-    return statistics.linear_regression(*zip(*samples, strict=True)).slope * 3600 / 1e6
+def slope(samples: list[tuple[float, float]]) -> tuple[float, float]:
+    """MB an hour, by least squares, and twice its standard error; what is like the moment before counts for less."""
+    seconds, sizes = zip(*samples, strict=True)
+    line = statistics.linear_regression(seconds, sizes)
+    rest = [size - line.intercept - line.slope * at for at, size in samples]
+    alike = sum(a * b for a, b in itertools.pairwise(rest)) / (sum(a * a for a in rest) or 1.0)
+    error = statistics.pstdev(rest) / statistics.pstdev(seconds) * math.sqrt((1 + alike) / (1 - alike) / len(samples))
+    return line.slope * 3600 / 1e6, 2 * error * 3600 / 1e6
 
 
 async def report(soak: Soak, before: dict[str, float], cpu: dict[str, float]) -> list[Row]:
@@ -334,10 +338,13 @@ async def report(soak: Soak, before: dict[str, float], cpu: dict[str, float]) ->
         what = f"memory of the {name}, MB an hour after {warm:.0f} s ({sizes} MiB)"
         if name == "client" and soak.losses["client restart"]:
             rows.append(Row(what, "not judged: it was restarted"))
-        elif soak.seconds < JUDGED:
-            rows.append(Row(what, f"{slope(late):.2f} MB/h", "not judged: too short a time"))
-        else:
-            rows.append(below(what, slope(late), SLOPE, "MB/h", 2))
+            continue
+        growth, error = slope(late)
+        figure = f"{growth:.2f} ± {error:.2f} MB/h"
+        if soak.seconds < JUDGED:
+            rows.append(Row(what, figure, "not judged: too short a time"))
+        else:  # what a run cannot tell from nothing is no growth; half an hour tells about half a MB/h
+            rows.append(Row(what, figure, f"< {SLOPE:g} MB/h within the error", growth - error < SLOPE))
 
     for _ in range(40):
         after = await resources(soak.tunnel)
