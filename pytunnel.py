@@ -3520,6 +3520,7 @@ class Visitor:
             stream.on_reset = lambda _: upload and upload.cancel()
         try:
             while (head := ResponseHead.decode(await stream.read_head())).interim:
+                head.headers = own_cookies(head.headers, self.host)
                 self.write(self.encoder.head(head, b""))
             self._metrics[f'pytunnel_responses_total{{class="{head.status // 100}xx"}}'] += 1
             head.headers = own_cookies(head.headers, self.host)
