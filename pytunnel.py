@@ -48,7 +48,8 @@ A link is a WebSocket at `GET /_pytunnel/link`, subprotocol `pytunnel.1`. The ha
 
 Heads are byte strings joined by NUL. Only the server opens streams; ids grow and are never reused. Both sides count
 the counted frames. A new link states in its handshake how many each side has received, and what is missing is sent
-again: no frame is lost and none is delivered twice.
+again: no frame is lost and none is delivered twice. Who breaks these rules gets a GOAWAY that says how, and close code
+1002; the session is over.
 
 Sections, in order; each uses only what stands above it, and those before State do no I/O
 ----------------------------------------------------------------------------------------
@@ -731,8 +732,6 @@ class Session:
         `waited` tells the client how many seconds the request has been on the server.
         """
         assert self.is_server
-        if self._last_id >= MAX_STREAM_ID and not self.leaving:
-            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
         if self.goaway or self.leaving:
             raise StreamReset(ErrorCode.SHUTDOWN, "the session is ending")
         if len(self._streams) >= self.max_streams:
@@ -744,6 +743,8 @@ class Session:
         self._send_control(FrameType.OPEN, END if end else 0, stream.id, payload)
         if end:
             self._transition(stream, Input.SEND_END)
+        if stream.id >= MAX_STREAM_ID:
+            self.send_goaway(ErrorCode.SHUTDOWN, "stream ids are used up")
         return stream.id
 
     def send_head(self, stream_id: int, head: bytes, *, interim: bool = False, end: bool = False) -> None:
@@ -3229,7 +3230,7 @@ class Link:
 class Registration:
     """A client's session in the registry: a link that comes and goes, and the names it serves."""
 
-    def __init__(self, key: str, names: list[str], session: Session, access: Mapping[str, Access]) -> None:
+    def __init__(self, key: str, names: list[str], session: Session, access: Mapping[str, Access] = {}) -> None:
         self.id = secrets.token_hex(16)
         self.key, self.names, self.access = key, names, access
         self.link = Link(session)
@@ -3270,7 +3271,8 @@ class TunnelRegistry:
             self._owners[name] = self._owners.pop(name, key)  # to the end: the first ones are those unused the longest
         unused = [name for name, owner in self._owners.items() if owner == key and name not in {*self._tunnels, *names}]
         for name in unused[: max(0, sum(owner == key for owner in self._owners.values()) - MAX_NAMES)]:
-            del self._owners[name]
+            for kept in (self._owners, self._latest, self._last_seen):
+                kept.pop(name, None)
         if fresh or self._unsaved:
             self._save()
 
@@ -3350,8 +3352,11 @@ class TunnelRegistry:
         return session
 
     def learn_zone(self, zone: str) -> None:
-        """Serve tunnels below a host under which a client, who proved to know a token, dialled."""
-        if zone not in self.zones:
+        """Serve tunnels below a host under which a client, who proved to know a token, dialled.
+
+        It cannot have dialled a tunnel's host: who says so wants to take the tunnel off the net.
+        """
+        if zone not in self.zones and tunnel_name(zone, self.zones) not in self._owners:
             self.zones = [*self.zones, zone][-MAX_ZONES:]
             self._save()
 
@@ -5099,8 +5104,11 @@ class TunnelClient:
     async def _forward(self, stream: Stream) -> None:
         try:
             head = RequestHead.decode(stream.head)
+            target, _ = split_target(head.method, head.target, head.headers)
+            if target != head.target or head.method in (b"CONNECT", b"TRACE"):  # the server has sorted these out
+                raise ProtocolError("a request to a proxy")
             exchange = self._begin(stream.tunnel, head, stream.head, waited=stream.waited)
-        except (ProtocolError, IndexError):
+        except (ProtocolError, MessageError, IndexError):
             return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
         await self._exchange(stream, stream.tunnel, head, exchange)
 
@@ -5196,9 +5204,20 @@ def _listing(root: Path, names: list[str]) -> str:
 @contextlib.asynccontextmanager
 async def _running(app: web.Application) -> AsyncIterator[int]:
     """Run an application on a free port of 127.0.0.1, which is what the context gives."""
-    from aiohttp import web
+    from aiohttp import http_exceptions, web
 
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+    logger = log.getChild("files")  # aiohttp has a traceback for each request that is not HTTP
+    logger.filters = [lambda r: not (r.exc_info and isinstance(r.exc_info[1], http_exceptions.HttpProcessingError))]
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        logger=logger,
+        shutdown_timeout=0.1,
+        handler_cancellation=True,
+        max_line_size=MAX_FIELD,
+        max_field_size=MAX_FIELD,
+        max_headers=MAX_FIELDS + len(OUR_FORWARDED),
+    )
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -7556,7 +7575,8 @@ def _detach(options: argparse.Namespace, console: Console) -> int:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         signal.signal(number, signal.default_int_handler)
     try:
-        output, live, _ = process.stdout.read().partition(LIVE)
+        with process.stdout:
+            output, live, _ = process.stdout.read().partition(LIVE)
     except KeyboardInterrupt:
         process.terminate()
         raise

@@ -525,17 +525,20 @@ async def test_without_a_password_of_its_own_a_tunnel_leaves_authorization_alone
         assert origin.requests[0].values(b"Authorization") == [value for _, value in fields]
 
 
-async def test_a_guess_is_told_from_a_visitor_who_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    guesses: list[str] = []
-
-    async def see(_: object, visitor: pytunnel.Visitor) -> None:
-        guesses.append(visitor.headers[-1][1].decode())
-
-    monkeypatch.setattr(pytunnel.TunnelServer, "_unauthorized", see)
-    async with RawOrigin(response()) as origin, connected(origin.port, auth=[ANN], allow=["127.0.0.1"]) as tunnel:
-        for field in ((b"X", b"1"), basic("a:1"), basic(ANN), basic(ANN, b"Bearer"), basic("a:2")):
-            await fetch(tunnel.url, headers=[field])
-        assert guesses == [basic("a:1")[1].decode(), basic("a:2")[1].decode()]
+async def test_who_guesses_passwords_has_to_wait_and_nobody_else() -> None:
+    """Even the right one is not compared any more: the answer is what a guesser is after."""
+    limits = with_limits(MAX_GUESSES=2, GUESS_RATE=0.0)
+    async with RawOrigin(response()) as origin, Tunnel(origin.port, connect_args=["--auth", ANN], command=limits) as t:
+        for field in ((b"X", b"1"), basic(ANN), basic(ANN, b"Bearer"), basic("a:1"), basic("a:2")):  # two are guesses
+            assert (await t.get(headers=[field])).status == (200 if field == basic(ANN) else 401)
+        answer = await t.get(headers=[basic(ANN)])
+        assert (answer.status, answer.value(b"X-Pytunnel-Error")) == (429, b"too-many-requests")
+        assert (await t.get()).status == 401
+        async with t.visitor(source="127.0.0.2") as other:
+            await other.send(t.request(headers=[basic(ANN)]))
+            assert (await other.read_response()).status == 200
+        await t.server.stderr_line("a wrong password from 127.0.0.1 for web")
+        assert "a:1" not in t.server.output()
 
 
 async def test_websockets_need_the_password() -> None:

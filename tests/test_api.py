@@ -59,7 +59,7 @@ from pytunnel import (
 @pytest.fixture(autouse=True)
 def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the user's own counts here, and nothing is left there."""
-    for name in ("PYTUNNEL_SERVER", "PYTUNNEL_TOKEN", "PYTUNNEL_NAME", "PYTUNNEL_LOOP"):
+    for name in ("PYTUNNEL_SERVER", "PYTUNNEL_TOKEN", "PYTUNNEL_NAME", "PYTUNNEL_AUTH", "PYTUNNEL_LOOP"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTUNNEL_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("PYTUNNEL_CONFIG", str(tmp_path / "config.toml"))

@@ -182,16 +182,16 @@ async def test_who_takes_nothing_of_a_response_is_cut_off_and_who_takes_little_i
     async with (
         RawOrigin(response(bytes(size))) as origin,
         Tunnel(origin.port, command=with_limits(STALL_TIMEOUT=4 * SOON)) as t,
-        t.visitor(rcvbuf=4096) as slow,
-        t.visitor(rcvbuf=4096) as stalled,
+        t.visitor(rcvbuf=65536) as slow,
+        t.visitor(rcvbuf=65536) as stalled,
     ):
         await slow.send(t.request(target=b"/slow"))
         await stalled.send(t.request(target=b"/stalled"))
         await stalled.read_head()
-        taken = len(await slow.read_some(1024))
+        taken = len(await slow.read_some(8192))
         found = await metrics_of(t)
         while found["pytunnel_streams"] == 2:  # it takes a little with each look
-            piece = await slow.read_some(1024)
+            piece = await slow.read_some(8192)
             assert piece
             taken += len(piece)
             found = await metrics_of(t)

@@ -108,6 +108,30 @@ async def test_names_that_are_unused_the_longest_make_room(tmp_path: Path) -> No
             again.claim("stranger", [name])
 
 
+async def test_nothing_is_kept_of_names_that_made_room(tmp_path: Path) -> None:
+    """Else a client that takes new names for ever would fill the server's memory."""
+    names = await registry(tmp_path)
+    for number in range(3 * pytunnel.MAX_NAMES):
+        session = pytunnel.Registration("key", [f"web{number}"], Session(is_server=True))
+        names.claim("key", session.names)
+        names.bind(session, previous="")
+        names.disconnected(session)
+        names.end(session, pytunnel.StreamReset(pytunnel.ErrorCode.LINK_LOST))
+    for kept in (names._owners, names._latest, names._last_seen):
+        assert len(kept) <= pytunnel.MAX_NAMES
+
+
+async def test_the_host_of_a_tunnel_is_no_zone(tmp_path: Path) -> None:
+    """A client that claims to have dialled it would make it the server's own, and the tunnel unreachable."""
+    names = await registry(tmp_path)
+    names.learn_zone("localhost")
+    names.claim("key", ["web"])
+    names.learn_zone("web.localhost")
+    assert pytunnel.tunnel_name("web.localhost", names.zones) == "web"
+    names.learn_zone("t.localhost")
+    assert names.zones == ["localhost", "t.localhost"]
+
+
 def test_a_head_with_what_a_proxy_adds_keeps_to_the_limit() -> None:
     fields = [(b"X-%d" % number, b"") for number in range(MAX_FIELDS)]
     RequestHead(b"GET", b"/", fields).encode()

@@ -43,8 +43,14 @@ READ = 256 * 1024  # bytes that one read of asyncio's transports may bring
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 
 
+@pytest.fixture(autouse=True)
+async def no_debug_mode() -> None:
+    """Gigabytes pass through this process in pieces of some kilobytes: the notes of debug mode would take minutes."""
+    asyncio.get_running_loop().set_debug(False)
+
+
 def stalled_growth(streams: int) -> int:
-    """Resident bytes that streams may add to a process while nobody reads what they carry.
+    """Resident bytes that streams may add to a process while nobody reads what they carry: just below 1 MiB each.
 
     The client has, for each of them, in the connection to the local service READ_BUFFER and the read that went over
     it; the read under way to the session; SEND_BUFFER there and the read that went over it. The server has less:

@@ -848,7 +848,7 @@ asyncio.run(main())
         async with await Process.start(command=python(code)) as process:
             await process.wait()
     async with await Process.start(command=python(code)) as process:
-        process.expected_complaint = f"{complaint}|Traceback|Unclosed"  # aiohttp and asyncio tell more of it
+        process.expected_complaint = f"{complaint}|Traceback|Unclosed|ResourceWarning"  # each tells more than one
         await process.wait()
 
 
