@@ -188,6 +188,7 @@ ACK_BYTES = 256 * KiB  # bytes received before an acknowledgement is sent at onc
 ACK_DELAY = 0.1  # seconds an acknowledgement may wait for company
 MAX_STREAMS = 512  # streams of one session at a time, and requests of one token with a label, as above
 MAX_STREAM_ID = 2**31 - 1  # RFC 9113 section 5.1.1; a session that used it up is replaced by a fresh one
+MAX_CHUNKING = 16  # bytes of framing per byte of chunked content, beyond MAX_HEAD; Go's net/http allows as much
 MAX_INTERIM = 10  # 1xx responses before a final one
 MAX_PENDING_PONGS = 16  # PINGs not yet answered; more is a flood
 
@@ -1505,9 +1506,13 @@ def parse_host(text: str) -> tuple[str, int | None]:
     return match[1] or f"[{match[2]}]", int(match[3]) if match[3] else None
 
 
-def check_framing(headers: Headers) -> None:
+def check_framing(headers: Headers, version: tuple[int, int] = (1, 1)) -> None:
     """Check that a request's content can end in one place only (RFC 9112 section 6.3). Raises MessageError."""
+    if version not in ((1, 0), (1, 1)):
+        raise MessageError("not HTTP/1.0 or 1.1")
     encodings = field_values(headers, b"transfer-encoding")
+    if encodings and version == (1, 0):
+        raise MessageError("Transfer-Encoding under HTTP/1.0")  # section 6.1: its framing is faulty
     if encodings and (len(encodings) > 1 or field_values(headers, b"content-length")):
         raise MessageError("Transfer-Encoding beside another length")
     if encodings and encodings[0].lower() != b"chunked":
@@ -3762,7 +3767,8 @@ class Visitor:
         self.answering = False  # the response has begun, and not ended
         self._metrics = gate.metrics
         self.problem = ""  # why its content was not read to the end
-        http11 = message.version >= (1, 1)
+        self.version = (message.version.major, message.version.minor)
+        http11 = self.version >= (1, 1)
         asks = http11 and b"upgrade" in field_tokens(self.headers, b"connection")
         self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower() if asks else b""
         self.has_body = request.body_exists
@@ -3784,6 +3790,7 @@ class Visitor:
             stream.on_reset = lambda _: upload and upload.cancel()
         try:
             while (head := ResponseHead.decode(await stream.read_head())).interim:
+                head.headers = own_cookies(head.headers, self.host)
                 self.write(self.encoder.head(head, b""))
             self._metrics[f'pytunnel_responses_total{{class="{head.status // 100}xx"}}'] += 1
             head.headers = own_cookies(head.headers, self.host)
@@ -3963,7 +3970,16 @@ def _visitor_server(
         raise TunnelError("aiohttp lacks its C parser, and its other one is not strict; reinstall aiohttp from a wheel")
 
     class VisitorProtocol(web.RequestHandler):
-        __slots__ = ("_busy", "_counted", "_head_bytes", "_head_timer", "_line_bytes", "_line_ended", "caller")
+        __slots__ = (
+            "_busy",
+            "_chunked_bytes",
+            "_counted",
+            "_head_bytes",
+            "_head_timer",
+            "_line_bytes",
+            "_line_ended",
+            "caller",
+        )
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
@@ -3973,7 +3989,7 @@ def _visitor_server(
             self._counted = not gate.is_trusted(address)
             self.caller.open += self._counted
             self._busy = False  # a request's head is complete, and its response is not
-            self._head_bytes = self._line_bytes = 0
+            self._head_bytes = self._line_bytes = self._chunked_bytes = 0
             self._line_ended = False
             self._head_timer: asyncio.TimerHandle | None = self._loop.call_later(HEAD_TIMEOUT, self._head_is_late)
             if gate.open > gate.total + RESERVED_FILES // 4:
@@ -4001,6 +4017,7 @@ def _visitor_server(
                 self._line_ended = end >= 0
                 self._line_bytes += end if self._line_ended else len(data)
             super().data_received(data)
+            self._check_content(len(data))
             if self._messages:
                 self._busy = True
                 self._end_head()
@@ -4010,6 +4027,20 @@ def _visitor_server(
                     self._refuse("too-large")
                 elif self._head_timer is None:
                     self._head_timer = self._loop.call_later(HEAD_TIMEOUT, self._head_is_late)
+
+        def _check_content(self, size: int) -> None:
+            """Let the reader of a request's content know when that broke the rules, or is framing for the most part."""
+            # aiohttp (3.14.5) queues its error behind the request whose content it is, which goes on waiting for more.
+            request = self._current_request
+            error = getattr(self._messages[-1][0], "exc", None) if self._messages else None
+            contents = [content for message, content in self._messages if not hasattr(message, "exc")]
+            content = contents[-1] if contents else request.content if request else None
+            if request and request._message.chunked and not contents and content:  # the last one of its connection
+                self._chunked_bytes += size
+                if self._chunked_bytes > MAX_HEAD + (1 + MAX_CHUNKING) * content.total_bytes:
+                    error = MessageError("more chunk framing than content")
+            if isinstance(error, Exception) and content and not content.is_eof():
+                content.set_exception(error)
 
         async def handle(self, request: web.BaseRequest) -> Any:
             try:
@@ -4234,7 +4265,10 @@ class TunnelServer:
         return Delivered(keep_alive=visitor.encoder.keep_alive)
 
     async def _route(self, visitor: Visitor) -> Any:
-        check_framing(visitor.headers)
+        if visitor.method in (b"CONNECT", b"TRACE"):
+            visitor.encoder.keep_alive = False  # what follows a CONNECT may be meant for the other end of a tunnel
+            raise Unserved("method")
+        check_framing(visitor.headers, visitor.version)
         target, host_field = split_target(visitor.method, visitor.target, visitor.headers)
         host, _ = parse_host(host_field.decode("latin-1"))
         name = tunnel_name(host, self._registry.zones)
@@ -4256,16 +4290,14 @@ class TunnelServer:
         return None
 
     async def _forward(self, visitor: Visitor, name: str, host: bytes) -> None:
-        if visitor.method in (b"CONNECT", b"TRACE"):
-            raise Unserved("method")
         if self._registry.draining:
             raise Unserved("shutting-down")
         if any(value.lower() != b"100-continue" for value in field_values(visitor.headers, b"expect")):
             raise Unserved("expectation")
-        if visitor.upgrade and visitor.has_body:
-            raise Unserved("bad-request")
         if b"h2c" in visitor.upgrade:
             visitor.upgrade = b""
+        if visitor.upgrade and visitor.has_body:
+            raise Unserved("bad-request")
         visitor.max_body = self._max_body
         if int(b"".join(field_values(visitor.headers, b"content-length")) or 0) > self._max_body:
             raise Unserved("content-too-large")

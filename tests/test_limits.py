@@ -674,8 +674,11 @@ async def test_visitors_get_no_cookie_for_the_zone() -> None:
         (b"Set-Cookie", b"b=2; Domain=web.localhost"),
         (b"Set-Cookie", b"c=3"),
     ]
-    async with RawOrigin(response(b"ok", headers=fields)) as origin, Tunnel(origin.port) as t:
-        assert (await t.get()).values(b"Set-Cookie") == [b"a=1", b"b=2; Domain=web.localhost", b"c=3"]
+    hints = b"HTTP/1.1 103 Early Hints\r\nSet-Cookie: a=1; Domain=localhost\r\n\r\n"
+    async with RawOrigin(hints + response(b"ok", headers=fields)) as origin, Tunnel(origin.port) as t:
+        got = await t.get()
+        assert got.values(b"Set-Cookie") == [b"a=1", b"b=2; Domain=web.localhost", b"c=3"]
+        assert [head.values(b"Set-Cookie") for head in got.interim] == [[b"a=1"]]
 
 
 # ---------------------------------------------------------------------------------------- Arithmetic

@@ -671,7 +671,7 @@ async def test_an_upgrade_that_fails_is_a_502(subtests: pytest.Subtests) -> None
 async def test_h2c_is_never_forwarded(subtests: pytest.Subtests) -> None:
     """It would let a visitor talk past every check (and past the tunnel's framing) on the local connection."""
     settings = (b"HTTP2-Settings", b"AAMAAABkAARAAAAAAAIAAAAA")
-    async with served(response(b"real")) as (origin, tunnel), tunnel.visitor(timeout=STEP) as visitor:
+    async with served(response(b"real"), read_body=True) as (origin, tunnel), tunnel.visitor(timeout=STEP) as visitor:
         for fields in (
             [(b"Connection", b"Upgrade, HTTP2-Settings"), (b"Upgrade", b"h2c"), settings],
             [(b"Connection", b"Upgrade"), (b"Upgrade", b"h2c"), settings],
@@ -684,6 +684,11 @@ async def test_h2c_is_never_forwarded(subtests: pytest.Subtests) -> None:
                 await visitor.send(tunnel.request(headers=fields))
                 assert (await visitor.read_response()).body == b"real"
                 assert origin.requests[-1].head == head(b"GET / HTTP/1.1", HOST, *forwarded())
+                await visitor.send(tunnel.request("POST", headers=fields, body=b"a form"))  # as curl --http2 does
+                assert (await visitor.read_response()).body == b"real"
+                length = (b"Content-Length", b"6")
+                assert origin.requests[-1].head == head(b"POST / HTTP/1.1", HOST, length, *forwarded())
+                assert origin.requests[-1].body == b"a form"
 
 
 async def test_an_upgrade_is_for_a_request_without_content() -> None:
