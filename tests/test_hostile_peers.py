@@ -329,7 +329,7 @@ async def test_a_client_that_breaks_the_protocol_and_does_not_read_is_cut_all_th
     async with honest_tunnel(LAST_WORD=0.2) as (tunnel, check), contextlib.AsyncExitStack() as stack:
         peer = await stalled(tunnel, stack)
         await say(peer, data(0))
-        await tunnel.server.stderr_line("hostile: refused: DATA on stream 0")
+        await tunnel.server.stderr_line("hostile: refused: DATA on stream 0", 5.0)  # what blocks gives up after 10
         await check()
 
 
