@@ -4017,7 +4017,8 @@ def _visitor_server(
                 self._line_ended = end >= 0
                 self._line_bytes += end if self._line_ended else len(data)
             super().data_received(data)
-            self._check_content(len(data))
+            if self._busy or len(self._messages) > 1:
+                self._check_content(len(data))
             if self._messages:
                 self._busy = True
                 self._end_head()
