@@ -205,7 +205,8 @@ MAX_NETWORKS = 64  # networks of one tunnel
 MAX_TUNNELS = 64  # tunnels of one session, and of one token with a label unless `token add` says otherwise
 MAX_NAMES = 100  # names one token may own on a server; those unused the longest make room for new ones
 MAX_REVOKED = 1000  # revoked tokens whose names a server still frees when it sees them
-MAX_ZONES = 16  # hosts under which clients have dialled this server; each serves tunnels below it
+MAX_ZONES = 16  # hosts under which clients with one token have dialled this server; each serves tunnels below it
+MAX_REPLACED = 64  # sessions of one token that were replaced, and must not take their names back
 MAX_ITERATIONS = 100_000  # PBKDF2 rounds a server may ask a client for
 ITERATIONS = 4096  # PBKDF2 rounds, the least RFC 7677 allows: our tokens are random, not memorable, and a server
 # that asks a client for fewer is after its proof, to try tokens on
@@ -3445,7 +3446,7 @@ class Registration:
 class TunnelRegistry:
     def __init__(self, path: Path, *, grace: float, hold: float) -> None:
         self.sessions: dict[str, Registration] = {}
-        self.zones: list[str] = []
+        self.zones: dict[str, str] = {}  # host below which tunnels are -> key of the token that first dialled it
         self.draining = False
         self.grants: dict[str, Grant] = {}  # by key: the tokens that are good
         self._reserved: dict[str, str] = {}  # name -> key of the only token that may use it
@@ -3455,13 +3456,13 @@ class TunnelRegistry:
         self._tunnels: dict[str, Registration] = {}
         self._owners: dict[str, str] = {}
         self._latest: dict[str, str] = {}  # name -> the last session that had it, even when it is over
-        self.replaced: collections.deque[str] = collections.deque(maxlen=1024)
+        self.replaced: dict[str, list[str]] = {}  # by key: sessions that others have replaced
         self._held: collections.Counter[str] = collections.Counter()  # requests that wait
         self._changed = asyncio.Event()  # a fresh one after each change that they may wait for
         try:
             saved = parse_object(path.read_text())
             self._owners = {str(name): str(key) for name, key in saved["names"].items()}
-            self.zones = [str(zone) for zone in saved["zones"]]
+            self.zones = {str(zone): str(key) for zone, key in saved["zones"].items()}
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -3531,7 +3532,8 @@ class TunnelRegistry:
 
     def bind(self, session: Registration, previous: str) -> None:
         """Give a new session its names. Whoever had one last is replaced, unless it was the same client: `previous`."""
-        self.replaced.extend({self._latest.get(name, previous) for name in session.names} - {previous})
+        replaced = {self._latest.get(name, previous) for name in session.names} - {previous}
+        self.replaced[session.key] = [*self.replaced.get(session.key, []), *replaced][-MAX_REPLACED:]
         self._latest.update(dict.fromkeys(session.names, session.id))
         for other in {self._tunnels[name] for name in session.names if name in self._tunnels}:
             other.link.session.send_goaway(ErrorCode.REPLACED, "another client with the same token took the name")
@@ -3614,16 +3616,27 @@ class TunnelRegistry:
                 pass
             finally:
                 self._held[name] -= 1
+                if not self._held[name]:
+                    del self._held[name]
         return session
 
-    def learn_zone(self, zone: str) -> None:
-        """Serve tunnels below a host under which a client, who proved to know a token, dialled.
+    def learn_zone(self, zone: str, key: str) -> None:
+        """Serve tunnels below a host under which a client, who proved to know a token, dialled. Raises Refused.
 
-        It cannot have dialled a tunnel's host: who says so wants to take the tunnel off the net.
+        It cannot have dialled a tunnel's host: who says so wants to take the tunnel off the net. The same goes for a
+        host right above or below one that others dialled. Nor does anybody make a server forget those.
         """
-        if zone not in self.zones and tunnel_name(zone, self.zones) not in self._owners:
-            self.zones = [*self.zones, zone][-MAX_ZONES:]
-            self._save()
+        if zone in self.zones:
+            return
+        above = zone.partition(".")[2]
+        related = {owner for other, owner in self.zones.items() if other == above or other.partition(".")[2] == zone}
+        if related - {key} or tunnel_name(zone, self.zones) in self._owners:
+            raise Refused("domain", f"this server has no tunnels below {zone}; dial the address that others dial")
+        self.zones[zone] = key
+        own = [zone for zone, owner in self.zones.items() if owner == key]
+        for oldest in own[:-MAX_ZONES]:
+            del self.zones[oldest]
+        self._save()
 
     def _save(self) -> None:
         try:
@@ -4152,7 +4165,7 @@ class TunnelServer:
         """Listen; `port` is then the real one. Raises TunnelError when the address or the state cannot be had."""
         self._registry = TunnelRegistry(self._state / "names.json", grace=self._grace, hold=self._hold)
         if self._domain:
-            self._registry.zones = [self._domain.zone]
+            self._registry.zones = {self._domain.zone: ""}
         self._stamp = self._tokens.stamp()
         self._read_tokens()
         self._http = _visitor_server(self._handle, self._gate)
@@ -4403,7 +4416,7 @@ class TunnelServer:
                 await ws.prepare(request)
                 hello, key, signature = await self._handshake(ws)
             origin = self._domain or Origin.from_url(hello.get("server", str))
-            self._registry.learn_zone(origin.zone)
+            self._registry.learn_zone(origin.zone, key)
             session, received = await self._session_for(hello, key)
             result = "ready"
             cast(Any, request.protocol).admit()
@@ -4491,7 +4504,7 @@ class TunnelServer:
     async def _session_for(self, hello: Message, key: str) -> tuple[Registration, int]:
         """Return the session that a hello asks for, and how many of its frames the client has received."""
         previous = hello.get("session", str, "")
-        if previous in self._registry.replaced:
+        if previous in self._registry.replaced.get(key, ()):
             raise Refused("replaced", "another client with the same token has taken the name since")
         access = {name: Access.decode(rules) for name, rules in hello.members("access")}
         session = self._registry.sessions.get(previous)

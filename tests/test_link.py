@@ -79,7 +79,10 @@ async def test_an_ack_that_cannot_be_written_does_not_keep_the_loop_busy(monkeyp
 
 
 async def registry(path: Path) -> TunnelRegistry:
-    return TunnelRegistry(path / "names.json", grace=60.0, hold=60.0)
+    names = TunnelRegistry(path / "names.json", grace=60.0, hold=60.0)
+    verifier = pytunnel.Verifier(b"", 1, b"", b"")
+    names.admit([pytunnel.Grant(key, key, verifier) for key in ("key", "other", "stranger")])
+    return names
 
 
 async def test_a_name_goes_to_the_newest_session_even_after_the_older_one_is_over(tmp_path: Path) -> None:
@@ -88,10 +91,10 @@ async def test_a_name_goes_to_the_newest_session_even_after_the_older_one_is_ove
     names.bind(older, previous="")
     names.end(older, pytunnel.StreamReset(pytunnel.ErrorCode.LINK_LOST))
     names.bind(newer, previous="")
-    assert older.id in names.replaced, "its client slept past the grace, and must not take the name back"
+    assert older.id in names.replaced["key"], "its client slept past the grace, and must not take the name back"
     again = pytunnel.Registration("key", ["web"], Session(is_server=True))
     names.bind(again, previous=newer.id)
-    assert newer.id not in names.replaced, "the same client, whose session could not be resumed"
+    assert newer.id not in names.replaced["key"], "the same client, whose session could not be resumed"
 
 
 async def test_names_that_are_unused_the_longest_make_room(tmp_path: Path) -> None:
@@ -124,12 +127,42 @@ async def test_nothing_is_kept_of_names_that_made_room(tmp_path: Path) -> None:
 async def test_the_host_of_a_tunnel_is_no_zone(tmp_path: Path) -> None:
     """A client that claims to have dialled it would make it the server's own, and the tunnel unreachable."""
     names = await registry(tmp_path)
-    names.learn_zone("localhost")
+    names.learn_zone("t.example.com", "key")
     names.claim("key", ["web"])
-    names.learn_zone("web.localhost")
-    assert pytunnel.tunnel_name("web.localhost", names.zones) == "web"
-    names.learn_zone("t.localhost")
-    assert names.zones == ["localhost", "t.localhost"]
+    names.learn_zone("t.example.com", "stranger")
+    for zone, key in (
+        ("web.t.example.com", "key"),
+        ("web.t.example.com", "stranger"),
+        ("later.t.example.com", "stranger"),  # or somebody's later tunnel
+        ("example.com", "stranger"),  # below which `t` would be a tunnel
+    ):
+        with pytest.raises(pytunnel.Refused, match=f"no tunnels below {zone}"):
+            names.learn_zone(zone, key)
+    assert pytunnel.tunnel_name("web.t.example.com", names.zones) == "web"
+    names.learn_zone("deep.t.example.com", "key")  # who has both may have both
+    names.learn_zone("x.deep.er.t.example.com", "stranger")
+    assert list(names.zones) == ["t.example.com", "deep.t.example.com", "x.deep.er.t.example.com"]
+
+
+async def test_no_token_makes_a_server_forget_the_hosts_that_others_dialled(tmp_path: Path) -> None:
+    names = await registry(tmp_path)
+    names.learn_zone("t.example.com", "key")
+    for number in range(3 * pytunnel.MAX_ZONES):
+        names.learn_zone(f"z{number}.example.org", "stranger")
+    last = [f"z{number}.example.org" for number in range(2 * pytunnel.MAX_ZONES, 3 * pytunnel.MAX_ZONES)]
+    assert list(names.zones) == ["t.example.com", *last]
+    assert (await registry(tmp_path)).zones == names.zones
+
+
+async def test_no_token_makes_a_server_forget_which_sessions_of_others_were_replaced(tmp_path: Path) -> None:
+    names = await registry(tmp_path)
+    older, newer = (pytunnel.Registration("key", ["web"], Session(is_server=True)) for _ in range(2))
+    names.bind(older, previous="")
+    names.bind(newer, previous="")
+    for _ in range(2 * pytunnel.MAX_REPLACED):
+        names.bind(pytunnel.Registration("stranger", ["mine"], Session(is_server=True)), previous="")
+    assert older.id in names.replaced["key"]
+    assert len(names.replaced["stranger"]) == pytunnel.MAX_REPLACED
 
 
 def test_a_head_with_what_a_proxy_adds_keeps_to_the_limit() -> None:
