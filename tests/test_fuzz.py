@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
-from fuzz import TARGETS
+from fuzz import TARGETS, loop
 
 FOUND: dict[str, list[bytes]] = {"frames": [], "response": [], "handshake": []}  # inputs that broke the promise once
+
+
+@pytest.fixture(scope="module", autouse=True)
+def event_loop_of_all_inputs() -> Iterator[None]:
+    """One loop serves them all, here as in the fuzzer."""
+    loop()
+    yield
+    loop().close()
+    loop.cache_clear()
 
 
 @pytest.mark.parametrize("target", TARGETS)
