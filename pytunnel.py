@@ -1177,21 +1177,27 @@ def parse_network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return ipaddress.IPv4Network((mapped, network.prefixlen - 96)) if mapped and network.prefixlen >= 96 else network
 
 
+def within(address: str, networks: Networks) -> bool:
+    """Whether an address lies in one of these networks; what is no address lies in none."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    return any(parsed in network for network in networks)
+
+
 def visitor_address(peer: str, headers: Headers, trusted: Networks) -> str:
     """Return who calls: the peer, or behind `trusted` proxies the last in X-Forwarded-For that is none of them."""
-    members = itertools.chain.from_iterable(value.split(b",") for value in field_values(headers, b"x-forwarded-for"))
-    before = [member.decode("latin-1").strip() for member in members] if trusted else []
-    while trusted:
+    if not trusted:
+        return peer
+    before = [member for value in field_values(headers, b"x-forwarded-for") for member in value.split(b",")]
+    while before and within(peer, trusted):
         try:
-            address = ipaddress.ip_address(before[-1])
-            address = getattr(address, "ipv4_mapped", None) or address
-            proxy = any(ipaddress.ip_address(peer) in network for network in trusted)
-        except (ValueError, IndexError):
+            address = ipaddress.ip_address(before.pop().decode("latin-1").strip())
+        except ValueError:
             break
-        if not proxy:
-            break
-        peer = str(address)
-        before.pop()
+        peer = str(getattr(address, "ipv4_mapped", None) or address)
     return peer
 
 
@@ -1701,10 +1707,7 @@ class Access(NamedTuple):
 
     def allows(self, address: str) -> bool:
         """Whether a visitor may come from there."""
-        try:
-            return not self.networks or any(parse_network(address)[0] in network for network in self.networks)
-        except ValueError:
-            return False
+        return not self.networks or within(address, self.networks)
 
     def accepts(self, credentials: bytes) -> bool:
         """Whether this is one of the passwords; that takes the same time whichever it is, or none."""
@@ -3542,17 +3545,16 @@ class TunnelRegistry:
         self.sessions[session.id] = session
         self._tunnels.update(dict.fromkeys(session.names, session))
 
-    @contextlib.contextmanager
-    def request(self, key: str) -> Iterator[None]:
-        """Count a request as one of its token's while the context lasts. Raises Unserved when there are too many."""
+    def begin_request(self, key: str) -> None:
+        """Count a request as one of its token's. Raises Unserved when there are too many."""
         most = self.grants[key].max_requests
         if most is not None and self._requests[key] >= most:
             raise Unserved("busy")
         self._requests[key] += 1
-        try:
-            yield
-        finally:
-            self._requests[key] -= 1
+
+    def end_request(self, key: str) -> None:
+        """It is over."""
+        self._requests[key] -= 1
 
     def connected(self, session: Registration) -> None:
         if session.expiry:
@@ -3756,7 +3758,7 @@ class Gate:
 
     def is_trusted(self, peer: str) -> bool:
         """Whether a peer is a proxy whose forwarding fields count."""
-        return bool(self.trusted) and any(ipaddress.ip_address(peer) in network for network in self.trusted)
+        return bool(self.trusted) and within(peer, self.trusted)
 
     def log(self, caller: Caller, text: str) -> None:
         """Log a line about an address, or count it where there were too many."""
@@ -3802,11 +3804,9 @@ class Visitor:
             upload = asyncio.ensure_future(self._upload(stream, self._read_content))
             stream.on_reset = lambda _: upload and upload.cancel()
         try:
-            while (head := ResponseHead.decode(await stream.read_head())).interim:
-                head.headers = own_cookies(head.headers, self.host)
+            while (head := await self._read_head(stream)).interim:
                 self.write(self.encoder.head(head, b""))
             self._metrics[f'pytunnel_responses_total{{class="{head.status // 100}xx"}}'] += 1
-            head.headers = own_cookies(head.headers, self.host)
             if head.status == 101:
                 pipe = self._switch_protocols(head)
                 upload = asyncio.ensure_future(self._upload(stream, lambda: pipe.read(SEND_BUFFER)))
@@ -3851,6 +3851,13 @@ class Visitor:
             raise ConnectionResetError("the visitor is gone")
         if data:
             transport.write(data)
+
+    async def _read_head(self, stream: Stream) -> ResponseHead:
+        payload = await stream.read_head()
+        head = ResponseHead.decode(payload)
+        if b"domain" in payload.lower():
+            head.headers = own_cookies(head.headers, self.host)
+        return head
 
     async def _read_content(self) -> bytes:
         """Return the next bytes of the request's content. Raises Unserved when there are too many, or none for long."""
@@ -4325,10 +4332,12 @@ class TunnelServer:
             session = await self._find(visitor, name)
             head = self._request_head(visitor, host, session.access.get(name, EVERYBODY))
             tunnel, waited = session.names.index(name), time.monotonic() - arrived
-            with self._registry.request(session.key), contextlib.closing(
-                session.link.open(tunnel, kind, head, end=end, waited=waited)
-            ) as stream:
-                await visitor.relay(stream)
+            self._registry.begin_request(session.key)
+            try:
+                with contextlib.closing(session.link.open(tunnel, kind, head, end=end, waited=waited)) as stream:
+                    await visitor.relay(stream)
+            finally:
+                self._registry.end_request(session.key)
         except (asyncio.CancelledError, ConnectionError):
             if not visitor.upgrade:
                 self.metrics["pytunnel_aborts_total"] += 1
