@@ -1120,22 +1120,22 @@ def end_to_end(headers: Headers, *, keep_upgrade: bool = False) -> Headers:
 def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted: bool) -> Headers:
     """Return `headers` with what a proxy owes: who called, how, and which host.
 
-    What the visitor itself wrote into these fields is replaced, unless the peer is a `trusted` proxy. Names that turn
-    into one of them, or into framing, where a local service folds `_` to `-`, are dropped.
+    What is claimed about that in the request is replaced or dropped. Of a `trusted` proxy the address and the scheme
+    count, and other X-Forwarded fields stay: it is there to know better. Names that turn into one of these, or into
+    framing, where a local service folds `_` to `-`, are dropped.
     """
     ours = dict(zip(OUR_FORWARDED, (peer.encode("ascii", "replace"), scheme.encode(), host), strict=True))
     if trusted:
-        for name in OUR_FORWARDED:
-            theirs = field_values(headers, name.lower())
-            if theirs:
-                ours[name] = b", ".join([*theirs, ours[name]]) if name == b"X-Forwarded-For" else theirs[-1]
-    replaced = FORWARDED - {b"forwarded", b"x-real-ip"} if trusted else FORWARDED
+        before = field_values(headers, b"x-forwarded-for")
+        ours[b"X-Forwarded-For"] = b", ".join([*before, ours[b"X-Forwarded-For"]])
+        schemes = [value for value in field_values(headers, b"x-forwarded-proto") if value in (b"http", b"https")]
+        ours[b"X-Forwarded-Proto"] = [scheme.encode(), *schemes][-1]
     kept = []
     for name, value in headers:
         lower = name.lower()
         folded = lower.replace(b"_", b"-")
-        imitates = folded != lower and folded in FORWARDED | FRAMING
-        if lower not in replaced and not imitates:
+        claims = folded in FORWARDED or (folded.startswith(b"x-forwarded-") and not (trusted and folded == lower))
+        if not claims and (folded == lower or folded not in FRAMING):
             kept.append((name, value))
     return [*kept, *ours.items()]
 
@@ -1554,6 +1554,7 @@ def split_target(method: bytes, target: bytes, headers: Headers) -> tuple[bytes,
 # A hello that has rules (Access) is for a server that enforces them: its ready says so, or the client leaves.
 
 PROTOCOL_VERSION = 1
+UNKNOWN_TOKEN = "the server does not know this token, or not any more; `pytunnel serve` or pytunnel token add gives one"
 ENFORCED = ("allow", "auth")  # what a ready lists
 _T = TypeVar("_T")
 
@@ -3085,8 +3086,7 @@ class Tokens:
             self.read()
             known = ["default"] * self.default_path.exists() + list(self.labelled)
             if label not in known:
-                nearest = difflib.get_close_matches(label, known, 1, 0.0)
-                advice = f"did you mean {nearest[0]!r}?" if nearest else f"there is none in {self.directory}"
+                advice = f"there are: {', '.join(known)}" if known else f"there is none in {self.directory}"
                 raise UsageError(f"no token is called {escape(label, 70)!r}; {advice}")
             key = self.labelled.pop(label).key if label in self.labelled else key_id(self.default())
             self.revoked = [*self.revoked, key][-MAX_REVOKED:]
@@ -3222,6 +3222,11 @@ class Stream:
             self._link.wake()
             self.fail(StreamReset(code, reason))
 
+    @property
+    def problem(self) -> str:
+        """Why it was reset, as the peer or this end says; mostly nothing."""
+        return self._error.reason if self._error else ""
+
     # Called by the link
 
     def feed(self, frame: Frame) -> None:
@@ -3280,7 +3285,7 @@ class Link:
         self._free.clear()
         self._set_timer()
         self._lost = loop.create_future()
-        ends = [asyncio.ensure_future(self._read(ws)), asyncio.ensure_future(self._write(ws)), self._lost]
+        ends = [self._lost, asyncio.ensure_future(self._read(ws)), asyncio.ensure_future(self._write(ws))]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             return next(end for end in ends if end.done()).result()
@@ -3487,7 +3492,7 @@ class TunnelRegistry:
             except Refused as error:
                 self.end(session, StreamReset(ErrorCode.LINK_LOST, str(error)))
                 session.link.finish()  # if its handshake is only just over
-                session.link.lose(str(error))
+                session.link.lose(f"cut off: {error}")
         gone = set(revoked) - self.grants.keys()
         freed = [name for name, owner in self._owners.items() if owner in gone]
         self._free(freed)
@@ -3498,7 +3503,7 @@ class TunnelRegistry:
     def _check(self, key: str, names: list[str]) -> None:
         """Check that a token is good, and may use these names. Raises Refused."""
         if key not in self.grants:
-            raise Refused("token", "the server does not know this token; see what `pytunnel serve` printed")
+            raise Refused("token", UNKNOWN_TOKEN)
         own = self.grants[key].names
         for name in names:
             if own and name not in own:
@@ -3518,7 +3523,7 @@ class TunnelRegistry:
             taken = [name for session in others if not set(names) & set(session.names) for name in session.names]
             if len(taken) + len(names) > most:
                 has = f"it has {', '.join(taken[:5])} now" if taken else f"these are {len(names)}"
-                raise Refused("limit", f"this token may have {most} tunnels at a time, and {has}")
+                raise Refused("limit", f"this token may have {most} tunnel{'s' * (most > 1)} at a time, and {has}")
         fresh = [name for name in names if self._owners.get(name) != key]
         for name in names:
             self._owners.pop(name, None)
@@ -3664,7 +3669,7 @@ PROBLEMS = {  # X-Pytunnel-Error -> status, and one sentence that names the brok
     "link-lost": (502, "The tunnel's client went away while it handled the request. Try again when it is back."),
     "busy": (503, "Too many requests are open on this tunnel. Try again soon."),
     "server-full": (503, "The server has as much to do as it can take. Try again soon."),
-    "too-many-requests": (429, "Too many connections or aborted requests come from this address. Try again later."),
+    "too-many-requests": (429, "Too many connections, aborted requests or wrong passwords of this address. Try later."),
     "request-timeout": (408, "The request did not arrive in time."),
     "content-too-large": (413, "The request's content is larger than this server takes."),
     "uri-too-long": (414, "The request's target is too long."),
@@ -3885,8 +3890,8 @@ class Visitor:
         except StreamReset:
             pass  # the response tells why
         except Exception as error:  # aiohttp has several for content that breaks off or breaks the rules
-            what = self.problem or f"it broke off: {type(error).__name__}"
-            stream.abort(ErrorCode.CANCEL, f"the visitor's request is not whole: {what}")
+            broken = f"the visitor's request broke off: {type(error).__name__}"
+            stream.abort(ErrorCode.CANCEL, f"the server answered {self.problem}" if self.problem else broken)
 
     async def _respond(self, stream: Stream, head: ResponseHead) -> None:
         out = self.encoder.head(head, _date(), end=stream.at_eof)
@@ -4073,7 +4078,9 @@ def _visitor_server(
         def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
             gate.log(self.caller, f"bad request from {request.remote}: {escape(str(message or exc).splitlines()[0])}")
             problem = "internal" if status == 500 else "bad-request"
-            if isinstance(exc, http_exceptions.LineTooLong):
+            if "Too many headers" in str(message or exc):
+                problem = "too-large"
+            elif isinstance(exc, http_exceptions.LineTooLong):
                 problem = "uri-too-long" if self._line_bytes > MAX_FIELD else "too-large"
             self._write_page(problem)
             return Delivered()
@@ -4375,6 +4382,9 @@ class TunnelServer:
         """Check that a tunnel lets this visitor in. Raises Unserved."""
         access = session.access.get(name, EVERYBODY)
         if not access.allows(visitor.address):
+            front = not visitor.proxied and field_values(visitor.headers, b"x-forwarded-for")
+            hint = "; it forwards for others: is it a --trusted-proxy?" if front else ""
+            self._gate.log(visitor.caller, f"{visitor.address} is not allowed for {name}{hint}")
             raise Unserved("not-allowed")
         if access.digests:
             credentials = basic_credentials(visitor.headers)
@@ -4461,18 +4471,27 @@ class TunnelServer:
             enforced=ENFORCED,
             agent=f"pytunnel/{__version__}",
         )
-        await self._run_link(ws, transport, session, ready, received)
+        grant = self._registry.grants.get(key)
+        who = f"{visitor.address}, token {grant.label if grant else 'revoked'}"
+        await self._run_link(ws, transport, session, ready, received, who)
         return ws
 
     async def _run_link(
-        self, ws: web.WebSocketResponse, transport: asyncio.Transport, session: Registration, ready: str, received: int
+        self,
+        ws: web.WebSocketResponse,
+        transport: asyncio.Transport,
+        session: Registration,
+        ready: str,
+        received: int,
+        who: str,
     ) -> None:
         """Serve a client until its link is lost; the session is suspended or ended then."""
         reason, names = "the connection was closed", ", ".join(session.names)
         try:
             await ws.send_str(ready)
             self._registry.connected(session)
-            log.info("%s: connected%s", names, " again" * bool(received))
+            if names:
+                log.info("%s: connected%s (%s)", names, " again" * bool(received), who)
             reason = await session.link.run(ws, received)
         except ProtocolError:
             pass
@@ -4486,7 +4505,8 @@ class TunnelServer:
             if reason != "finished":
                 transport.abort()
             stopped = session.link.session.goaway and session.link.session.goaway[0] is ErrorCode.NO_ERROR
-            log.info("%s: %s", names, "its client stopped" if stopped else escape(reason))
+            if names:
+                log.info("%s: %s (%s)", names, "its client stopped" if stopped else escape(reason), who)
 
     async def _handshake(self, ws: web.WebSocketResponse) -> tuple[Message, str, bytes]:
         """Return hello, key and our signature, once the client has proved that it knows the token."""
@@ -4507,7 +4527,7 @@ class TunnelServer:
         proof = (await receive_message(ws)).bytes("proof")
         auth_message = f"{hello.text}\n{challenge}".encode()
         if not verifier.accepts(proof, auth_message):
-            raise Refused("token", "the server does not know this token; see what `pytunnel serve` printed")
+            raise Refused("token", UNKNOWN_TOKEN)
         return hello, key, verifier.signature(auth_message)
 
     async def _session_for(self, hello: Message, key: str) -> tuple[Registration, int]:
@@ -4818,7 +4838,7 @@ class Route(NamedTuple):
 class Replay:
     """Stands in for the stream when a recorded request is sent again: nobody gets the answer, but the log has it."""
 
-    kind, finished = Kind.HTTP, False
+    kind, finished, problem = Kind.HTTP, False, ""
 
     def __init__(self, content: bytes) -> None:
         self.has_content = bool(content)
@@ -5447,7 +5467,7 @@ class TunnelClient:
                 exchange.status = exchange.status or PROBLEMS[PROBLEM_OF.get(error.code, "internal")][0]
             stream.abort(error.code, error.reason, flush=True)
         except asyncio.CancelledError:
-            exchange.error = "" if exchange.status == 101 else "the visitor went away"
+            exchange.error = "" if exchange.status == 101 else escape(stream.problem) or "the visitor went away"
         except Exception:
             exchange.error = "a bug in pytunnel"
             stream.abort(ErrorCode.INTERNAL)
@@ -6992,7 +7012,8 @@ def _check_settings(settings: dict[str, Any], known: Mapping[str, type], where: 
         items = value if isinstance(value, list) else []
         if type(value) is not known[key] or any(not isinstance(item, str) for item in items):
             kind = {str: "text in quotes", list: "a list of texts", bool: "true or false", dict: "a table"}[known[key]]
-            raise UsageError(f"{where}{key} is not {kind}")
+            example = f'; write {key} = ["…"]' if known[key] is list else ""
+            raise UsageError(f"{where}{key} is not {kind}{example}")
 
 
 class Settings:
@@ -7076,6 +7097,9 @@ class Settings:
                 parse_host(host)
             except MessageError:
                 raise UsageError(f"{escape(host)!r} is not a host; give one, or `rewrite` for the target's") from None
+        for key in ("auth", "allow"):
+            if options.get(key) == []:
+                raise UsageError(f"{key} is an empty list, which would let everybody in; leave it out, or fill it")
         given = os.environ["PYTUNNEL_AUTH"].split("\n") if "PYTUNNEL_AUTH" in os.environ else []  # "" is an error
         auth = self._flags.get("auth") or given or options.get("auth") or ()
         return Tunnel(
@@ -8185,7 +8209,11 @@ def _login(options: argparse.Namespace, console: Console) -> None:
 
 def _token(options: argparse.Namespace, console: Console) -> None:
     tokens, label, write = Tokens(state_directory()), options.label or "", console.stdout.write
+    if options.action != "add" and (options.name or options.max_tunnels or options.max_requests):
+        raise UsageError("--name and --max-… are for token add; to change a token, revoke it and add one")
     if options.action == "list":
+        if label:
+            raise UsageError("token list shows all tokens; leave the label out")
         tokens.read()
         grants = list(tokens.labelled.values())
         if tokens.default_path.exists():
@@ -8208,10 +8236,10 @@ def _token(options: argparse.Namespace, console: Console) -> None:
         raise UsageError(f"{escape(label, 70)!r} is not a label: use up to 64 letters, digits, hyphens, dots and _")
     else:
         names = list(map(check_name, options.name))
-        token = tokens.add(label, names, options.max_tunnels, options.max_requests)
+        token = tokens.add(label, names, options.max_tunnels or MAX_TUNNELS, options.max_requests or MAX_STREAMS)
         write(json.dumps({"label": label, "token": token}) if options.json else token)
-        kept = f"shown this once; {tokens.directory} keeps only what proves it"
-        console.say(f"{label}: {kept}; on the machine with the service, give it to pytunnel login URL")
+        console.say(f"this is the token {label}, shown only now; {tokens.directory} keeps what proves it")
+        console.say("where the service is, run: PYTUNNEL_TOKEN=… pytunnel connect 3000 --server URL")
 
 
 def _doctor(options: argparse.Namespace, console: Console) -> int:
@@ -8313,25 +8341,34 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def seconds(text: str) -> float:
-    """Read a flag's duration. Raises ValueError, as argparse wants it."""
-    if not 0 <= (value := float(text)) < 1e8:
-        raise ValueError
-    return value
+    """Read a flag's duration."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < 1e8:
+            return value
+    raise argparse.ArgumentTypeError(f"{escape(text)!r} is no number of seconds, like 30")
+
+
+def filled(text: str) -> str:
+    """Read a flag's value that must not be empty, as a variable is that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a value, or leave the flag out")
+    return text
 
 
 def size(text: str) -> int:
-    """Read a flag's number of bytes, like `10M`. Raises ValueError."""
-    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    """Read a flag's number of bytes, like `10M`."""
+    match = re.fullmatch(r"([1-9][0-9]{0,14})([KMGT]?)i?B?", text, re.IGNORECASE)
     if not match:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{escape(text)!r} is no size: write bytes, or 500K, 10M, 2G (1K is 1024)")
     return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
 
 
 def count(text: str) -> int:
-    """Read a flag's number of times. Raises ValueError."""
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
+    """Read a flag's number of things."""
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) >= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{escape(text)!r} is no whole number from 1 on")
 
 
 def _parser() -> CommandParser:
@@ -8351,8 +8388,8 @@ def _parser() -> CommandParser:
     link.add_argument("--server", metavar="URL", help="default: the last one that worked, else localhost:8080")
     secret = CommandParser(add_help=False)
     token = secret.add_mutually_exclusive_group()
-    token.add_argument("--token", metavar="T", help="better PYTUNNEL_TOKEN or a file; default: one that is kept")
-    token.add_argument("--token-file", metavar="FILE", help="a file whose first line it is; - is stdin")
+    token.add_argument("--token", type=filled, metavar="T", help="better PYTUNNEL_TOKEN or a file; default: one that is kept")
+    token.add_argument("--token-file", type=filled, metavar="FILE", help="a file whose first line it is; - is stdin")
     client = CommandParser(add_help=False)
     client.add_argument("--detach", action="store_true", help="go on in the background once the tunnels work")
     client.add_argument("--detached", help=argparse.SUPPRESS)  # what --detach starts; the file its stderr goes to
@@ -8396,10 +8433,10 @@ def _parser() -> CommandParser:
     tokens.add_argument("action", choices=("add", "list", "revoke"), help="add prints a token; see the examples")
     tokens.add_argument("label", nargs="?", metavar="LABEL", help="whose it is, like laptop")
     tokens.add_argument("--name", action="append", default=[], metavar="N", help="it may use only this; again for more")
-    what = "tunnels at a time; default: %(default)s"
-    tokens.add_argument("--max-tunnels", type=count, default=MAX_TUNNELS, metavar="N", help=what)
-    what = "requests open at a time; default: %(default)s"
-    tokens.add_argument("--max-requests", type=count, default=MAX_STREAMS, metavar="N", help=what)
+    what = f"tunnels at a time; default: {MAX_TUNNELS}"
+    tokens.add_argument("--max-tunnels", type=count, metavar="N", help=what)
+    what = f"requests open at a time; default: {MAX_STREAMS}"
+    tokens.add_argument("--max-requests", type=count, metavar="N", help=what)
     add("status", "Show the tunnels of this machine")
     stop = add("stop", "Stop a client")
     stop.add_argument("name", nargs="?", metavar="NAME", help="one of its tunnels; default: the only client")

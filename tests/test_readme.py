@@ -177,7 +177,7 @@ def test_keys() -> None:
         f"| {pytunnel.MAX_EACH} (`serve --max-per-address`), {pytunnel.MAX_VISITORS:,} or",
         f"may have {pytunnel.MAX_EACH} connections (IPv6: a /64), abort {pytunnel.MAX_ABORTS} requests at once "
         f"and {pytunnel.ABORT_RATE:g} a second",
-        f"{pytunnel.MAX_GUESSES} wrong ones from an address, and it\n  may try one every {1 / pytunnel.GUESS_RATE:g} s",
+        f"After {pytunnel.MAX_GUESSES} wrong ones an address may try\n  one every {1 / pytunnel.GUESS_RATE:g} s",
         f"| {pytunnel.HEAD_TIMEOUT:g} s; {pytunnel.BODY_TIMEOUT:g} s |",
         f"took more than {pytunnel.HEAD_TIMEOUT:g} s, or its content stopped for {pytunnel.BODY_TIMEOUT:g} s",
         f"| {pytunnel.VISITOR_KEEPALIVE:g} s |",
