@@ -8388,7 +8388,7 @@ def _parser() -> CommandParser:
     link.add_argument("--server", metavar="URL", help="default: the last one that worked, else localhost:8080")
     secret = CommandParser(add_help=False)
     token = secret.add_mutually_exclusive_group()
-    token.add_argument("--token", type=filled, metavar="T", help="better PYTUNNEL_TOKEN or a file; default: one that is kept")
+    token.add_argument("--token", type=filled, metavar="T", help="better: PYTUNNEL_TOKEN; default: one that is kept")
     token.add_argument("--token-file", type=filled, metavar="FILE", help="a file whose first line it is; - is stdin")
     client = CommandParser(add_help=False)
     client.add_argument("--detach", action="store_true", help="go on in the background once the tunnels work")
