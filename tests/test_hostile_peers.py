@@ -324,7 +324,7 @@ async def stalled(tunnel: Tunnel, stack: contextlib.AsyncExitStack) -> Peer:
 
 
 async def test_a_client_that_does_not_read_loses_its_link_and_others_notice_nothing() -> None:
-    """Its visitor's upload, of which nothing is read meanwhile, ends with its session: so long nobody sees them leave."""
+    """Its visitor's upload ends with the session: until then nothing of it is read, and nobody sees them leave."""
     serving = honest_tunnel("--grace", "0.5", WRITE_TIMEOUT=1.0)
     async with serving as (tunnel, check), contextlib.AsyncExitStack() as stack:
         before = tunnel.server.rss()
