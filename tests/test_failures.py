@@ -14,6 +14,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -795,6 +796,52 @@ async def test_a_server_that_stops_ends_an_event_stream_late_and_a_download_not_
         await tunnel.start_server()
         await tunnel.client.event("reconnected", timeout=AWAY)
         assert (await tunnel.get()).body == b"hello"
+
+
+AHEAD = """
+import signal, time
+ahead, real = [0.0], time.monotonic
+time.monotonic = lambda: real() + ahead[0]
+signal.signal(signal.SIGUSR1, lambda *_: ahead.__setitem__(0, ahead[0] + 110))
+signal.signal(signal.SIGUSR2, lambda *_: ahead.__setitem__(0, ahead[0] + 10))
+"""
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def test_a_drain_of_two_minutes_takes_two_minutes() -> None:
+    """By the server's clock, which a signal puts forward by 110 seconds, and another by the last 10."""
+    halves = Halves()
+    async with (
+        RawOrigin(halves) as origin,
+        Tunnel(
+            origin.port,
+            serve_args=["--drain", "120"],
+            command=with_code(AHEAD, PING_INTERVAL=1000.0),
+            env={"PYTUNNEL_LOOP": "asyncio"},  # uvloop has a clock of its own
+            settles=False,  # the client keeps what runs, for a server that is not started again here
+        ) as tunnel,
+        tunnel.visitor() as visitor,
+        tunnel.visitor() as endless,
+    ):
+        await endless.send(tunnel.request(target=b"/never"))
+        await origin.wait_for(lambda: origin.requests)
+        download = HalfWay(visitor, halves)
+        await download.begin(tunnel.request(target=b"/halves"))
+        server = tunnel.server
+        server.send_signal(signal.SIGTERM)
+        await server.stderr_line("stopping; running requests have 120 s")
+        await eventually(lambda: not _listens(tunnel.port), what="the drain to begin")
+        server.send_signal(signal.SIGUSR1)
+        await download.finish()
+        assert server.returncode is None and not endless.buffered
+        server.send_signal(signal.SIGUSR2)
+        got = await endless.read_response()
+        assert (got.status, got.value(b"X-Pytunnel-Error")) == (502, b"link-lost")
+        assert await server.wait() == 0
 
 
 async def test_a_server_that_stops_waits_until_a_slow_visitor_has_it_all() -> None:
