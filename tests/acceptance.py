@@ -68,6 +68,7 @@ PIECE = 256 * 1024
 LONG = 1800.0  # seconds; what is waited for in a transfer, at most
 PATIENCE = 150.0  # seconds a visitor waits for one more byte: longer than a link that has fallen silent takes
 TOKEN = "acceptance-token-0123456789abcdef01234567"
+LAG = 0.1  # seconds that the server's event loop may be late, but for a hundredth of the time
 WEBSOCKET_KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
 
 
@@ -98,6 +99,21 @@ def equal(what: str, figure: object, expected: object) -> Row:
 def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that this share of all values does not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def lateness(before: dict[str, float], after: dict[str, float]) -> float:
+    """The bucket, in seconds, of the p99 of how late the server's event loop was between two readings of metrics."""
+    counts = {}
+    for key, count in after.items():
+        if match := re.fullmatch(r'pytunnel_event_loop_lag_seconds_bucket\{le="(.+)"\}', key):
+            counts[float(match[1])] = count - before.get(key, 0.0)
+    return min(bound for bound, count in counts.items() if count >= 0.99 * counts[math.inf])
+
+
+def on_time(what: str, lag: float) -> Row:
+    """A row for that bucket. 50 ms is what the server should keep to, which has to share its core here."""
+    bound = f"<= {1000 * LAG:.0f} ms"
+    return Row(f"{what}: the server's event loop was late by, p99", f"<= {1000 * lag:.0f} ms", bound, lag <= LAG)
 
 
 def head_of(size: int, chunked: bool) -> bytes:
@@ -275,6 +291,11 @@ async def visit_transfer(place: Place, direction: str, framing: str, size: int) 
     except Exception as error:
         received, wrong = checker.offset, f"{type(error).__name__}: {error}"
     return {"bytes": received, "wrong": wrong, "seconds": now() - started}
+
+
+async def visit_transfers(place: Place, count: int, size: int) -> dict[str, Any]:
+    """So many large downloads at once."""
+    return {"each": await asyncio.gather(*(visit_transfer(place, "down", "length", size) for _ in range(count)))}
 
 
 async def visit_small(place: Place, count: int, until_signal: bool = False) -> dict[str, Any]:
@@ -494,6 +515,7 @@ async def visit_load(place: Place, connections: int, seconds: float) -> dict[str
 
 WORKERS: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
     "transfer": visit_transfer,
+    "transfers": visit_transfers,
     "small": visit_small,
     "stall": visit_stall,
     "slow-heads": visit_slow_heads,
@@ -587,6 +609,14 @@ async def stage(*, relay: bool = False, ports: int = 1, serve_args: Sequence[str
                 yield Stage(tunnel, origin, listening["ports"], directory)
 
 
+async def read_metrics(tunnel: Tunnel) -> dict[str, float]:
+    """What the server tells of itself, by name and labels."""
+    async with tunnel.visitor(timeout=PATIENCE) as visitor:
+        await visitor.send(request(target=b"/metrics"))
+        lines = (await visitor.read_response()).body.decode().splitlines()
+    return {key: float(value) for key, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
 async def measure_transfer(size: int) -> AsyncIterator[Row]:
     """(a) One large body, each way and in each framing."""
     async with stage() as s:
@@ -605,6 +635,23 @@ async def measure_transfer(size: int) -> AsyncIterator[Row]:
                 for name, grown in s.grown(before).items():
                     yield below(f"{what}: the {name} grew by", grown, 32, "MiB")
         yield below("after them: bytes in files", s.spooled(), 4096, "bytes", 0)
+
+
+async def measure_parallel(size: int) -> AsyncIterator[Row]:
+    """(m) Twenty downloads at once, each of a tenth of the size."""
+    count, size = 20, size // 10
+    async with stage() as s:
+        before, metrics, started = s.memory(), await read_metrics(s.tunnel), now()
+        each = (await result_of("transfers", place=s.through, count=count, size=size))["each"]
+        rate = count * size / MIB / (now() - started)
+        lag = lateness(metrics, await read_metrics(s.tunnel))
+        what = f"{count} x {size // MIB} MiB at once"
+        figures = {f"{result['bytes']} {result['wrong']}".strip() for result in each}
+        yield equal(f"{what}: bytes right in each", ", ".join(figures), str(size))
+        yield Row(f"{what}: rate of all", f"{rate:.0f} MiB/s")
+        for name, grown in s.grown(before).items():
+            yield below(f"{what}: the {name} grew by", grown, 64, "MiB")
+        yield on_time(what, lag)
 
 
 async def measure_beside(size: int) -> AsyncIterator[Row]:
@@ -679,11 +726,7 @@ async def measure_aborts(_: int) -> AsyncIterator[Row]:
             """The server's gauges, once its streams and visitors are gone."""
             deadline = now() + 10
             while True:
-                async with RawVisitor(s.tunnel.port) as visitor:
-                    await visitor.send(request(target=b"/metrics"))
-                    lines = (await visitor.read_response()).body.decode().splitlines()
-                pairs = (line.rpartition(" ") for line in lines if line[0] != "#")
-                found = {key: float(value) for key, _, value in pairs}
+                found = await read_metrics(s.tunnel)
                 if (found["pytunnel_streams"], found["pytunnel_visitors"]) == (0, 2) or now() > deadline:
                     return found
 
@@ -967,6 +1010,7 @@ def resident(pid: int) -> int:
 
 MEASUREMENTS: dict[str, Callable[[int], AsyncIterator[Row]]] = {
     "transfer": measure_transfer,
+    "parallel": measure_parallel,
     "beside": measure_beside,
     "stalled": measure_stalled,
     "restarts": measure_restarts,

@@ -339,14 +339,16 @@ async def test_sslip_that_is_not_resolved(names: dict[str, str], monkeypatch: py
 
 
 def certificate(directory: Path, days: int, names: list[str]) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A self-signed certificate: what a server takes, and what a client who trusts it takes."""
+    """A self-signed certificate: what a server takes, and what a client who trusts it takes. Its end may be past."""
     openssl = shutil.which("openssl")
     assert openssl, "this test makes its certificate with the openssl command"
     key, chain = directory / "key.pem", directory / "chain.pem"
     make = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     alternatives = "subjectAltName=" + ",".join(f"DNS:{name}" for name in names)
-    make += ["-subj", "/CN=test", "-addext", alternatives, "-days", str(days), "-keyout", str(key), "-out", str(chain)]
+    make += ["-subj", "/CN=test", "-addext", alternatives, "-keyout", str(key), "-out", str(chain)]
     subprocess.run(make, check=True, capture_output=True)
+    again = [openssl, "x509", "-in", str(chain), "-signkey", str(key), "-days", str(days), "-out", str(chain)]
+    subprocess.run(again, check=True, capture_output=True)  # `req` takes no days that are over
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(chain, key)
     return context, ssl.create_default_context(cafile=str(chain))

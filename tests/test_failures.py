@@ -14,6 +14,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from support import (
+    NO_DEBUG,
     ROOT,
     PatternChecker,
     Process,
@@ -42,13 +44,14 @@ from support import (
 )
 
 import pytunnel
-from pytunnel import ErrorCode, Refused, Registration, Session, StreamReset, Target, TunnelClient, TunnelRegistry
+from pytunnel import ErrorCode, Grant, Refused, Registration, Session, StreamReset, Target, TunnelClient, TunnelRegistry
 
 Reader = asyncio.StreamReader
 Writer = asyncio.StreamWriter
 
 KIB, MIB = 1024, 1024 * 1024
 TOKEN = "test-token-0123456789abcdef0123456789abcdef"
+BACK = 2.5  # seconds of the processor for 200 clients to come back, and for their server; seen about 1
 AWAY = 20.0  # seconds within which a client is back after an outage of a moment
 GROWTH = 16 * MIB  # resident bytes that a process may have more, after an outage, than before
 HALF = MIB  # bytes of each half that Halves sends
@@ -458,15 +461,19 @@ async def test_two_hundred_clients_are_back_after_a_restart() -> None:
         tunnel.client.send_signal(signal.SIGTERM)
         await tunnel.client.wait()
         words = [tunnel.server_url, TOKEN, str(origin.port), str(count)]
-        async with await Process.start(*words, command=[sys.executable, "-c", STORM]) as clients:
+        async with await Process.start(*words, command=[sys.executable, "-c", STORM], env=NO_DEBUG) as clients:
             first = await clients.event("up", timeout=60.0)
             await tunnel.stop_server(signal.SIGKILL)
             await clients.event("down", timeout=AWAY)
-            await tunnel.start_server()
-            began, cpu = time.monotonic(), tunnel.server.cpu_seconds()
+            cpu = clients.cpu_seconds()
+            late = ["connect", "1", "--server", tunnel.server_url, "--token", TOKEN]
+            async with await Process.start(*late, command=with_limits(DIAL_TIMEOUT=6.0)) as newcomer:
+                assert await newcomer.wait() == 5  # after six seconds, in which clients that do not wait would burn
+            server, began = await tunnel.start_server(), time.monotonic()
             again = await clients.event("up", timeout=60.0)
-            used = tunnel.server.cpu_seconds() - cpu
-            print(f"\n{count} clients back after {time.monotonic() - began:.1f} s, the server used {used:.2f} s")
+            used = {"clients": clients.cpu_seconds() - cpu, "server": server.cpu_seconds()}
+            print(f"\n{count} clients back after {time.monotonic() - began:.1f} s; of the processor: {used}")
+            assert all(seconds < BACK for seconds in used.values()), used
             assert again["urls"] == first["urls"]
             assert len(set(first["urls"])) == count
             async with tunnel.visitor() as visitor:
@@ -561,8 +568,7 @@ async def test_names_that_a_full_disk_does_not_take_are_kept_when_there_is_room(
         assert (await tunnel.get()).body == b"hello"
         state = tunnel._home / "server" / "state"
         assert files_below(state) == [], "nothing of what did not fit is left"
-        warnings = [line for line in tunnel.server.stderr if "not kept" in line]
-        assert len(warnings) == 1 and "File too large" in warnings[0]
+        assert "File too large" in await tunnel.server.stderr_line("names are not kept")
         soft_limit(tunnel.server, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
         await (await tunnel.start_client(name="two", home="two")).event("ready")  # a name that is not new
         assert set(json.loads((state / "names.json").read_text())["names"]) == {"one", "two"}
@@ -570,7 +576,8 @@ async def test_names_that_a_full_disk_does_not_take_are_kept_when_there_is_room(
         await (await tunnel.start_client(name="three", home="three")).event("ready")
         assert set(json.loads((state / "names.json").read_text())["names"]) == {"one", "two"}, "and not half a file"
         assert files_below(state) == ["names.json"]
-        assert len([line for line in tunnel.server.stderr if "not kept" in line]) == 2
+        await tunnel.server.stderr_line("names are not kept")
+        assert len([line for line in tunnel.server.stderr if "not kept" in line]) == 2, "one each time"
 
 
 async def test_a_client_on_a_full_disk_warns_once_and_serves(tmp_path: Path) -> None:
@@ -603,14 +610,13 @@ async def test_a_token_that_cannot_be_kept_is_one_line(tmp_path: Path) -> None:
 async def test_a_log_on_a_full_disk_stops_nothing_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = f"""
-import os, resource
-os.dup2(os.open({str(log)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
+import os, resource, sys
+if "serve" in sys.argv:
+    os.dup2(os.open({str(log)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, resource.RLIM_INFINITY))
 """
-    async with RawOrigin(response(b"hello")) as origin, Tunnel(origin.port, relay=True, command=QUICK) as tunnel:
-        tunnel._command = with_code(code)  # of the next server
-        await tunnel.restart_server()
-        await tunnel.client.event("reconnected", timeout=AWAY)
+    command = with_code(code, BACKOFF_MAX=0.3)
+    async with RawOrigin(response(b"hello")) as origin, Tunnel(origin.port, relay=True, command=command) as tunnel:
 
         async def another_line() -> None:
             assert await tunnel.relay.cut("reset") == 1
@@ -674,7 +680,9 @@ async def test_a_pipe_that_does_not_block_gets_every_line() -> None:
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 async def test_a_server_without_descriptors_says_so_now_and_then_and_recovers(loop: str) -> None:
-    async with RawOrigin(response(b"hello")) as origin, Tunnel(origin.port, env={"PYTUNNEL_LOOP": loop}) as tunnel:
+    settles = loop == "asyncio"  # libuv's spare descriptor is another one afterwards; the baseline below counts it
+    env = {"PYTUNNEL_LOOP": loop}
+    async with RawOrigin(response(b"hello")) as origin, Tunnel(origin.port, env=env, settles=settles) as tunnel:
         server = tunnel.server
         assert (await tunnel.get()).body == b"hello"
         for _ in range(2):
@@ -796,6 +804,52 @@ async def test_a_server_that_stops_ends_an_event_stream_late_and_a_download_not_
         assert (await tunnel.get()).body == b"hello"
 
 
+AHEAD = """
+import signal, time
+ahead, real = [0.0], time.monotonic
+time.monotonic = lambda: real() + ahead[0]
+signal.signal(signal.SIGUSR1, lambda *_: ahead.__setitem__(0, ahead[0] + 110))
+signal.signal(signal.SIGUSR2, lambda *_: ahead.__setitem__(0, ahead[0] + 10))
+"""
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def test_a_drain_of_two_minutes_takes_two_minutes() -> None:
+    """By the server's clock, which a signal puts forward by 110 seconds, and another by the last 10."""
+    halves = Halves()
+    async with (
+        RawOrigin(halves) as origin,
+        Tunnel(
+            origin.port,
+            serve_args=["--drain", "120"],
+            command=with_code(AHEAD, PING_INTERVAL=1000.0),
+            env={"PYTUNNEL_LOOP": "asyncio"},  # uvloop has a clock of its own
+            settles=False,  # the client keeps what runs, for a server that is not started again here
+        ) as tunnel,
+        tunnel.visitor() as visitor,
+        tunnel.visitor() as endless,
+    ):
+        await endless.send(tunnel.request(target=b"/never"))
+        await origin.wait_for(lambda: origin.requests)
+        download = HalfWay(visitor, halves)
+        await download.begin(tunnel.request(target=b"/halves"))
+        server = tunnel.server
+        server.send_signal(signal.SIGTERM)
+        await server.stderr_line("stopping; running requests have 120 s")
+        await eventually(lambda: not _listens(tunnel.port), what="the drain to begin")
+        server.send_signal(signal.SIGUSR1)
+        await download.finish()
+        assert server.returncode is None and not endless.buffered
+        server.send_signal(signal.SIGUSR2)
+        got = await endless.read_response()
+        assert (got.status, got.value(b"X-Pytunnel-Error")) == (502, b"link-lost")
+        assert await server.wait() == 0
+
+
 async def test_a_server_that_stops_waits_until_a_slow_visitor_has_it_all() -> None:
     """The response has ended by then, as far as the local service and the tunnel are concerned."""
     halves = Halves()
@@ -875,6 +929,8 @@ def _unmasked(server: RawOrigin) -> bytes:
 async def test_of_two_clients_that_race_for_a_name_exactly_one_has_it(tmp_path: Path) -> None:
     """A thousand times: they log in, lose their links, say goodbye and come back, in any order."""
     registry = TunnelRegistry(tmp_path / "names.json", grace=60.0, hold=0.0)
+    grant = Grant.from_token("both", TOKEN)
+    registry.admit([grant])
     chance = random.Random(1)
     rounds = 1000
     newest: Registration | None = None
@@ -892,8 +948,8 @@ async def test_of_two_clients_that_race_for_a_name_exactly_one_has_it(tmp_path: 
         nonlocal newest
         previous = ""
         for _ in range(rounds // 2):
-            registry.claim("key", ["web"])
-            session = Registration("key", ["web"], Session(is_server=True))
+            registry.claim(grant.key, ["web"])
+            session = Registration(grant.key, ["web"], Session(is_server=True))
             if newest and newest.id in registry.sessions:
                 gone.append(newest)
             registry.bind(session, previous if chance.random() < 0.5 else "")

@@ -163,8 +163,11 @@ async def hostile_client(port: int, **fields: Any) -> AsyncIterator[tuple[Peer, 
 
 
 @contextlib.asynccontextmanager
-async def honest_tunnel(**limits: float) -> AsyncIterator[tuple[Tunnel, Callable[[], Awaitable[None]]]]:
-    """A tunnel that hostile clients share the server with, and a check that it has not noticed anything."""
+async def honest_tunnel(*words: str, **limits: float) -> AsyncIterator[tuple[Tunnel, Callable[[], Awaitable[None]]]]:
+    """A tunnel that hostile clients share the server with, and a check that it has not noticed anything.
+
+    `words` are for `serve`.
+    """
     release, served = asyncio.Event(), b"honest" * 1000
 
     async def serve(head: RawRequest, reader: Reader, writer: Writer) -> None:
@@ -176,7 +179,11 @@ async def honest_tunnel(**limits: float) -> AsyncIterator[tuple[Tunnel, Callable
         writer.write(served[10:])
 
     command = with_limits(**limits) if limits else None
-    async with RawOrigin(serve) as origin, Tunnel(origin.port, command=command) as tunnel, tunnel.visitor() as slow:
+    async with (
+        RawOrigin(serve) as origin,
+        Tunnel(origin.port, command=command, serve_args=words) as tunnel,
+        tunnel.visitor() as slow,
+    ):
         await slow.send(tunnel.request())
         begun = await slow.read_head()
 
@@ -317,7 +324,9 @@ async def stalled(tunnel: Tunnel, stack: contextlib.AsyncExitStack) -> Peer:
 
 
 async def test_a_client_that_does_not_read_loses_its_link_and_others_notice_nothing() -> None:
-    async with honest_tunnel(WRITE_TIMEOUT=1.0) as (tunnel, check), contextlib.AsyncExitStack() as stack:
+    """Its visitor's upload ends with the session: until then nothing of it is read, and nobody sees them leave."""
+    serving = honest_tunnel("--grace", "0.5", WRITE_TIMEOUT=1.0)
+    async with serving as (tunnel, check), contextlib.AsyncExitStack() as stack:
         before = tunnel.server.rss()
         await stalled(tunnel, stack)
         await check()

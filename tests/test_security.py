@@ -14,6 +14,7 @@ import hmac
 import json
 import os
 import pty
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -35,7 +36,9 @@ from support import (
     free_port,
     request,
     response,
+    with_limits,
 )
+from test_doctor import certificate
 
 from pytunnel import (
     END,
@@ -957,10 +960,11 @@ async def test_of_connections_that_resume_one_session_at_once_one_carries_it() -
 # ---------------------------------------------------------------------------------------- What the client dials
 
 
-async def _exits_with_5(server: str) -> str:
+async def _exits_with_5(server: str, **options: Any) -> str:
     """Run a client that finds no server; return its last words."""
     began = time.monotonic()
-    async with await Process.start("connect", "1", "--server", server, "--token", TOKEN, "--json") as client:
+    words = ["connect", "1", "--server", server, "--token", TOKEN, "--json"]
+    async with await Process.start(*words, **options) as client:
         assert await client.wait(PATIENCE) == 5, client.output()
         print(f"\n{client.stderr}: exit after {time.monotonic() - began:.1f} s")
         assert len(client.stderr) == 1
@@ -988,6 +992,94 @@ async def test_a_first_dial_that_finds_no_server_exits_with_5() -> None:
         assert not elsewhere.connections
         assert all("redirect" in task.result() for task in words[:4])
         assert all(origin.requests for origin in [*redirects, site])
+
+
+class TlsFront:
+    """Takes TLS off and goes on to a server, if there is one. `heard` is what came after a handshake."""
+
+    def __init__(self, context: ssl.SSLContext, upstream: int = 0) -> None:
+        self.context, self.upstream = context, upstream
+        self.heard = bytearray()
+        self.port = 0
+        self._serving: dict[asyncio.Task[Any], Writer] = {}
+
+    async def __aenter__(self) -> TlsFront:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self.context)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await self.cut()
+        await self._server.wait_closed()
+
+    async def cut(self) -> None:
+        """End every connection."""
+        for writer in self._serving.values():
+            writer.close()
+        await asyncio.gather(*self._serving)
+
+    async def _serve(self, reader: Reader, writer: Writer) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._serving[task] = writer
+        task.add_done_callback(self._serving.pop)
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                self.heard += data
+                if self.upstream:
+                    far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.upstream)
+                    with contextlib.closing(far_writer):
+                        far_writer.write(data)
+                        await asyncio.gather(_pipe(reader, far_writer), _pipe(far_reader, writer))
+
+
+async def test_a_server_whose_certificate_is_no_good_hears_not_a_byte(tmp_path: Path) -> None:
+    """On the first dial: one line that says what is wrong with it, and the exit status for no server."""
+    cases = {
+        "self-signed certificate)": ("localhost", 30, False),
+        "certificate is not valid for 'localhost'.)": ("other.test", 30, True),
+        "certificate has expired)": ("localhost", -1, True),
+    }
+    async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
+        fronts, words = [], {}
+        for number, (reason, (name, days, trusted)) in enumerate(cases.items()):
+            directory = tmp_path / str(number)
+            directory.mkdir()
+            fronts.append(await stack.enter_async_context(TlsFront(certificate(directory, days, [name])[0])))
+            env = {"SSL_CERT_FILE": str(directory / "chain.pem")} if trusted else {}
+            server = f"https://localhost:{fronts[-1].port}"
+            words[reason] = tasks.create_task(_exits_with_5(server, env=env, command=with_limits(DIAL_TIMEOUT=3.0)))
+        await asyncio.wait(words.values())
+        for reason, task in words.items():
+            assert "its certificate is not trusted (" in task.result()
+            assert reason in task.result()
+        assert not any(front.heard for front in fronts)
+
+
+async def test_a_client_does_not_come_back_to_a_server_whose_certificate_is_another_now(tmp_path: Path) -> None:
+    """Somebody has got in between: they hear nothing, and the client tries again until the server is there again."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    for directory in (own, other):
+        directory.mkdir()
+        context, _ = certificate(directory, 30, ["localhost"])
+    context.load_cert_chain(own / "chain.pem", own / "key.pem")
+    async with RawOrigin(response(b"hello")) as origin, Tunnel(origin.port) as tunnel, TlsFront(context) as front:
+        front.upstream = tunnel.port
+        words = ["connect", str(origin.port), "--server", f"https://localhost:{front.port}", "--token", TOKEN]
+        env = {"SSL_CERT_FILE": str(own / "chain.pem")}
+        async with await Process.start(*words, "--json", env=env, command=with_limits(BACKOFF_MAX=0.3)) as client:
+            await client.event("ready")
+            assert front.heard.startswith(b"GET " + LINK_PATH.encode())
+            front.heard.clear()
+            context.load_cert_chain(other / "chain.pem", other / "key.pem")
+            await front.cut()
+            while "its certificate is not trusted" not in (await client.event("disconnected"))["reason"]:
+                pass
+            assert "its certificate is not trusted" in (await client.event("disconnected"))["reason"]
+            assert not front.heard
+            context.load_cert_chain(own / "chain.pem", own / "key.pem")
+            await client.event("reconnected")
 
 
 class Proxy:

@@ -29,6 +29,7 @@ from support import (
     pattern,
     request,
     response,
+    with_limits,
 )
 from test_fidelity import CHUNKED, CLOSE, MiB, answering, assert_quiet, head, served
 from test_load import stalled_growth
@@ -265,20 +266,21 @@ class Stalled:
             self.done += size
 
 
-async def assert_blocked(stalled: Stalled, others: Callable[[], Awaitable[None]]) -> None:
-    """The writer comes to a halt that outlasts other exchanges, after a bounded number of bytes.
+async def assert_blocked(others: Callable[[], Awaitable[None]], *writers: Stalled) -> None:
+    """The writers come to a halt that outlasts other exchanges, each after a bounded number of bytes.
 
     `others` is a round of exchanges through the same tunnel. The halt is where three rounds change nothing.
     """
-    unchanged = 0
+    unchanged, before = 0, [0]
     for _ in range(60):
-        before = stalled.done
         await others()
-        unchanged = unchanged + 1 if stalled.waits and before == stalled.done else 0
+        done = [stalled.done for stalled in writers]
+        unchanged = unchanged + 1 if all(stalled.waits for stalled in writers) and before == done else 0
         if unchanged == 3:
             break
-    assert unchanged == 3, f"not blocked after {stalled.done} bytes"
-    assert 0 < stalled.done < HELD
+        before = done
+    assert unchanged == 3, f"not blocked after {done} bytes"
+    assert all(0 < each < HELD for each in done)
 
 
 async def sending(writer: Writer, piece: int) -> AsyncIterator[Awaitable[None]]:
@@ -303,7 +305,7 @@ async def test_a_stalled_download_holds_up_nobody_else() -> None:
             for other in await asyncio.gather(*(tunnel.get(b"/other") for _ in range(4))):
                 assert other.body == pattern(0, MiB)
 
-        await assert_blocked(stalled, others)
+        await assert_blocked(others, stalled)
         checker = PatternChecker()
         async for piece in visitor.iter_body(got):
             checker.feed(piece)
@@ -369,13 +371,83 @@ async def test_a_stalled_upload_holds_up_nobody_else() -> None:
         await visitor.send(tunnel.request("POST", b"/stalled", [(b"Content-Length", b"%d" % SIZE)]))
         writing = asyncio.create_task(stalled.write(pieces(), 64 * KiB))
         await origin.wait_for(lambda: origin.requests)
-        await assert_blocked(stalled, others)
+        await assert_blocked(others, stalled)
         assert not writing.done()
         assert not checker.offset
         release.set()
         await writing
         assert (await visitor.read_response()).body == b"done"
         assert checker.offset == SIZE
+
+
+SMALL = 32 * KiB  # bytes of a socket's buffers
+SMALL_SOCKETS = f"""
+import socket
+class Small(socket.socket):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        if self.family == socket.AF_INET:
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, {SMALL})
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, {SMALL})
+socket.socket = Small
+"""
+
+
+async def test_exchanges_whose_ends_both_write_before_they_read_come_to_their_end() -> None:
+    """Sixteen at once: all is full in both directions before the visitors begin to read, and the service after them."""
+    count, size, step = 16, 2 * MiB, 64 * KiB
+    bodies = [memoryview(pattern(0, size + 2 * count))[number : number + size] for number in range(2 * count)]
+    downloads, uploads = ([Stalled() for _ in range(count)] for _ in range(2))
+    right: list[int] = []  # uploads
+    origin: RawOrigin
+
+    async def write_first(request: RawRequest, reader: Reader, writer: Writer) -> None:
+        number = int(request.target[1:])
+
+        async def pieces() -> AsyncIterator[Awaitable[None]]:
+            for offset in range(0, size, step):
+                writer.write(bodies[number][offset : offset + step])
+                yield writer.drain()
+
+        writer.write(head(b"HTTP/1.1 200 OK", (b"Content-Length", b"%d" % size)))
+        await downloads[number].write(pieces(), step)
+        if b"".join([piece async for piece in origin.iter_body(request, reader)]) == bodies[count + number]:
+            right.append(number)
+
+    async def upload(visitor: RawVisitor, number: int) -> None:
+        async def pieces() -> AsyncIterator[Awaitable[None]]:
+            for offset in range(0, size, step):
+                yield visitor.send(bodies[count + number][offset : offset + step].tobytes())
+
+        await uploads[number].write(pieces(), step)
+
+    async def download(visitor: RawVisitor, number: int) -> None:
+        got = await visitor.read_response("POST")
+        assert (got.status, got.clean, got.body == bodies[number]) == (200, True, True)
+
+    async def others() -> None:
+        for other in await asyncio.gather(*(tunnel.get(b"/other") for _ in range(4))):
+            assert other.body == b"real"
+
+    service = answering({b"/%d" % number: write_first for number in range(count)})
+    *start, program = with_limits()
+    async with (
+        RawOrigin(service, limit=SMALL, rcvbuf=SMALL, sndbuf=SMALL, record_limit=0) as origin,
+        Tunnel(origin.port, command=[*start, SMALL_SOCKETS + program], env={"PYTUNNEL_LOOP": "asyncio"}) as tunnel,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        visitors = []
+        for number in range(count):
+            visitor = await stack.enter_async_context(tunnel.visitor(timeout=30.0, rcvbuf=SMALL, sndbuf=SMALL))
+            await visitor.send(tunnel.request("POST", b"/%d" % number, [(b"Content-Length", b"%d" % size)]))
+            visitors.append(visitor)
+        async with asyncio.TaskGroup() as tasks:
+            for number, visitor in enumerate(visitors):
+                tasks.create_task(upload(visitor, number))
+            await assert_blocked(others, *downloads, *uploads)
+            for number, visitor in enumerate(visitors):
+                tasks.create_task(download(visitor, number))
+        await origin.wait_for(lambda: sorted(right) == [*range(count)], 10.0, "sixteen uploads")
 
 
 async def test_a_paused_visitor_gets_every_byte_when_it_reads_on() -> None:
