@@ -1140,6 +1140,9 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
     return [*kept, *ours.items()]
 
 
+_FORWARDED_NODE = re.compile(  # RFC 7239 section 6, as X-Forwarded-For has it: an address, maybe with a port
+    r"\s*(?:([0-9.]+)(?::\d+)?|\[([0-9a-fA-F:.]+)\](?::\d+)?|([0-9a-fA-F:.]+))\s*"
+)
 _COOKIE_DOMAIN = re.compile(rb"(?i)[ \t]*domain[ \t]*=")
 _PLAIN_HOST = re.compile(r"[a-z0-9._-]*")
 
@@ -1188,15 +1191,19 @@ def within(address: str, networks: Networks) -> bool:
 
 
 def visitor_address(peer: str, headers: Headers, trusted: Networks) -> str:
-    """Return who calls: the peer, or behind `trusted` proxies the last in X-Forwarded-For that is none of them."""
+    """Return who calls: the peer, or behind `trusted` proxies the last in X-Forwarded-For that is none of them.
+
+    "" is who cannot be told. Some proxies write ports, too.
+    """
     if not trusted:
         return peer
     before = [member for value in field_values(headers, b"x-forwarded-for") for member in value.split(b",")]
     while before and within(peer, trusted):
+        match = _FORWARDED_NODE.fullmatch(before.pop().decode("latin-1"))
         try:
-            address = ipaddress.ip_address(before.pop().decode("latin-1").strip())
+            address = ipaddress.ip_address(match[match.lastindex or 0] if match else "")
         except ValueError:
-            break
+            return ""  # somebody, but not the proxy
         peer = str(getattr(address, "ipv4_mapped", None) or address)
     return peer
 
@@ -1738,6 +1745,11 @@ def default_name(token: str, machine: str, target: str) -> str:
     return base64.b32encode(digest).decode()[:10].lower()
 
 
+def _ends_in_number(host: str) -> bool:
+    """Whether a host can only be an IPv4 address (WHATWG URL section 3.5), whatever it looks like."""
+    return host.rpartition(".")[2].isdecimal()
+
+
 class Origin(NamedTuple):
     """The public side of a server: tunnels are at `scheme://NAME.zone:port/`."""
 
@@ -1758,6 +1770,8 @@ class Origin(NamedTuple):
             dashed = str(address).replace(".", "-").replace(":", "-")
             dashed = "0" * dashed.startswith("-") + dashed + "0" * dashed.endswith("-")  # `::` at an end
             host = "localhost" if address.is_loopback else f"{dashed}.sslip.io"
+        if _ends_in_number(host):
+            raise MessageError("neither a host name nor an address")
         return cls(scheme, host, port if port != DEFAULT_PORTS[scheme] else None)
 
     def url(self, name: str) -> str:
@@ -1767,7 +1781,7 @@ class Origin(NamedTuple):
 def tunnel_name(host: str, zones: Iterable[str]) -> str | None:
     """Return the tunnel that a visitor's host (from parse_host) means, None when it is the server's own host."""
     label, _, zone = host.partition(".")
-    return label if zone and zone in zones and host not in zones else None
+    return label if zone and zone in zones and host not in zones and not _ends_in_number(host) else None
 
 
 # ---- Callers --------------------------------------------------------------------------------------------------------
@@ -1801,15 +1815,19 @@ class Allowance:
 class Caller:
     """An address from which visitors or clients call."""
 
-    __slots__ = ("aborts", "guesses", "handshakes", "lines", "open", "unsaid")
+    __slots__ = ("_guesses", "aborts", "handshakes", "lines", "open", "unsaid")
 
     def __init__(self) -> None:
         self.open = 0  # connections; of a visitor behind a trusted proxy, requests
         self.handshakes = 0  # of these, links that have not shown their token yet
         self.aborts = Allowance(MAX_ABORTS, ABORT_RATE)  # requests that it did not wait for
-        self.guesses = Allowance(MAX_GUESSES, GUESS_RATE)  # tokens and passwords that were wrong
+        self._guesses: dict[str, Allowance] = {}
         self.lines = Allowance(MAX_CALLER_LINES, CALLER_LINE_RATE)  # in the log
         self.unsaid = 0  # lines that were left out since the last one
+
+    def guesses(self, what: str) -> Allowance:
+        """Return how often it may be wrong about a token or a tunnel's password; each is a matter of its own."""
+        return self._guesses.setdefault(what, Allowance(MAX_GUESSES, GUESS_RATE))
 
     def line(self, text: str, now: float) -> str:
         """Return the line that the log gets about it, "" when there were too many."""
@@ -1834,7 +1852,8 @@ class Callers:
         caller = self._callers.get(address)
         if caller is None:
             if len(self._callers) >= MAX_CALLERS:  # those that are here stay, and they are bounded elsewhere
-                self._callers = {key: caller for key, caller in self._callers.items() if caller.open}
+                here = {key: caller for key, caller in self._callers.items() if caller.open or caller.handshakes}
+                self._callers = here
             caller = self._callers[address] = Caller()
         return caller
 
@@ -2868,7 +2887,7 @@ def write_private(path: Path, text: str) -> None:
                 os.fchown(descriptor, owner.st_uid, owner.st_gid)
             file.write(text)
         os.replace(temporary, path)
-    except OSError:  # a full disk keeps what it had, and not a half of this
+    except BaseException:  # a full disk keeps what it had, and not a half of this
         temporary.unlink()
         raise
 
@@ -3050,8 +3069,12 @@ class Tokens:
     def grants(self, *, default: bool) -> list[Grant]:
         """Read all of them again, `default` too if it counts. Raises TunnelError."""
         self.read()
-        token = self.default() if default else ""
-        return [*([Grant.from_token("default", token)] if token else []), *self.labelled.values()]
+        return [*(self.default_grant() if default else []), *self.labelled.values()]
+
+    def default_grant(self) -> list[Grant]:
+        """Return the token that serve has made for itself, if any. Raises TunnelError."""
+        token = self.default()
+        return [Grant.from_token("default", token)] if token else []
 
     def stamp(self) -> list[object]:
         """Return what is another thing after each change of the files."""
@@ -3470,7 +3493,10 @@ class TunnelRegistry:
         try:
             saved = parse_object(path.read_text())
             self._owners = {str(name): str(key) for name, key in saved["names"].items()}
-            self.zones = {str(zone): str(key) for zone, key in saved["zones"].items()}
+            zones = saved["zones"]
+            if isinstance(zones, list):  # as it was once
+                zones = dict.fromkeys(zones, "")
+            self.zones = {str(zone): str(key) for zone, key in zones.items()}
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -3496,7 +3522,9 @@ class TunnelRegistry:
         gone = set(revoked) - self.grants.keys()
         freed = [name for name, owner in self._owners.items() if owner in gone]
         self._free(freed)
-        if freed:
+        zones = {zone: key for zone, key in self.zones.items() if key not in gone}
+        if freed or zones != self.zones:
+            self.zones = zones
             self._save()
         self._wake()
 
@@ -3627,18 +3655,18 @@ class TunnelRegistry:
                     del self._held[name]
         return session
 
-    def learn_zone(self, zone: str, key: str) -> None:
-        """Serve tunnels below a host under which a client, who proved to know a token, dialled. Raises Refused.
+    def learn_zone(self, origin: Origin, key: str) -> None:
+        """Serve tunnels below the host that a client, who proved to know a token, has dialled. Raises Refused.
 
-        It cannot have dialled a tunnel's host: who says so wants to take the tunnel off the net. The same goes for a
-        host right above or below one that others dialled. Nor does anybody make a server forget those.
+        An address lends its names (see Origin), and anybody may dial that. A host name is another matter: it could be a
+        tunnel's, or the parent of somebody's site. Only who runs the server may bring one, not a token with a label.
         """
+        zone = origin.zone
         if zone in self.zones:
             return
-        above = zone.partition(".")[2]
-        related = {owner for other, owner in self.zones.items() if other == above or other.partition(".")[2] == zone}
-        if related - {key} or tunnel_name(zone, self.zones) in self._owners:
-            raise Refused("domain", f"this server has no tunnels below {zone}; dial the address that others dial")
+        address = zone == "localhost" or zone.endswith(".sslip.io")
+        if (self.grants[key].max_tunnels is not None and not address) or tunnel_name(zone, self.zones) in self._owners:
+            raise Refused("domain", f"this server has no tunnels below {zone}; start it with serve --domain {zone}")
         self.zones[zone] = key
         own = [zone for zone, owner in self.zones.items() if owner == key]
         for oldest in own[:-MAX_ZONES]:
@@ -3765,6 +3793,12 @@ class Gate:
         """Whether a peer is a proxy whose forwarding fields count."""
         return bool(self.trusted) and within(peer, self.trusted)
 
+    def page(self, problem: str, accept: str, encoder: ResponseEncoder, fields: Headers) -> bytes:
+        """Return problem_page's answer, counted."""
+        self.metrics[f'pytunnel_responses_total{{class="{PROBLEMS[problem][0] // 100}xx"}}'] += 1
+        self.metrics[f'pytunnel_refusals_total{{reason="{problem}"}}'] += 1
+        return problem_page(problem, accept, encoder, fields)
+
     def log(self, caller: Caller, text: str) -> None:
         """Log a line about an address, or count it where there were too many."""
         if line := caller.line(text, time.monotonic()):
@@ -3782,10 +3816,10 @@ class Visitor:
         self.address = visitor_address(self.peer, self.headers, gate.trusted)  # the peer's, or behind a proxy its own
         self.proxied = self.address != self.peer
         self.caller: Caller = gate.callers[self.address] if self.proxied else cast(Any, request.protocol).caller
-        self.host = ""  # of the tunnel
+        self.host = ""  # that it asks for
         self.max_body: float = math.inf
         self.answering = False  # the response has begun, and not ended
-        self._metrics = gate.metrics
+        self._gate, self._metrics = gate, gate.metrics
         self.problem = ""  # why its content was not read to the end
         self.version = (message.version.major, message.version.minor)
         http11 = self.version >= (1, 1)
@@ -3811,6 +3845,7 @@ class Visitor:
         try:
             while (head := await self._read_head(stream)).interim:
                 self.write(self.encoder.head(head, b""))
+                await self._drain()
             self._metrics[f'pytunnel_responses_total{{class="{head.status // 100}xx"}}'] += 1
             if head.status == 101:
                 pipe = self._switch_protocols(head)
@@ -3833,9 +3868,7 @@ class Visitor:
         if encoder.started or transport is None or self.unread:
             encoder.keep_alive = False
         if transport and not encoder.started:
-            transport.write(problem_page(problem, self.request.headers.get("Accept", ""), encoder))
-            self._metrics[f'pytunnel_responses_total{{class="{PROBLEMS[problem][0] // 100}xx"}}'] += 1
-            self._metrics[f'pytunnel_refusals_total{{reason="{problem}"}}'] += 1
+            transport.write(self._gate.page(problem, self.request.headers.get("Accept", ""), encoder, []))
         elif transport:
             if encoder.until_close:  # an orderly end would look like a complete response
                 _reset(transport)
@@ -3908,9 +3941,9 @@ class Visitor:
                 self.write(out)  # what did come, although the connection will break off after it
                 raise
         self.write(out + self.encoder.end())
-        await self._flush()
+        await self.flush()
 
-    async def _flush(self) -> None:
+    async def flush(self) -> None:
         """Wait until the kernel has it all, so that nothing is lost when the server stops."""
         transport = self.request.transport
         if transport and transport.get_write_buffer_size():
@@ -3955,7 +3988,7 @@ class Visitor:
                 self._metrics["pytunnel_sent_bytes_total"] += len(data)
                 self.write(data)
                 await self._drain()
-            await self._flush()
+            await self.flush()
         except asyncio.CancelledError:  # the visitor has closed the connection; what it sent before that still counts
             await asyncio.wait([upload], timeout=LINGER)
             stream.abort(ErrorCode.NO_ERROR, flush=True)
@@ -4004,16 +4037,18 @@ def _visitor_server(
             "_line_bytes",
             "_line_ended",
             "caller",
+            "room",
         )
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
-            address = (transport.get_extra_info("peername") or ("",))[0]
+            address = (transport.get_extra_info("peername") or ("",))[0]  # uvloop has none once the peer has reset it
             self.caller = gate.callers[address]
-            gate.open += 1
             self._counted = not gate.is_trusted(address)
             self.caller.open += self._counted
-            self._busy = False  # a request's head is complete, and its response is not
+            gate.open += 1
+            self.room: float = math.inf  # bytes that it may still send; what comes after a 101 is not bounded otherwise
+            self._busy = False  # a request's head is complete, and the rest of it or its response is not
             self._head_bytes = self._line_bytes = self._chunked_bytes = 0
             self._line_ended = False
             self._head_timer: asyncio.TimerHandle | None = self._loop.call_later(HEAD_TIMEOUT, self._head_is_late)
@@ -4028,16 +4063,22 @@ def _visitor_server(
         def connection_lost(self, exc: BaseException | None) -> None:
             super().connection_lost(exc)
             gate.open -= 1
-            self.admit()
+            self.uncount()
             self._end_head()
 
-        def admit(self) -> None:
+        def uncount(self) -> None:
             """Do not count this connection among those of its address any more: it is a client's link."""
             self.caller.open -= self._counted
             self._counted = False
+            self.room = math.inf
 
         def data_received(self, data: bytes) -> None:
-            if not (self._busy or self._line_ended):
+            self.room -= len(data)
+            if self.room < 0 and self.transport:
+                return self.transport.abort()
+            request = self._current_request
+            in_head = not self._upgraded and (not self._busy or (request is not None and request.content.is_eof()))
+            if in_head and not self._line_ended:
                 end = data.find(b"\n")
                 self._line_ended = end >= 0
                 self._line_bytes += end if self._line_ended else len(data)
@@ -4047,8 +4088,13 @@ def _visitor_server(
             if self._messages:
                 self._busy = True
                 self._end_head()
-            elif data and not self._busy and not self._force_close:
+            elif in_head and (self._head_bytes or data.strip(b"\r\n")):  # RFC 9112 section 2.2: ignore empty lines
                 self._head_bytes += len(data)
+                self._check_head()
+
+        def _check_head(self) -> None:
+            """Bound a head that has begun and is not complete: at once, or when the response before it has ended."""
+            if not self._busy and self._head_bytes and not self._force_close:
                 if self._head_bytes > MAX_HEAD:
                     self._refuse("too-large")
                 elif self._head_timer is None:
@@ -4069,11 +4115,14 @@ def _visitor_server(
                 content.set_exception(error)
 
         async def handle(self, request: web.BaseRequest) -> Any:
+            self._busy = True
             try:
                 return await handler(request)
             finally:
-                self._busy = bool(self._messages)
+                self._busy = bool(self._messages) or not request.content.is_eof()
                 self._line_bytes, self._line_ended = 0, False
+                if not self._upgraded:
+                    self._check_head()
 
         def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
             gate.log(self.caller, f"bad request from {request.remote}: {escape(str(message or exc).splitlines()[0])}")
@@ -4108,11 +4157,9 @@ def _visitor_server(
                 self._loop.call_later(REFUSAL_LINGER, self.transport.abort)
 
         def _write_page(self, problem: str) -> None:
-            gate.metrics[f'pytunnel_responses_total{{class="{PROBLEMS[problem][0] // 100}xx"}}'] += 1
-            gate.metrics[f'pytunnel_refusals_total{{reason="{problem}"}}'] += 1
             if self.transport:
                 encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
-                self.transport.write(problem_page(problem, "", encoder, fields or []))
+                self.transport.write(gate.page(problem, "", encoder, fields or []))
 
     class VisitorServer(web.Server):
         def __call__(self) -> web.RequestHandler:
@@ -4161,6 +4208,7 @@ class TunnelServer:
     ) -> None:
         self._given = [Grant.from_token("given", token) for token in tokens]
         self._tokens = Tokens(state)
+        self._default: list[Grant] = []  # the token that serve has made for itself
         self._fake_secret = secrets.token_bytes(32)
         self._state, self._grace, self._hold = state, grace, hold
         self._host, self.port, self._domain = host, port, domain
@@ -4173,7 +4221,7 @@ class TunnelServer:
         self._max_body, self._metrics_public = max_body, metrics_public
         self._handshakes = self._exchanges = 0
         self._idle = asyncio.Event()
-        self._is_full = False  # of what sessions keep
+        self._crowded: set[str] = set()  # keys of tokens whose sessions keep too much
 
     async def start(self) -> None:
         """Listen; `port` is then the real one. Raises TunnelError when the address or the state cannot be had."""
@@ -4223,9 +4271,10 @@ class TunnelServer:
             due = loop.time() + TICK
             await asyncio.sleep(TICK)
             self.metrics.observe_lag(max(0.0, loop.time() - due))
-            was_full, self._is_full = self._is_full, self._buffered() > MAX_BUFFERED
-            if self._is_full > was_full:
-                log.warning("sessions keep more than %d MiB: new requests are refused", MAX_BUFFERED // MiB)
+            before, self._crowded = self._crowded, self._find_crowded()
+            for key in self._crowded - before:
+                label = self._registry.grants[key].label if key in self._registry.grants else "revoked"
+                log.warning("token %s: its sessions keep too much, and get no new requests until that is less", label)
             if (stamp := self._tokens.stamp()) != self._stamp:
                 try:
                     self._read_tokens()
@@ -4236,11 +4285,27 @@ class TunnelServer:
                     problem = str(error)
 
     def _read_tokens(self) -> None:
-        grants = self._tokens.grants(default=not self._given)
-        self._registry.admit([*self._given, *grants], self._tokens.revoked)
+        """Take the tokens as the files are now. Raises TunnelError; those that could be read count all the same."""
+        self._tokens.read()
+        try:
+            if not self._given:
+                self._default = self._tokens.default_grant()
+        finally:  # where `default` cannot be read, it stays as it was, and a revocation of another counts
+            grants = [*self._given, *self._default, *self._tokens.labelled.values()]
+            self._registry.admit(grants, self._tokens.revoked)
 
-    def _buffered(self) -> int:
-        return sum(session.link.session.buffered for session in self._registry.sessions.values())
+    def _buffered(self) -> collections.Counter[str]:
+        """Return how much the sessions of each token keep."""
+        kept: collections.Counter[str] = collections.Counter()
+        for session in self._registry.sessions.values():
+            kept[session.key] += session.link.session.buffered
+        return +kept
+
+    def _find_crowded(self) -> set[str]:
+        """Return the tokens that keep more than their share, when all of them keep too much."""
+        kept = self._buffered()
+        full = kept.total() > MAX_BUFFERED
+        return {key for key, size in kept.items() if full and size * len(kept) > MAX_BUFFERED}
 
     def _metrics_text(self) -> bytes:
         sessions = [session.link.session for session in self._registry.sessions.values()]
@@ -4249,7 +4314,7 @@ class TunnelServer:
             "pytunnel_links": sum(session.connected for session in sessions),
             "pytunnel_streams": sum(session.streams for session in sessions),
             "pytunnel_visitors": self._gate.open,
-            "pytunnel_buffered_bytes": self._buffered(),
+            "pytunnel_buffered_bytes": self._buffered().total(),
             "pytunnel_tasks": len(asyncio.all_tasks()),
         }
         with contextlib.suppress(OSError):  # Linux
@@ -4260,7 +4325,8 @@ class TunnelServer:
 
     def _may_see_metrics(self, visitor: Visitor, host: str) -> bool:
         """Whether a request was made on this machine, and not by a front that forwards a stranger's."""
-        forwards = not visitor.proxied and any(name.lower() in FORWARDED for name, _ in visitor.headers)
+        claims = FORWARDED | {b"via"}
+        forwards = not visitor.proxied and any(name.lower() in claims for name, _ in visitor.headers)
         with contextlib.suppress(ValueError):
             local = ipaddress.ip_address(visitor.address).is_loopback and not forwards
             return local and (host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback)
@@ -4290,6 +4356,8 @@ class TunnelServer:
             await visitor.fail("internal")
         if visitor.unread and visitor.problem != "request-timeout":
             await visitor.discard()
+        with contextlib.suppress(ConnectionError):
+            await visitor.flush()  # else pages for who does not read them would pile up
         return Delivered(keep_alive=visitor.encoder.keep_alive)
 
     async def _route(self, visitor: Visitor) -> Any:
@@ -4299,10 +4367,9 @@ class TunnelServer:
         check_framing(visitor.headers, visitor.version)
         target, host_field = split_target(visitor.method, visitor.target, visitor.headers)
         host, _ = parse_host(host_field.decode("latin-1"))
-        name = tunnel_name(host, self._registry.zones)
+        name, visitor.host = tunnel_name(host, self._registry.zones), host
         if name is not None:
             visitor.target = target
-            visitor.host = host
             await self._forward(visitor, name, host_field)
         elif target == LINK_PATH.encode():
             return await self._serve_link(visitor)
@@ -4339,6 +4406,8 @@ class TunnelServer:
             session = await self._find(visitor, name)
             head = self._request_head(visitor, host, session.access.get(name, EVERYBODY))
             tunnel, waited = session.names.index(name), time.monotonic() - arrived
+            if session.key in self._crowded:
+                raise Unserved("server-full")
             self._registry.begin_request(session.key)
             try:
                 with contextlib.closing(session.link.open(tunnel, kind, head, end=end, waited=waited)) as stream:
@@ -4346,7 +4415,7 @@ class TunnelServer:
             finally:
                 self._registry.end_request(session.key)
         except (asyncio.CancelledError, ConnectionError):
-            if not visitor.upgrade:
+            if not (visitor.upgrade and visitor.encoder.started):  # a WebSocket that ends is none that was aborted
                 self.metrics["pytunnel_aborts_total"] += 1
                 visitor.caller.aborts.take(time.monotonic())
             raise
@@ -4356,9 +4425,7 @@ class TunnelServer:
             self._idle.set()
 
     def _check_load(self, visitor: Visitor, now: float) -> None:
-        """Raise Unserved when the server, or the visitor's address, has too much open."""
-        if self._is_full:
-            raise Unserved("server-full")
+        """Raise Unserved when the visitor's address has too much open."""
         caller, problem = visitor.caller, ""
         if not caller.aborts.left(now):
             problem = f"it aborted {MAX_ABORTS} requests"
@@ -4372,13 +4439,13 @@ class TunnelServer:
         """Return the session that serves a tunnel, once it is clear that it lets this visitor in. Raises Unserved."""
         before = self._registry.current(name)
         if before:  # so that no stranger takes up the room of those who wait for its client
-            self._admit(visitor, before, name)
+            self._check_access(visitor, before, name)
         session = await self._registry.find(name)
         if session is not before:  # its client may have started again with other rules
-            self._admit(visitor, session, name)
+            self._check_access(visitor, session, name)
         return session
 
-    def _admit(self, visitor: Visitor, session: Registration, name: str) -> None:
+    def _check_access(self, visitor: Visitor, session: Registration, name: str) -> None:
         """Check that a tunnel lets this visitor in. Raises Unserved."""
         access = session.access.get(name, EVERYBODY)
         if not access.allows(visitor.address):
@@ -4391,10 +4458,11 @@ class TunnelServer:
             if credentials is None:
                 raise Unserved("unauthorized")
             now, caller = time.monotonic(), visitor.caller
-            if not caller.guesses.left(now):  # whether it is right is what a guesser wants to know
+            guesses = caller.guesses(f"the password of {name}")
+            if not guesses.left(now):  # whether it is right is what a guesser wants to know
                 raise Unserved("too-many-requests")
             if not access.accepts(credentials):
-                caller.guesses.take(now)
+                guesses.take(now)
                 self._gate.log(caller, f"a wrong password from {visitor.address} for {name}")
                 raise Unserved("unauthorized")
 
@@ -4421,30 +4489,29 @@ class TunnelServer:
             raise Unserved("shutting-down")
         if self._handshakes >= MAX_HANDSHAKES:
             raise Unserved("server-full")
-        if caller.handshakes >= MAX_HANDSHAKES_EACH or not caller.guesses.left(time.monotonic()):
+        if caller.handshakes >= MAX_HANDSHAKES_EACH:
             raise Unserved("too-many-requests")
         ws = web.WebSocketResponse(protocols=(SUBPROTOCOL,), compress=False, max_msg_size=MAX_MESSAGE, timeout=1.0)
         ws.headers["Server"] = "pytunnel"
-        transport = request.transport
+        transport, protocol = request.transport, cast(Any, request.protocol)
         assert transport
+        protocol.room = 3 * MAX_HELLO  # until it has shown its token
         self._handshakes += 1
         caller.handshakes += 1
         result = "broken"
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 await ws.prepare(request)
-                hello, key, signature = await self._handshake(ws)
-            origin = self._domain or Origin.from_url(hello.get("server", str))
-            self._registry.learn_zone(origin.zone, key)
+                hello, key, signature = await self._handshake(ws, caller)
+            origin = self._domain or self._dialled(hello.get("server", str), visitor)
+            self._registry.learn_zone(origin, key)
             session, received = await self._session_for(hello, key)
             result = "ready"
-            cast(Any, request.protocol).admit()
+            protocol.uncount()
         except (Refused, ProtocolError, MessageError) as error:
             self._gate.log(caller, f"refused a link from {visitor.address}: {escape(str(error))}")
             code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
             result = code
-            if code == "token":
-                caller.guesses.take(time.monotonic())
             with contextlib.suppress(ConnectionError):
                 await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
             return ws
@@ -4471,6 +4538,12 @@ class TunnelServer:
             enforced=ENFORCED,
             agent=f"pytunnel/{__version__}",
         )
+        if not session.names:  # it only wanted to know whether its token is good
+            self._registry.end(session, StreamReset(ErrorCode.LINK_LOST))
+            with contextlib.suppress(ConnectionError):
+                await ws.send_str(ready)
+                await ws.close()
+            return ws
         grant = self._registry.grants.get(key)
         who = f"{visitor.address}, token {grant.label if grant else 'revoked'}"
         await self._run_link(ws, transport, session, ready, received, who)
@@ -4490,8 +4563,7 @@ class TunnelServer:
         try:
             await ws.send_str(ready)
             self._registry.connected(session)
-            if names:
-                log.info("%s: connected%s (%s)", names, " again" * bool(received), who)
+            log.info("%s: connected%s (%s)", names, " again" * bool(received), who)
             reason = await session.link.run(ws, received)
         except ProtocolError:
             pass
@@ -4500,21 +4572,29 @@ class TunnelServer:
                 reason = f"refused: {session.link.broken}"
                 self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
             self._registry.disconnected(session)
-            if not names:  # the client only wanted to know whether its token is good
-                self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
             if reason != "finished":
                 transport.abort()
             stopped = session.link.session.goaway and session.link.session.goaway[0] is ErrorCode.NO_ERROR
-            if names:
-                log.info("%s: %s (%s)", names, "its client stopped" if stopped else escape(reason), who)
+            log.info("%s: %s (%s)", names, "its client stopped" if stopped else escape(reason), who)
 
-    async def _handshake(self, ws: web.WebSocketResponse) -> tuple[Message, str, bytes]:
+    @staticmethod
+    def _dialled(server: str, visitor: Visitor) -> Origin:
+        """Return what a client has dialled, if that is how it got here: who relays a link for it calls us otherwise."""
+        host, _ = parse_host(server.partition("://")[2].partition("/")[0])
+        if host != visitor.host:
+            raise Refused("domain", f"the client dialled {host}, and the link came for {visitor.host}")
+        return Origin.from_url(server)
+
+    async def _handshake(self, ws: web.WebSocketResponse, caller: Caller) -> tuple[Message, str, bytes]:
         """Return hello, key and our signature, once the client has proved that it knows the token."""
         hello = await receive_message(ws)
         if hello.get("version", int) != PROTOCOL_VERSION:
             raise Refused("version", f"this server (pytunnel {__version__}) speaks version {PROTOCOL_VERSION} only")
         key = hello.get("key", str)
         grant, seed = self._registry.grants.get(key), _digest(self._fake_secret, key.encode())
+        guesses, now = caller.guesses(key if grant else ""), time.monotonic()
+        if not guesses.left(now):
+            raise Refused("throttled", "too many wrong tokens came from this address; it has to wait", retry=True)
         # What accepts nothing stands in for an unknown key, which looks like a wrong token then.
         verifier = grant.verifier if grant else Verifier(seed[:16], ITERATIONS, seed, seed)
         challenge = encode_message(
@@ -4527,6 +4607,7 @@ class TunnelServer:
         proof = (await receive_message(ws)).bytes("proof")
         auth_message = f"{hello.text}\n{challenge}".encode()
         if not verifier.accepts(proof, auth_message):
+            guesses.take(now)
             raise Refused("token", UNKNOWN_TOKEN)
         return hello, key, verifier.signature(auth_message)
 
@@ -7759,6 +7840,9 @@ def _run(command: Coroutine[Any, Any, _T]) -> _T:
         return runner.run(command)
 
 
+SECRET_VARIABLES = ("PYTUNNEL_TOKEN", "PYTUNNEL_TOKEN_FILE", "PYTUNNEL_AUTH")  # not for a service that the world sees
+
+
 class Command:
     """What `connect … -- COMMAND` runs, in a process group of its own that has the terminal meanwhile."""
 
@@ -7770,7 +7854,8 @@ class Command:
         """Run it with these variables, too. Raises NotRun."""
         group: dict[str, Any] = {"process_group": 0} if os.name == "posix" else {"creationflags": 0x200}
         try:
-            self._process = subprocess.Popen(self._words, env={**os.environ, **environment}, **group)
+            ours = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
+            self._process = subprocess.Popen(self._words, env={**ours, **environment}, **group)
         except OSError as error:
             raise NotRun(f"cannot run {escape(self._words[0])}: {_describe(error)}") from None
 

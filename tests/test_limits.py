@@ -9,10 +9,13 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
+import struct
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -201,6 +204,73 @@ async def test_who_takes_nothing_of_a_response_is_cut_off_and_who_takes_little_i
         assert stalled.ended == "reset"
 
 
+async def test_a_head_that_begins_behind_a_request_has_its_deadline_when_that_is_answered() -> None:
+    release = asyncio.Event()
+
+    async def handle(_: RawRequest, __: Reader, writer: Writer) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n12")
+        await release.wait()
+        writer.write(b"345")
+
+    async with (
+        RawOrigin(handle) as origin,
+        Tunnel(origin.port, command=with_limits(HEAD_TIMEOUT=SOON)) as t,
+        t.visitor() as visitor,
+        t.visitor() as timer,
+    ):
+        await visitor.send(t.request())
+        assert await visitor.read_until(b"12")
+        await visitor.send(t.request()[:-1])
+        await timer.send(b"G")
+        assert (await told(timer)).status == 408  # meanwhile the other one is in a response, where no page belongs
+        release.set()
+        assert await visitor.read_exactly(3) == b"345"
+        assert problem_of(await told(visitor)) == (408, b"request-timeout")
+
+
+async def test_a_head_that_begins_behind_a_declined_upgrade_ends_no_response() -> None:
+    release = asyncio.Event()
+
+    async def handle(request: RawRequest, _: Reader, writer: Writer) -> None:
+        if request.target == b"/slow":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n12")
+            await release.wait()
+            writer.write(b"345")
+        else:
+            writer.write(response(b"ok"))
+
+    async with (
+        RawOrigin(handle) as origin,
+        Tunnel(origin.port, command=with_limits(HEAD_TIMEOUT=SOON)) as t,
+        t.visitor() as visitor,
+        t.visitor() as timer,
+    ):
+        upgrade = t.request(headers=[(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")])
+        await visitor.send(upgrade + t.request(target=b"/slow"))
+        assert (await visitor.read_response()).body == b"ok"
+        assert await visitor.read_until(b"12")
+        await visitor.send(b"GET /x HT")
+        await timer.send(b"G")
+        assert (await told(timer)).status == 408
+        release.set()
+        assert await visitor.read_exactly(3) == b"345"
+
+
+async def test_an_empty_line_between_requests_is_none() -> None:
+    async with (
+        RawOrigin(response(b"ok"), read_body=True) as origin,
+        Tunnel(origin.port, command=with_limits(HEAD_TIMEOUT=SOON)) as t,
+        t.visitor() as visitor,
+        t.visitor() as timer,
+    ):
+        await visitor.send(t.request("POST", body=b"old browsers") + b"\r\n")
+        assert (await visitor.read_response()).body == b"ok"
+        await timer.send(b"G")
+        assert (await told(timer)).status == 408
+        await visitor.send(t.request())
+        assert (await visitor.read_response()).body == b"ok"
+
+
 # ---------------------------------------------------------------------------------------- How large
 
 
@@ -259,6 +329,39 @@ async def test_content_over_max_body_is_refused_with_413(chunked: bool) -> None:
                 while True:
                     await visitor.send(bytes(65536))
         assert len([each for each in origin.requests if each.complete]) == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--max-body", "1K"]])
+async def test_a_large_upload_to_nowhere_gets_one_answer(arguments: list[str]) -> None:
+    async with RawOrigin(response(b"ok")) as origin, Tunnel(origin.port, serve_args=arguments) as t:
+        for _ in range(3):
+            async with t.visitor() as visitor:
+                host = t.host if arguments else b"nobody.localhost"
+                await visitor.send(b"POST / HTTP/1.1\r\nHost: %b\r\nContent-Length: 100000000\r\n\r\n" % host)
+                answer = await visitor.read_response("POST")
+                assert answer.status == (413 if arguments else 404)
+                with contextlib.suppress(ConnectionError):
+                    for _ in range(40):
+                        await visitor.send(bytes(262144))
+                visitor.write_eof()
+                assert await visitor.read_until_close() == b""
+
+
+async def test_pages_for_who_does_not_read_them_do_not_pile_up() -> None:
+    pages = 20_000
+    limits = with_limits(STALL_TIMEOUT=2 * SOON)
+    async with RawOrigin(response(b"ok")) as origin, Tunnel(origin.port, command=limits) as t:
+        before = t.server.rss()
+        async with t.visitor(rcvbuf=4096, sndbuf=65536) as visitor:
+            asks = request(host=b"nobody.localhost", headers=[(b"Accept", b"text/html")])
+            with contextlib.suppress(ConnectionError):
+                for _ in range(pages // 50):
+                    await visitor.send(asks * 50)
+            async with asyncio.timeout(10):
+                while (found := await metrics_of(t))["pytunnel_visitors"] > 2:  # it is still there, and hung up on
+                    pass
+        assert t.server.rss() - before < 8 * 1024 * 1024
+        assert found['pytunnel_refusals_total{reason="unknown-tunnel"}'] < pages
 
 
 # ---------------------------------------------------------------------------------------- How many
@@ -380,6 +483,66 @@ async def test_who_aborts_many_requests_has_to_wait_and_nobody_else() -> None:
         assert await t.server.stderr_line(f"refused a request from 127.0.0.1: it aborted {aborts} requests")
 
 
+async def test_an_upgrade_that_nobody_waited_for_was_aborted_like_any_request() -> None:
+    async def handle(_: RawRequest, reader: Reader, __: Writer) -> None:
+        await reader.read()
+
+    async with RawOrigin(handle) as origin, Tunnel(origin.port, command=with_limits(MAX_ABORTS=2, ABORT_RATE=0.0)) as t:
+        for number in range(2):
+            async with t.visitor() as visitor:
+                await visitor.send(t.request(headers=[(b"Connection", b"upgrade"), (b"Upgrade", b"x")]))
+                await origin.wait_for(lambda n=number: len(origin.requests) > n)
+        await origin.wait_for(lambda: not origin.open_connections)
+        async with asyncio.timeout(5):
+            while (await metrics_of(t)).get("pytunnel_aborts_total") != 2:
+                pass
+        assert problem_of(await t.get()) == (429, b"too-many-requests")
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+async def test_visitors_who_are_gone_before_they_are_seen_leave_nothing_behind(loop: str) -> None:
+    """Of such a connection uvloop cannot tell the address."""
+    arguments, env = ["--trusted-proxy", "10.0.0.0/8"], {"PYTUNNEL_LOOP": loop}
+    async with RawOrigin(response(b"ok")) as origin, Tunnel(origin.port, serve_args=arguments, env=env) as t:
+        before = await metrics_of(t)
+        for _ in range(200):
+            sock = socket.create_connection(("127.0.0.1", t.port))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+        async with asyncio.timeout(5):
+            while (found := await metrics_of(t))["pytunnel_visitors"] > before["pytunnel_visitors"]:
+                pass
+        assert found["pytunnel_tasks"] <= before["pytunnel_tasks"]
+        assert (await t.get()).body == b"ok"
+
+
+async def test_one_token_cannot_use_up_what_all_sessions_may_keep() -> None:
+    """Its own tunnels get nothing new; those of others go on."""
+    size = 32 * 1024 * 1024
+    command = with_limits(MAX_BUFFERED=64 * 1024, TICK=0.02)
+
+    async def handle(request: RawRequest, _: Reader, writer: Writer) -> None:
+        writer.write(response(bytes(size) if request.target == b"/large" else b"ok"))
+
+    async with RawOrigin(handle) as origin, Tunnel(origin.port, command=command) as t:
+        added = await Process.start("token", "add", "other", home=t._home / "server")
+        async with added:
+            assert await added.wait() == 0
+        other = await t.start_client(name="other", token=added.stdout[0], home="elsewhere")
+        await other.event("ready")
+        async with t.visitor(rcvbuf=4096) as visitor:
+            await visitor.send(t.request(target=b"/large"))
+            await visitor.read_head()
+            assert await t.server.stderr_line("token given: its sessions keep too much")
+            async with asyncio.timeout(5):
+                while problem_of(await t.get()) != (503, b"server-full"):
+                    pass
+            async with t.visitor() as another:
+                for _ in range(5):
+                    await another.send(request(host=b"other.localhost"))
+                    assert (await another.read_response()).body == b"ok"
+
+
 async def test_who_leaves_a_websocket_has_not_aborted_anything() -> None:
     async def handle(_: RawRequest, reader: Reader, writer: Writer) -> None:
         writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n")
@@ -409,7 +572,7 @@ async def test_when_sessions_keep_too_much_new_requests_are_refused_and_running_
     ):
         await visitor.send(t.request(target=b"/large"))
         head = await visitor.read_head()
-        assert await t.server.stderr_line("sessions keep more than 0 MiB: new requests are refused")
+        assert await t.server.stderr_line("token given: its sessions keep too much, and get no new requests")
         async with asyncio.timeout(5):
             while problem_of(await t.get()) != (503, b"server-full"):
                 pass
@@ -437,37 +600,78 @@ async def guess(peer: Peer) -> str:
     return (await peer.answer()).get("code", str)
 
 
-async def link_status(port: int, source: str) -> int:
-    """What HTTP says to somebody who asks for a link."""
-    async with RawVisitor(port, source=source) as visitor:
-        await visitor.send(request(target=LINK_PATH.encode(), headers=[*LINK_HEADERS, PROTOCOL]))
-        return (await visitor.read_head()).status
-
-
 async def test_who_guesses_tokens_has_to_wait_and_nobody_else() -> None:
-    async with serving(command=with_limits(MAX_GUESSES=3, GUESS_RATE=0.001)) as (server, port):
-        for _ in range(3):
-            async with dialled(port) as peer:
-                assert await guess(peer) == "token"
-        assert await link_status(port, "127.0.0.1") == 429
-        assert await link_status(port, ELSEWHERE) == 101
+    """Neither another address, nor a client behind the same one that has a good token."""
+    async with serving(command=with_limits(MAX_GUESSES=3, GUESS_RATE=0.0)) as (server, port):
+        assert [await guess_from(port) for _ in range(5)] == ["token"] * 3 + ["throttled"] * 2
+        assert await guess_from(port, ELSEWHERE) == "token"
+        async with dialled(port) as peer:
+            await peer.shake_hands()
         async with RawVisitor(port) as visitor:  # it may visit as before
             await visitor.send(request(target=b"/healthz"))
             assert (await visitor.read_response()).status == 200
         assert server.returncode is None
 
 
-async def test_a_client_waits_until_its_address_may_try_again() -> None:
-    """As behind one NAT with somebody who guesses: it is held up, and not sent away."""
-    limits = with_limits(MAX_GUESSES=1, GUESS_RATE=2.0)
-    async with RawOrigin(response(b"ok")) as origin, serving(command=limits) as (server, port):
-        async with dialled(port) as peer:
-            assert await guess(peer) == "token"
-        words = ["connect", str(origin.port), "--server", f"http://127.0.0.1:{port}", "--name", "web", "--json"]
-        async with await Process.start(*words, env={"PYTUNNEL_TOKEN": TOKEN}) as client:
-            await client.event("ready")
-            assert "429" in (client.stderr[0] if client.stderr else "429")
+async def test_who_makes_proofs_for_a_token_that_there_is_has_to_wait_with_that_one() -> None:
+    async with serving(command=with_limits(MAX_GUESSES=2, GUESS_RATE=0.0)) as (server, port):
+        found = []
+        for _ in range(3):
+            async with dialled(port) as peer:
+                answer = await peer.hello(key=pytunnel.key_id(TOKEN), token=OTHER_TOKEN)
+                if answer.get("type", str) == "challenge":
+                    await peer.prove(answer)
+                    answer = await peer.answer()
+                found.append(answer.get("code", str))
+        assert found == ["token", "token", "throttled"]
         assert server.returncode is None
+
+
+async def guess_from(port: int, source: str = "127.0.0.1") -> str:
+    """What the server says to a wrong token from an address."""
+    connector = aiohttp.TCPConnector(local_addr=(source, 0))
+    async with (
+        aiohttp.ClientSession(connector=connector) as session,
+        session.ws_connect(f"http://127.0.0.1:{port}{LINK_PATH}", protocols=[pytunnel.SUBPROTOCOL]) as ws,
+    ):
+        peer = Peer(ws, port)
+        answer = await peer.hello(token=OTHER_TOKEN)
+        if answer.get("type", str) == "challenge":
+            await peer.prove(answer)
+            answer = await peer.answer()
+        return answer.get("code", str)
+
+
+async def test_what_has_not_shown_a_token_may_not_send_much() -> None:
+    async with serving(command=with_limits()) as (server, port):
+        for size, cut in ((pytunnel.MAX_HELLO, False), (4 * pytunnel.MAX_HELLO, True)):
+            async with RawVisitor(port) as visitor:
+                await visitor.send(request(target=LINK_PATH.encode(), headers=[*LINK_HEADERS, PROTOCOL]))
+                assert (await visitor.read_head()).status == 101
+                head = b"\x81\xff" + (10**6).to_bytes(8, "big") + bytes(4)  # a text of a million bytes begins
+                with contextlib.suppress(ConnectionError):
+                    await visitor.send(head + bytes(size))
+                if cut:
+                    await visitor.read_until_close()
+                    assert visitor.ended
+        assert server.returncode is None
+
+
+async def test_a_link_without_tunnels_ends_with_its_login() -> None:
+    async with serving(command=with_limits()) as (_, port), dialled(port) as peer:
+        await peer.shake_hands(tunnels=[])
+        await peer.closed()
+        async with RawVisitor(port) as visitor:
+            await visitor.send(request(target=b"/metrics"))
+            assert b"pytunnel_sessions 0\n" in (await visitor.read_response()).body
+
+
+async def test_a_link_is_for_the_host_that_was_dialled() -> None:
+    """Else who has got between a client and the server could pass its link on, and read along."""
+    async with serving(command=with_limits()) as (_, port), dialled(port) as peer:
+        await peer.prove(await peer.hello(server=f"http://localhost:{port}"))
+        answer = await peer.answer()
+        assert (answer.get("type", str), answer.get("code", str)) == ("refused", "domain")
 
 
 # ---------------------------------------------------------------------------------------- The log

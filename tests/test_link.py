@@ -81,7 +81,8 @@ async def test_an_ack_that_cannot_be_written_does_not_keep_the_loop_busy(monkeyp
 async def registry(path: Path) -> TunnelRegistry:
     names = TunnelRegistry(path / "names.json", grace=60.0, hold=60.0)
     verifier = pytunnel.Verifier(b"", 1, b"", b"")
-    names.admit([pytunnel.Grant(key, key, verifier) for key in ("key", "other", "stranger")])
+    grants = [pytunnel.Grant(key, key, verifier) for key in ("key", "other")]
+    names.admit([*grants, pytunnel.Grant("stranger", "stranger", verifier, (), 64, 512)])  # one with a label
     return names
 
 
@@ -124,34 +125,54 @@ async def test_nothing_is_kept_of_names_that_made_room(tmp_path: Path) -> None:
         assert len(kept) <= pytunnel.MAX_NAMES
 
 
-async def test_the_host_of_a_tunnel_is_no_zone(tmp_path: Path) -> None:
-    """A client that claims to have dialled it would make it the server's own, and the tunnel unreachable."""
+def dialled(host: str) -> pytunnel.Origin:
+    return pytunnel.Origin.from_url(f"http://{host}")
+
+
+async def test_who_has_a_token_with_a_label_brings_no_host_names(tmp_path: Path) -> None:
+    """Nobody makes a tunnel's host the server's own, a server's host a tunnel, or somebody's site a zone."""
     names = await registry(tmp_path)
-    names.learn_zone("t.example.com", "key")
+    names.learn_zone(dialled("t.example.com"), "key")
     names.claim("key", ["web"])
-    names.learn_zone("t.example.com", "stranger")
-    for zone, key in (
-        ("web.t.example.com", "key"),
-        ("web.t.example.com", "stranger"),
-        ("later.t.example.com", "stranger"),  # or somebody's later tunnel
-        ("example.com", "stranger"),  # below which `t` would be a tunnel
-    ):
-        with pytest.raises(pytunnel.Refused, match=f"no tunnels below {zone}"):
-            names.learn_zone(zone, key)
+    names.learn_zone(dialled("t.example.com"), "stranger")
+    for host in ("web.t.example.com", "later.t.example.com", "example.com", "example.org"):
+        with pytest.raises(pytunnel.Refused, match=f"no tunnels below {host}; start it with serve --domain {host}"):
+            names.learn_zone(dialled(host), "stranger")
+    with pytest.raises(pytunnel.Refused):
+        names.learn_zone(dialled("web.t.example.com"), "key")
+    names.learn_zone(dialled("203.0.113.7"), "stranger")
+    names.learn_zone(dialled("127.0.0.1"), "stranger")
+    assert list(names.zones) == ["t.example.com", "203-0-113-7.sslip.io", "localhost"]
     assert pytunnel.tunnel_name("web.t.example.com", names.zones) == "web"
-    names.learn_zone("deep.t.example.com", "key")  # who has both may have both
-    names.learn_zone("x.deep.er.t.example.com", "stranger")
-    assert list(names.zones) == ["t.example.com", "deep.t.example.com", "x.deep.er.t.example.com"]
+
+
+@pytest.mark.parametrize("host", ["0.113.7", "7", "0.0.1", "x.7", "1.2.3.4.5"])
+def test_what_ends_in_a_number_is_an_address_or_nothing(host: str) -> None:
+    with pytest.raises(pytunnel.MessageError, match="neither a host name nor an address"):
+        dialled(host)
+    assert pytunnel.tunnel_name("203.0.113.7", ["0.113.7", "113.7", "7"]) is None
 
 
 async def test_no_token_makes_a_server_forget_the_hosts_that_others_dialled(tmp_path: Path) -> None:
     names = await registry(tmp_path)
-    names.learn_zone("t.example.com", "key")
+    names.learn_zone(dialled("t.example.com"), "key")
     for number in range(3 * pytunnel.MAX_ZONES):
-        names.learn_zone(f"z{number}.example.org", "stranger")
-    last = [f"z{number}.example.org" for number in range(2 * pytunnel.MAX_ZONES, 3 * pytunnel.MAX_ZONES)]
+        names.learn_zone(dialled(f"203.0.113.{number}"), "stranger")
+    last = [f"203-0-113-{number}.sslip.io" for number in range(2 * pytunnel.MAX_ZONES, 3 * pytunnel.MAX_ZONES)]
     assert list(names.zones) == ["t.example.com", *last]
-    assert (await registry(tmp_path)).zones == names.zones
+    again = await registry(tmp_path)
+    assert again.zones == names.zones
+    again.admit([again.grants["key"]], revoked=["stranger"])
+    assert list(again.zones) == ["t.example.com"]
+    assert (await registry(tmp_path)).zones == again.zones
+
+
+async def test_a_file_of_names_from_an_earlier_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text('{"names": {"web": "key"}, "zones": ["localhost", "t.example.com"]}')
+    names = await registry(tmp_path)
+    assert list(names.zones) == ["localhost", "t.example.com"]
+    with pytest.raises(pytunnel.Refused):
+        names.claim("other", ["web"])
 
 
 async def test_no_token_makes_a_server_forget_which_sessions_of_others_were_replaced(tmp_path: Path) -> None:
