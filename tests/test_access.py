@@ -245,6 +245,29 @@ def test_a_proxy_that_is_written_as_ipv6_is_the_same_proxy() -> None:
     assert visitor_address("10.0.0.1", headers, trusted) == "203.0.113.9"
 
 
+@pytest.mark.parametrize(
+    ("member", "address"),
+    [
+        ("203.0.113.9", "203.0.113.9"),
+        (" 203.0.113.9:5555 ", "203.0.113.9"),
+        ("[2001:db8::1]:443", "2001:db8::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("::ffff:203.0.113.9", "203.0.113.9"),
+        ("unknown", ""),
+        ("_hidden", ""),
+        ("203.0.113", ""),
+        ("203.0.113.9:port", ""),
+        ("", ""),
+    ],
+)
+def test_what_a_proxy_writes_about_its_visitor_is_never_about_itself(member: str, address: str) -> None:
+    headers = [(b"X-Forwarded-For", f"127.0.0.1, {member}".encode())]
+    trusted = [pytunnel.parse_network("127.0.0.0/8")]
+    assert visitor_address("127.0.0.1", headers, trusted) == address
+    assert Access(networks=trusted).allows(address) is False
+
+
 BAD_RULES: dict[str, tuple[dict[str, Any], str]] = {
     "no colon": ({"auth": ["secret-word"]}, "USER:PASS"),
     "no user": ({"auth": [":secret-word"]}, "USER:PASS"),

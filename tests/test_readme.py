@@ -171,7 +171,7 @@ def test_keys() -> None:
         f"at most {pytunnel.MAX_STREAMS * pytunnel.INITIAL_WINDOW // pytunnel.MiB} MiB of unread bodies "
         f"and {pytunnel.MAX_PENDING // pytunnel.MiB} MiB of frames",
         f"a stalled link holds {pytunnel.MAX_PENDING // pytunnel.MiB} MiB",
-        f"| {pytunnel.MAX_BUFFERED // pytunnel.MiB} MiB |",
+        f"| {pytunnel.MAX_BUFFERED // pytunnel.MiB} MiB, then 503",
         f"or keeps {pytunnel.MAX_BUFFERED // pytunnel.MiB} MiB",
         f"for all sessions together by {pytunnel.MAX_BUFFERED // pytunnel.MiB} MiB",
         f"| {pytunnel.MAX_EACH} (`serve --max-per-address`), {pytunnel.MAX_VISITORS:,} or",

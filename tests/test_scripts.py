@@ -38,6 +38,8 @@ from support import (
 )
 from test_cli import CERTIFICATE, OTHER_TOKEN, TOKEN, Finished, run, serving, start, url_of, visit
 
+import pytunnel
+
 PYTUNNEL = [sys.executable, str(PROGRAM)]
 SHELL_FUNCTION = f'pytunnel() {{ {shlex.join(PYTUNNEL)} "$@"; }}\n'
 
@@ -160,6 +162,15 @@ async def test_a_command_runs_with_the_url_in_a_group_of_its_own(machine: Machin
     assert (result.status, result.stdout) == (7, [machine.url("web"), "hello", "from-stdin"]), result
     assert [r.target for r in local.requests] == [b"/from-cmd"]
     await machine.wait_clean()
+
+
+async def test_a_command_does_not_get_the_secrets_of_the_tunnel(machine: Machine, local: RawOrigin) -> None:
+    """A development server shows its environment on its error pages, and these are public now."""
+    secrets = "PYTUNNEL_AUTH=ann:correct-horse PYTUNNEL_TOKEN_FILE=/nowhere"
+    result = await machine.sh(f"{secrets} pytunnel connect {local.port} --name web -- env")
+    names = {line.partition("=")[0] for line in result.stdout}
+    assert result.status == 0 and "PYTUNNEL_URL" in names and "PATH" in names, result
+    assert not names & set(pytunnel.SECRET_VARIABLES)
 
 
 async def test_a_command_of_start(machine: Machine, local: RawOrigin) -> None:

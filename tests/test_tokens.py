@@ -439,6 +439,16 @@ async def test_a_default_that_is_revoked_while_the_server_runs_is_no_good(servic
     assert (await refused(service.connect("127.0.0.1:1", TOKEN, "web"))).code == "token"
 
 
+async def test_a_default_that_cannot_be_read_keeps_no_revocation_from_counting(service: Service) -> None:
+    pytunnel.write_private(service.home / "state" / "token", TOKEN)
+    token = add(service.home, "laptop")
+    await service.admitted("default", "laptop")
+    (service.home / "state" / "token").chmod(0o644)
+    service.tokens.revoke("laptop")
+    await service.admitted("default")
+    assert (await refused(service.connect("127.0.0.1:1", token, "api"))).code == "token"
+
+
 @pytest.mark.parametrize("damage", [lambda path: path.write_text("{"), lambda path: path.chmod(0o644)])
 async def test_a_file_that_is_damaged_while_the_server_runs_changes_nothing(
     service: Service, damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture
