@@ -3,6 +3,7 @@
     python tests/soak.py --minutes 30
     python tests/soak.py --minutes 30 --uvloop         server and client on uvloop, else on asyncio's own loop
     python tests/soak.py --minutes 30 --restarts       the client is stopped and started again now and then, too
+    python tests/soak.py --minutes 30 --streams 200    beside so many open streams on which little happens
 
 Every answer is checked to the byte. The exit status is 1 when something was lost, or when memory, descriptors or
 tasks grow. The load is paced, so that it takes about one core of two with all processes together.
@@ -14,11 +15,11 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import functools
 import itertools
 import math
 import os
 import random
-import re
 import signal
 import statistics
 import struct
@@ -41,7 +42,10 @@ from acceptance import (
     Service,
     equal,
     head_of,
+    lateness,
+    on_time,
     percentile,
+    read_metrics,
 )
 from support import (
     Cut,
@@ -53,7 +57,6 @@ from support import (
     WaitFailed,
     chunk,
     pattern,
-    request,
     response,
 )
 
@@ -78,8 +81,11 @@ class Echoing(Service):
 class Soak:
     """The traffic, what it has seen, and what the processes needed meanwhile."""
 
-    def __init__(self, tunnel: Tunnel, seconds: float, loss_every: float, *, restarts: bool) -> None:
-        self.tunnel, self.seconds, self.loss_every, self.restarts = tunnel, seconds, loss_every, restarts
+    def __init__(
+        self, tunnel: Tunnel, seconds: float, loss_every: float, *, restarts: bool = False, streams: int = 0
+    ) -> None:
+        self.tunnel, self.seconds, self.loss_every = tunnel, seconds, loss_every
+        self.restarts, self.streams = restarts, streams
         self.done: collections.Counter[str] = collections.Counter()  # operations, by kind
         self.losses: collections.Counter[str] = collections.Counter()
         self.bytes = 0
@@ -87,7 +93,7 @@ class Soak:
         self.interrupted = 0  # by a restart of the client, which is not a failure
         self.latencies: list[tuple[float, float]] = []  # seconds since the start, milliseconds
         self.memory: dict[str, list[tuple[float, float]]] = {"server": [], "client": []}  # seconds, bytes
-        self.lag = 0.0  # seconds that the server's event loop was late at most, if it tells
+        self.open: list[float] = []  # streams, each second
         self.chance = random.Random(1)
         self._began = 0.0
         self._restarted = float("-inf")
@@ -109,6 +115,12 @@ class Soak:
             *[("WebSockets", 0.5, self._websocket)] * 2,
             *[("aborts", 0.5, self._abort)] * 2,
         ]
+        quiet: list[tuple[str, float, Callable[[], Awaitable[None]]]] = [
+            ("quiet event streams", 0.5, functools.partial(self._events, 2.0)),
+            ("quiet WebSockets", 0.5, functools.partial(self._websocket, 5.0)),
+            ("very slow downloads", 0.5, functools.partial(self._slow_download, 1.0, 64 * MIB)),
+        ]
+        work += itertools.islice(itertools.cycle(quiet), self.streams)
         async with asyncio.TaskGroup() as tasks:
             sampling = tasks.create_task(self._sample())
             losing = tasks.create_task(self._lose())
@@ -170,17 +182,18 @@ class Soak:
             assert (answer.status, answer.clean, checker.offset) == (200, True, size), answer
         self.bytes += size
 
-    async def _slow_download(self) -> None:
+    async def _slow_download(self, pause: float = 0.1, largest: int = LARGEST) -> None:
         """A visitor who reads 16 KiB, and then thinks."""
-        size, checker = self.chance.randrange(LARGEST), PatternChecker()
+        size, checker = largest - self.chance.randrange(LARGEST), PatternChecker()
         async with self._visitor(rcvbuf=8 * KIB) as visitor:
             await visitor.send(self.tunnel.request(target=self._target(size)))
             async for piece in visitor.iter_body(await visitor.read_head()):
                 checker.feed(piece)
-                if not self._stopping.is_set():
-                    await asyncio.sleep(0.1)
-            assert checker.offset == size
-        self.bytes += size
+                if self._stopping.is_set():
+                    break
+                await self._pause(pause)
+            assert checker.offset == size or self._stopping.is_set()
+        self.bytes += checker.offset
 
     def _put(self, size: int, chunked: bool) -> Iterator[bytes]:
         yield b"PUT /up HTTP/1.1\r\nHost: %b\r\n" % self.tunnel.host + head_of(size, chunked)
@@ -199,19 +212,23 @@ class Soak:
             assert (answer.status, answer.body) == (200, b'{"bytes": %d, "wrong": ""}' % size), answer
         self.bytes += size
 
-    async def _events(self) -> None:
-        """Numbered events for half a minute, as its last one says how many there were."""
+    async def _events(self, every: float = 0.1) -> None:
+        """Numbered events, up to three hundred, as its last one says how many there were."""
         count = self.chance.randrange(50, 300)
         async with self._visitor() as visitor:
-            await visitor.send(self.tunnel.request(target=b"/events?every=0.1&count=%d" % count))
+            await visitor.send(self.tunnel.request(target=b"/events?every=%g&count=%d" % (every, count)))
             head, text = await visitor.read_head(), b""
             async for piece in visitor.iter_body(head):
                 text += piece
+                if self._stopping.is_set():
+                    break
             numbers = [event.split()[1] for event in text.split(b"\n\n")[:-1]]
-            assert numbers == [*(b"%d" % number for number in range(count)), b"end"], numbers[-3:]
+            expected = [*(b"%d" % number for number in range(count)), b"end"]
+            assert numbers == expected[: len(numbers)], numbers[-3:]
+            assert len(numbers) == len(expected) or self._stopping.is_set(), f"{len(numbers)} of {count} events"
 
-    async def _websocket(self) -> None:
-        """Numbered messages, ten a second, each of which has to come back before the next one."""
+    async def _websocket(self, pause: float = 0.1) -> None:
+        """Numbered messages, each of which has to come back, after a pause, before the next one."""
         upgrade = [
             (b"Connection", b"Upgrade"), (b"Upgrade", b"websocket"), (b"Sec-WebSocket-Version", b"13"),
             (b"Sec-WebSocket-Key", WEBSOCKET_KEY),
@@ -227,7 +244,7 @@ class Soak:
                 self.done["WebSocket messages"] += 1
                 if self._stopping.is_set():
                     break
-                await self._pause(0.1)
+                await self._pause(pause)
             await visitor.send(b"\x88\x80\0\0\0\0")
             assert await visitor.read_exactly(2) == b"\x88\0"
 
@@ -285,21 +302,8 @@ class Soak:
                     self.memory[name].append((self.now, process.rss()))
                 process.events[:] = [event for event in process.events if event["event"] != "request"]
                 process.stdout.clear()
-            metrics = await read_metrics(self.tunnel)
-            self.lag = max([self.lag, *(value for name, value in metrics.items() if "lag" in name)])
+            self.open.append((await read_metrics(self.tunnel))["pytunnel_streams"])
             await asyncio.sleep(1.0)
-
-
-async def read_metrics(tunnel: Tunnel) -> dict[str, float]:
-    """What the server tells of itself at /metrics on its own host; nothing when it has no such thing."""
-    with contextlib.suppress(ConnectionError, AssertionError):
-        async with tunnel.visitor(timeout=PATIENCE) as visitor:
-            await visitor.send(request("GET", b"/metrics", b"localhost"))
-            answer = await visitor.read_response()
-        if answer.status == 200:
-            found = re.findall(r"^(\w+) ([0-9.eE+-]+)$", answer.body.decode(), re.M)
-            return {name: float(value) for name, value in found}
-    return {}
 
 
 async def resources(tunnel: Tunnel) -> dict[str, float]:
@@ -307,7 +311,7 @@ async def resources(tunnel: Tunnel) -> dict[str, float]:
     metrics = await read_metrics(tunnel)
     found = {f"{name} descriptors": float(process.fd_count()) for name, process in
              (("server", tunnel.server), ("client", tunnel.client))}  # fmt: skip
-    return found | {name: metrics[name] for name in ("pytunnel_tasks", "pytunnel_streams") if name in metrics}
+    return found | {name: metrics[name] for name in ("pytunnel_tasks", "pytunnel_streams")}
 
 
 def slope(samples: list[tuple[float, float]]) -> tuple[float, float]:
@@ -320,13 +324,14 @@ def slope(samples: list[tuple[float, float]]) -> tuple[float, float]:
     return line.slope * 3600 / 1e6, 2 * error * 3600 / 1e6
 
 
-async def report(soak: Soak, before: dict[str, float], cpu: dict[str, float]) -> list[Row]:
+async def report(soak: Soak, before: dict[str, float], cpu: dict[str, float], lag: float) -> list[Row]:
     """What was measured, once the traffic is over."""
     rows = [Row(f"{kind}", str(number)) for kind, number in soak.done.items()]
     requests = sum(number for kind, number in soak.done.items() if kind != "WebSocket messages")
     rows.insert(0, Row("requests", f"{requests} ({requests / soak.seconds:.0f}/s), {soak.bytes / MIB:.0f} MiB checked"))
     lost = ", ".join(f"{number} x {how}" for how, number in soak.losses.items())
     rows.append(Row("links lost", lost or "none"))
+    rows.append(Row("streams open, median / most", f"{statistics.median(soak.open):.0f} / {max(soak.open):.0f}"))
     if soak.restarts:
         rows.append(Row("interrupted by a restart of the client", str(soak.interrupted)))
     rows.append(equal("failures: something lost, repeated or wrong", len(soak.failures), 0))
@@ -360,8 +365,7 @@ async def report(soak: Soak, before: dict[str, float], cpu: dict[str, float]) ->
         times = [ms for at, ms in soak.latencies if start <= at < end] or [math.nan]
         p50, p99 = percentile(times, 0.5), percentile(times, 0.99)
         rows.append(Row(f"small requests, {part} sixth: p50 / p99", f"{p50:.1f} / {p99:.1f} ms of {len(times)}"))
-    if soak.lag:
-        rows.append(Row("the server's event loop was late by at most", f"{soak.lag * 1000:.0f} ms"))
+    rows.append(on_time("all the time", lag))
     rows += [Row(f"processor: {name}", f"{used / soak.seconds * 100:.0f} % of a core") for name, used in cpu.items()]
     return rows
 
@@ -376,26 +380,29 @@ async def soak(options: argparse.Namespace) -> bool:
         env |= {"TMPDIR": directory}
         async with await Process.start(command=worker) as origin:
             port = (await origin.event("listening"))["ports"][0]
-            async with Tunnel(port, relay=True, env=env, token=TOKEN) as tunnel:
+            crowd = ["--max-per-address", str(100 + options.streams)]  # all of them come from one address
+            async with Tunnel(port, relay=True, env=env, token=TOKEN, serve_args=crowd) as tunnel:
                 for _ in range(20):
                     assert (await tunnel.get(b"/echo/warm")).body == b"warm "
                 await asyncio.sleep(SETTLE)
                 before = await resources(tunnel)
-                running = Soak(tunnel, seconds, loss_every, restarts=options.restarts)
+                running = Soak(tunnel, seconds, loss_every, restarts=options.restarts, streams=options.streams)
                 processes = {"server": tunnel.server, "client": tunnel.client, "local service": origin}
                 cpu = {name: process.cpu_seconds() for name, process in processes.items()}
                 own = time.process_time()
+                metrics = await read_metrics(tunnel)
                 await running.run()
+                lag = lateness(metrics, await read_metrics(tunnel))
                 if options.restarts:
                     del processes["client"]
                 used = {name: process.cpu_seconds() - cpu[name] for name, process in processes.items()}
                 used["visitors and network"] = time.process_time() - own
-                rows = await report(running, before, used)
+                rows = await report(running, before, used, lag)
                 logs = [line for line in tunnel.server.stderr if "Traceback" in line or "never retrieved" in line]
                 rows.append(equal("tracebacks in the server's log", len(logs), 0))
     loop, cores = "uvloop" if options.uvloop else "asyncio", len(os.sched_getaffinity(0))
-    print(f"{options.minutes:g} minutes, {loop}, a loss every {loss_every:.0f} s, {cores} cores, "
-          f"Python {sys.version.split()[0]}\n")  # fmt: skip
+    load = f"{options.streams} quiet streams, a loss every {loss_every:.0f} s"
+    print(f"{options.minutes:g} minutes, {loop}, {load}, {cores} cores, Python {sys.version.split()[0]}\n")
     print("| what | measured | bound | met |\n|---|---|---|---|", *rows, sep="\n")
     for failure in running.failures[:50]:
         print(f"\n- {failure}")
@@ -420,6 +427,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0, help="default: 30")
     parser.add_argument("--uvloop", action="store_true", help="run server and client on uvloop")
     parser.add_argument("--restarts", action="store_true", help="restart the client after every fifth loss")
+    parser.add_argument("--streams", type=int, default=0, metavar="N", help="quiet ones beside the load; default: 0")
     parser.add_argument("--loss-every", type=float, metavar="SECONDS", help="default: 60, less in short runs")
     return 0 if asyncio.run(soak(parser.parse_args())) else 1
 
