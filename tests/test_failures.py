@@ -276,7 +276,8 @@ async def test_clocks_that_jump_lose_nothing() -> None:
             await back(tunnel.client)
             assert (await tunnel.get()).body == b"hello"
         lines = [line.split(" ", 1)[1] for line in tunnel.server.stderr]
-        assert lines.count("web: connected again") == len(JUMPS), "each jump costs one link"
+        again = [line for line in lines if line.startswith("web: connected again (")]
+        assert len(again) == len(JUMPS), "each jump costs one link"
         await download.finish()
 
 
