@@ -306,6 +306,16 @@ async def test_a_head_is_bounded_as_a_whole_before_it_is_complete() -> None:
         assert not origin.requests
 
 
+@pytest.mark.parametrize(("own", "status"), [(101, 200), (124, 200), (125, 431), (200, 431)])
+async def test_a_head_has_so_many_fields_with_those_that_the_server_adds(own: int, status: int) -> None:
+    async with RawOrigin(response(b"ok")) as origin, Tunnel(origin.port) as t:
+        fields = [(b"X-%d" % number, b"1") for number in range(own)]  # and Host
+        answer = await t.get(headers=fields)
+        assert answer.status == status
+        assert len(origin.requests) == (status == 200)
+        assert answer.value(b"X-Pytunnel-Error") == (None if status == 200 else b"too-large")
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_content_over_max_body_is_refused_with_413(chunked: bool) -> None:
     async with (
