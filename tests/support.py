@@ -303,7 +303,9 @@ async def _iter_chunked(reader: BodyReader, trailers: list[Header]) -> AsyncIter
         trailers.append(_parse_field(line[:-2]))
 
 
-def _iter_framed(reader: BodyReader, framing: int | Literal["chunked"], trailers: list[Header]) -> AsyncIterator[bytes]:
+def _iter_framed(
+    reader: BodyReader, framing: int | Literal["chunked"], trailers: list[Header]
+) -> AsyncIterator[bytes]:
     return _iter_chunked(reader, trailers) if framing == "chunked" else _iter_length(reader, framing)
 
 
@@ -321,7 +323,9 @@ def request(
     return _message(method.encode() + b" " + target + b" HTTP/1.1", fields, body or b"")
 
 
-def response(body: bytes = b"", status: int = 200, headers: Iterable[Header] = (), reason: bytes = b"OK") -> bytes:
+def response(
+    body: bytes = b"", status: int = 200, headers: Iterable[Header] = (), reason: bytes = b"OK"
+) -> bytes:
     """A response's bytes: the headers as given and Content-Length."""
     fields = [*headers, (b"Content-Length", b"%d" % len(body))]
     return _message(b"HTTP/1.1 %d %b" % (status, reason), fields, body)
@@ -592,7 +596,9 @@ class RawVisitor:
         except asyncio.IncompleteReadError:
             raise Truncated("body", b"", self.ended) from None
 
-    async def read_response(self, method: str = "GET", *, sink: Callable[[bytes], object] | None = None) -> RawResponse:
+    async def read_response(
+        self, method: str = "GET", *, sink: Callable[[bytes], object] | None = None
+    ) -> RawResponse:
         """One whole response to `method`; interim responses before it are in `.interim`.
 
         With a sink the content goes there, piece by piece, and `.body` stays empty. A body cut short is
@@ -1017,7 +1023,9 @@ class _Pair:
 class _Pump:
     """One direction of one connection: reads up to the way's bound, holds for the delay, paces, writes."""
 
-    def __init__(self, relay: Relay, pair: _Pair, source: RawSocket, sink: RawSocket, way: Way, back: Way) -> None:
+    def __init__(
+        self, relay: Relay, pair: _Pair, source: RawSocket, sink: RawSocket, way: Way, back: Way
+    ) -> None:
         self._relay, self._pair = relay, pair
         self._source, self._sink = source, sink
         self._way, self._back = way, back
@@ -1569,7 +1577,7 @@ def open_descriptors(pid: int) -> tuple[collections.Counter[str], list[Connectio
     ends = {row[9]: row for row in rows if not row[2].endswith(":0000")}
     kinds: collections.Counter[str] = collections.Counter()
     connections = []
-    for _, name in opened & _links(pid):  # what was closed meanwhile may be in the tables no more
+    for _, name in sorted(opened & _links(pid)):  # what was closed meanwhile may be in the tables no more
         kind, _, inode = name.partition(":[")
         if kind == "socket" and (row := ends.get(inode.rstrip("]"))):
             held = inodes.get((row[2][-13:], row[1][-13:]), "0") != "0"
