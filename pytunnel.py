@@ -205,7 +205,7 @@ MAX_NETWORKS = 64  # networks of one tunnel
 MAX_TUNNELS = 64  # tunnels of one session, and of one token with a label unless `token add` says otherwise
 MAX_NAMES = 100  # names one token may own on a server; those unused the longest make room for new ones
 MAX_REVOKED = 1000  # revoked tokens whose names a server still frees when it sees them
-MAX_ZONES = 16  # hosts under which clients with one token have dialled this server; each serves tunnels below it
+MAX_ZONES = 16  # host names by which who runs it has dialled this server; each serves tunnels below it
 MAX_REPLACED = 64  # sessions of one token that were replaced, and must not take their names back
 MAX_ITERATIONS = 100_000  # PBKDF2 rounds a server may ask a client for
 ITERATIONS = 4096  # PBKDF2 rounds, the least RFC 7677 allows: our tokens are random, not memorable, and a server
@@ -262,6 +262,7 @@ MAX_EACH = 256  # connections of one address at a time: half of MAX_STREAMS, or 
 MAX_CALLERS = 10_000  # addresses that are remembered at a time
 MAX_ABORTS, ABORT_RATE = 500, 50.0  # requests that an address may abort at once, and a second after that (Envoy: 500)
 MAX_GUESSES, GUESS_RATE = 20, 1 / 3  # wrong tokens or passwords of an address at once, and a second after that
+MAX_GUESSED = 256  # matters about which an address has been wrong lately, before those that are forgiven are forgotten
 MAX_CALLER_LINES, CALLER_LINE_RATE = 1, 1.0  # lines in the log about an address at once, and a second after that
 MAX_BUFFERED = 256 * MiB  # bytes that all sessions of a server keep; at this bound no more requests are taken
 TICK = 0.5  # seconds between two looks at that, at how late the event loop is, and at the files of tokens
@@ -1197,7 +1198,8 @@ def visitor_address(peer: str, headers: Headers, trusted: Networks) -> str:
     """
     if not trusted:
         return peer
-    before = [member for value in field_values(headers, b"x-forwarded-for") for member in value.split(b",")]
+    members = (member for value in field_values(headers, b"x-forwarded-for") for member in value.split(b","))
+    before = [member for member in members if member.strip()]  # RFC 9110 section 5.6.1: empty ones are none
     while before and within(peer, trusted):
         match = _FORWARDED_NODE.fullmatch(before.pop().decode("latin-1"))
         try:
@@ -1464,8 +1466,7 @@ class ResponseEncoder:
         if head.interim:
             return _wire_head(status_line, head.headers) if self._http11 else b""
         hop: Headers = []
-        if head.status in (101, 426):
-            hop.append((b"Connection", b"Upgrade"))
+        options = [b"Upgrade"] if head.status in (101, 426) else []
         self._body = head.has_body(self._method)
         self._remaining = head.content_length()
         if self._body and self._remaining is None:
@@ -1480,9 +1481,11 @@ class ResponseEncoder:
         if head.status == 101:
             self.keep_alive = False
         elif not self.keep_alive:
-            hop.append((b"Connection", b"close"))
+            options.append(b"close")
         elif not self._http11:
-            hop.append((b"Connection", b"keep-alive"))
+            options.append(b"keep-alive")
+        if options:
+            hop.append((b"Connection", b", ".join(options)))
         if head.status >= 200 and not field_values(head.headers, b"date"):
             hop.append((b"Date", date))  # RFC 9110 section 6.6.1
         self.started = True
@@ -1745,6 +1748,9 @@ def default_name(token: str, machine: str, target: str) -> str:
     return base64.b32encode(digest).decode()[:10].lower()
 
 
+ADDRESS_ZONE = re.compile(r"localhost|[0-9a-f-]+\.sslip\.io")  # what an address lends for names below it
+
+
 def _ends_in_number(host: str) -> bool:
     """Whether a host can only be an IPv4 address (WHATWG URL section 3.5), whatever it looks like."""
     return host.rpartition(".")[2].isdecimal()
@@ -1815,18 +1821,21 @@ class Allowance:
 class Caller:
     """An address from which visitors or clients call."""
 
-    __slots__ = ("_guesses", "aborts", "handshakes", "lines", "open", "unsaid")
+    __slots__ = ("_guesses", "aborts", "handshakes", "lines", "open", "proved", "unsaid")
 
     def __init__(self) -> None:
         self.open = 0  # connections; of a visitor behind a trusted proxy, requests
         self.handshakes = 0  # of these, links that have not shown their token yet
         self.aborts = Allowance(MAX_ABORTS, ABORT_RATE)  # requests that it did not wait for
+        self.proved: set[str] = set()  # keys of the tokens that it has shown
         self._guesses: dict[str, Allowance] = {}
         self.lines = Allowance(MAX_CALLER_LINES, CALLER_LINE_RATE)  # in the log
         self.unsaid = 0  # lines that were left out since the last one
 
-    def guesses(self, what: str) -> Allowance:
-        """Return how often it may be wrong about a token or a tunnel's password; each is a matter of its own."""
+    def guesses(self, what: str, now: float) -> Allowance:
+        """Return how often it may be wrong about tokens, or about a tunnel's password; each is a matter of its own."""
+        if len(self._guesses) > MAX_GUESSED:
+            self._guesses = {key: left for key, left in self._guesses.items() if left.left(now) < MAX_GUESSES}
         return self._guesses.setdefault(what, Allowance(MAX_GUESSES, GUESS_RATE))
 
     def line(self, text: str, now: float) -> str:
@@ -3477,7 +3486,8 @@ class Registration:
 class TunnelRegistry:
     def __init__(self, path: Path, *, grace: float, hold: float) -> None:
         self.sessions: dict[str, Registration] = {}
-        self.zones: dict[str, str] = {}  # host below which tunnels are -> key of the token that first dialled it
+        self.zones: list[str] = []  # host names below which tunnels are
+        self.by_address = True  # and below what addresses lend (see Origin)
         self.draining = False
         self.grants: dict[str, Grant] = {}  # by key: the tokens that are good
         self._reserved: dict[str, str] = {}  # name -> key of the only token that may use it
@@ -3493,10 +3503,7 @@ class TunnelRegistry:
         try:
             saved = parse_object(path.read_text())
             self._owners = {str(name): str(key) for name, key in saved["names"].items()}
-            zones = saved["zones"]
-            if isinstance(zones, list):  # as it was once
-                zones = dict.fromkeys(zones, "")
-            self.zones = {str(zone): str(key) for zone, key in zones.items()}
+            self.zones = [str(zone) for zone in saved["zones"]]
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -3522,9 +3529,7 @@ class TunnelRegistry:
         gone = set(revoked) - self.grants.keys()
         freed = [name for name, owner in self._owners.items() if owner in gone]
         self._free(freed)
-        zones = {zone: key for zone, key in self.zones.items() if key not in gone}
-        if freed or zones != self.zones:
-            self.zones = zones
+        if freed:
             self._save()
         self._wake()
 
@@ -3655,22 +3660,24 @@ class TunnelRegistry:
                     del self._held[name]
         return session
 
-    def learn_zone(self, origin: Origin, key: str) -> None:
+    def tunnel_name(self, host: str) -> str | None:
+        """Return the tunnel that a visitor's host means, None when it is the server's own."""
+        zone = host.partition(".")[2]
+        lent = self.by_address and ADDRESS_ZONE.fullmatch(zone)
+        return tunnel_name(host, [*self.zones, zone] if lent else self.zones)
+
+    def learn_zone(self, zone: str, key: str) -> None:
         """Serve tunnels below the host that a client, who proved to know a token, has dialled. Raises Refused.
 
-        An address lends its names (see Origin), and anybody may dial that. A host name is another matter: it could be a
-        tunnel's, or the parent of somebody's site. Only who runs the server may bring one, not a token with a label.
+        An address lends its names, and anybody may dial that. A host name is another matter: it could be a tunnel's,
+        or the parent of somebody's site. Only who runs the server may bring one, not a token with a label.
         """
-        zone = origin.zone
-        if zone in self.zones:
+        self._check(key, [])
+        if zone in self.zones or (self.by_address and ADDRESS_ZONE.fullmatch(zone)):
             return
-        address = zone == "localhost" or zone.endswith(".sslip.io")
-        if (self.grants[key].max_tunnels is not None and not address) or tunnel_name(zone, self.zones) in self._owners:
+        if self.grants[key].max_tunnels is not None or self.tunnel_name(zone) in self._owners:
             raise Refused("domain", f"this server has no tunnels below {zone}; start it with serve --domain {zone}")
-        self.zones[zone] = key
-        own = [zone for zone, owner in self.zones.items() if owner == key]
-        for oldest in own[:-MAX_ZONES]:
-            del self.zones[oldest]
+        self.zones = [*self.zones, zone][-MAX_ZONES:]
         self._save()
 
     def _save(self) -> None:
@@ -3819,6 +3826,7 @@ class Visitor:
         self.host = ""  # that it asks for
         self.max_body: float = math.inf
         self.answering = False  # the response has begun, and not ended
+        self.switched = False  # it was a 101
         self._gate, self._metrics = gate, gate.metrics
         self.problem = ""  # why its content was not read to the end
         self.version = (message.version.major, message.version.minor)
@@ -3975,6 +3983,7 @@ class Visitor:
     def _switch_protocols(self, head: ResponseHead) -> RawPipe:
         if not self.upgrade:
             raise MessageError("101 without an Upgrade", 502)
+        self.switched = True
         self.write(self.encoder.head(head, b""))
         pipe = RawPipe(SEND_BUFFER)
         self.request.protocol.set_parser(pipe)  # type: ignore[arg-type]
@@ -4227,7 +4236,7 @@ class TunnelServer:
         """Listen; `port` is then the real one. Raises TunnelError when the address or the state cannot be had."""
         self._registry = TunnelRegistry(self._state / "names.json", grace=self._grace, hold=self._hold)
         if self._domain:
-            self._registry.zones = {self._domain.zone: ""}
+            self._registry.zones, self._registry.by_address = [self._domain.zone], False
         self._stamp = self._tokens.stamp()
         self._read_tokens()
         self._http = _visitor_server(self._handle, self._gate)
@@ -4302,10 +4311,15 @@ class TunnelServer:
         return +kept
 
     def _find_crowded(self) -> set[str]:
-        """Return the tokens that keep more than their share, when all of them keep too much."""
-        kept = self._buffered()
-        full = kept.total() > MAX_BUFFERED
-        return {key for key, size in kept.items() if full and size * len(kept) > MAX_BUFFERED}
+        """Return the tokens that keep more than their share, when all of them keep too much.
+
+        Who keeps little is content, and leaves the rest of its share to others (max-min fairness).
+        """
+        kept = self._buffered().most_common()
+        left = MAX_BUFFERED
+        while kept and kept[-1][1] * len(kept) <= left:
+            left -= kept.pop()[1]
+        return {key for key, _ in kept}
 
     def _metrics_text(self) -> bytes:
         sessions = [session.link.session for session in self._registry.sessions.values()]
@@ -4367,7 +4381,7 @@ class TunnelServer:
         check_framing(visitor.headers, visitor.version)
         target, host_field = split_target(visitor.method, visitor.target, visitor.headers)
         host, _ = parse_host(host_field.decode("latin-1"))
-        name, visitor.host = tunnel_name(host, self._registry.zones), host
+        name, visitor.host = self._registry.tunnel_name(host), host
         if name is not None:
             visitor.target = target
             await self._forward(visitor, name, host_field)
@@ -4415,7 +4429,7 @@ class TunnelServer:
             finally:
                 self._registry.end_request(session.key)
         except (asyncio.CancelledError, ConnectionError):
-            if not (visitor.upgrade and visitor.encoder.started):  # a WebSocket that ends is none that was aborted
+            if not visitor.switched:  # a WebSocket that ends is none that was aborted
                 self.metrics["pytunnel_aborts_total"] += 1
                 visitor.caller.aborts.take(time.monotonic())
             raise
@@ -4458,7 +4472,7 @@ class TunnelServer:
             if credentials is None:
                 raise Unserved("unauthorized")
             now, caller = time.monotonic(), visitor.caller
-            guesses = caller.guesses(f"the password of {name}")
+            guesses = caller.guesses(f"the password of {name}", now)
             if not guesses.left(now):  # whether it is right is what a guesser wants to know
                 raise Unserved("too-many-requests")
             if not access.accepts(credentials):
@@ -4503,8 +4517,8 @@ class TunnelServer:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 await ws.prepare(request)
                 hello, key, signature = await self._handshake(ws, caller)
-            origin = self._domain or self._dialled(hello.get("server", str), visitor)
-            self._registry.learn_zone(origin, key)
+            origin = self._domain or Origin.from_url(hello.get("server", str))
+            self._registry.learn_zone(origin.zone, key)
             session, received = await self._session_for(hello, key)
             result = "ready"
             protocol.uncount()
@@ -4519,6 +4533,7 @@ class TunnelServer:
             transport.abort()
             return ws
         except web.HTTPException:
+            protocol.room, visitor.encoder.keep_alive = math.inf, False
             raise Unserved("not-a-link") from None
         finally:
             self._handshakes -= 1
@@ -4577,14 +4592,6 @@ class TunnelServer:
             stopped = session.link.session.goaway and session.link.session.goaway[0] is ErrorCode.NO_ERROR
             log.info("%s: %s (%s)", names, "its client stopped" if stopped else escape(reason), who)
 
-    @staticmethod
-    def _dialled(server: str, visitor: Visitor) -> Origin:
-        """Return what a client has dialled, if that is how it got here: who relays a link for it calls us otherwise."""
-        host, _ = parse_host(server.partition("://")[2].partition("/")[0])
-        if host != visitor.host:
-            raise Refused("domain", f"the client dialled {host}, and the link came for {visitor.host}")
-        return Origin.from_url(server)
-
     async def _handshake(self, ws: web.WebSocketResponse, caller: Caller) -> tuple[Message, str, bytes]:
         """Return hello, key and our signature, once the client has proved that it knows the token."""
         hello = await receive_message(ws)
@@ -4592,7 +4599,10 @@ class TunnelServer:
             raise Refused("version", f"this server (pytunnel {__version__}) speaks version {PROTOCOL_VERSION} only")
         key = hello.get("key", str)
         grant, seed = self._registry.grants.get(key), _digest(self._fake_secret, key.encode())
-        guesses, now = caller.guesses(key if grant else ""), time.monotonic()
+        # A token that has been shown from there goes on working whatever somebody else there does. Of any other, even
+        # whether it would be good is what a guesser wants to know.
+        now = time.monotonic()
+        guesses = caller.guesses(key if key in caller.proved else "", now)
         if not guesses.left(now):
             raise Refused("throttled", "too many wrong tokens came from this address; it has to wait", retry=True)
         # What accepts nothing stands in for an unknown key, which looks like a wrong token then.
@@ -4609,6 +4619,7 @@ class TunnelServer:
         if not verifier.accepts(proof, auth_message):
             guesses.take(now)
             raise Refused("token", UNKNOWN_TOKEN)
+        caller.proved.add(key)
         return hello, key, verifier.signature(auth_message)
 
     async def _session_for(self, hello: Message, key: str) -> tuple[Registration, int]:
@@ -5317,7 +5328,10 @@ class TunnelClient:
             retries += 1
             delay = next(delays) if self.urls else min(next(delays), 1.0)
             if not self.urls and loop.time() + delay + BACKOFF_MIN > self._give_up_at:
-                raise Unreachable(f"no server at {self.server}: {reason}; check the address, or start pytunnel serve")
+                advice = "check the address, or start pytunnel serve"
+                if "certificate" in reason:
+                    advice = "if it has an authority of its own, name that in SSL_CERT_FILE"
+                raise Unreachable(f"no server at {self.server}: {reason}; {advice}")
             self.problem, self.retry_at = reason, loop.time() + delay
             self._emit("disconnected", reason=reason, retry_in=round(delay, 1))
             await self._pause(delay)

@@ -221,7 +221,7 @@ async def to_server(texts: list[str]) -> None:
         server = pytunnel.TunnelServer(tokens=[], state=NOWHERE)
         server._registry = pytunnel.TunnelRegistry(NOWHERE / "names.json", grace=1.0, hold=1.0)
         server._registry._save = lambda: None  # type: ignore[method-assign]
-        hello, key, _ = await server._handshake(Said(texts))  # type: ignore[arg-type]
+        hello, key, _ = await server._handshake(Said(texts), pytunnel.Caller())  # type: ignore[arg-type]
         origin = Origin.from_url(hello.get("server", str))
         session, _ = await server._session_for(hello, key)
     for name in session.names:

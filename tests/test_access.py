@@ -258,7 +258,7 @@ def test_a_proxy_that_is_written_as_ipv6_is_the_same_proxy() -> None:
         ("_hidden", ""),
         ("203.0.113", ""),
         ("203.0.113.9:port", ""),
-        ("", ""),
+        ("203.0.113.9, , ", "203.0.113.9"),
     ],
 )
 def test_what_a_proxy_writes_about_its_visitor_is_never_about_itself(member: str, address: str) -> None:
@@ -615,7 +615,7 @@ async def test_behind_a_front_the_address_is_the_one_that_it_tells() -> None:
         b"198.51.100.7, 203.0.113.9": 403,  # what the visitor wrote itself, and what the front added
         b"198.51.100.7, 203.0.113.9, 10.0.0.2": 403,
         b"198.51.100.7, unknown": 403,
-        b"198.51.100.7,": 403,
+        b"198.51.100.7,": 200,  # empty members are none
         b"unknown": 403,
         b"": 403,
         b"10.0.0.2": 403,

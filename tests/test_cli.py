@@ -675,9 +675,9 @@ DAMAGED = {
     "not JSON": b"{",
     "a list": b"[]",
     "empty": b"",
-    "no names": b'{"zones": {}}',
-    "names are a number": b'{"names": 3, "zones": {}}',
-    "not UTF-8": b'{"names": {"\xff": "x"}, "zones": {}}',
+    "no names": b'{"zones": []}',
+    "names are a number": b'{"names": 3, "zones": []}',
+    "not UTF-8": b'{"names": {"\xff": "x"}, "zones": []}',
     "deep": b"[" * 100_000,
     "binary": bytes(range(256)),
 }

@@ -6,6 +6,7 @@ The deadlines are shortened, so that a test waits for what the server does and n
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import json
 import re
@@ -493,8 +494,10 @@ async def test_who_aborts_many_requests_has_to_wait_and_nobody_else() -> None:
         assert await t.server.stderr_line(f"refused a request from 127.0.0.1: it aborted {aborts} requests")
 
 
-async def test_an_upgrade_that_nobody_waited_for_was_aborted_like_any_request() -> None:
-    async def handle(_: RawRequest, reader: Reader, __: Writer) -> None:
+@pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n12"])
+async def test_an_upgrade_that_nobody_waited_for_was_aborted_like_any_request(begun: bytes) -> None:
+    async def handle(_: RawRequest, reader: Reader, writer: Writer) -> None:
+        writer.write(begun)
         await reader.read()
 
     async with RawOrigin(handle) as origin, Tunnel(origin.port, command=with_limits(MAX_ABORTS=2, ABORT_RATE=0.0)) as t:
@@ -524,6 +527,20 @@ async def test_visitors_who_are_gone_before_they_are_seen_leave_nothing_behind(l
                 pass
         assert found["pytunnel_tasks"] <= before["pytunnel_tasks"]
         assert (await t.get()).body == b"ok"
+
+
+def test_who_keeps_little_is_not_made_to_wait_by_who_keeps_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: collections.Counter[str] = collections.Counter()
+    server = object.__new__(pytunnel.TunnelServer)
+    monkeypatch.setattr(server, "_buffered", lambda: +kept)
+    assert server._find_crowded() == set()
+    kept.update({f"idle {number}": 1000 for number in range(50)})
+    kept.update({"hog": pytunnel.MAX_BUFFERED - 100_000, "modest": 40_000})
+    assert server._find_crowded() == set()
+    kept["hog"] += 100_000
+    assert server._find_crowded() == {"hog"}
+    kept["modest"] = pytunnel.MAX_BUFFERED // 2 + 1
+    assert server._find_crowded() == {"hog", "modest"}
 
 
 async def test_one_token_cannot_use_up_what_all_sessions_may_keep() -> None:
@@ -611,29 +628,31 @@ async def guess(peer: Peer) -> str:
 
 
 async def test_who_guesses_tokens_has_to_wait_and_nobody_else() -> None:
-    """Neither another address, nor a client behind the same one that has a good token."""
+    """Neither another address, nor a client behind the same one that was there before; but the right token, if new."""
     async with serving(command=with_limits(MAX_GUESSES=3, GUESS_RATE=0.0)) as (server, port):
-        assert [await guess_from(port) for _ in range(5)] == ["token"] * 3 + ["throttled"] * 2
-        assert await guess_from(port, ELSEWHERE) == "token"
         async with dialled(port) as peer:
             await peer.shake_hands()
+        assert [await guess_from(port) for _ in range(5)] == ["token"] * 3 + ["throttled"] * 2
+        async with dialled(port) as peer:
+            await peer.shake_hands()
+        assert await guess_from(port, ELSEWHERE) == "token"
         async with RawVisitor(port) as visitor:  # it may visit as before
             await visitor.send(request(target=b"/healthz"))
             assert (await visitor.read_response()).status == 200
         assert server.returncode is None
 
 
-async def test_who_makes_proofs_for_a_token_that_there_is_has_to_wait_with_that_one() -> None:
+async def test_while_an_address_has_to_wait_even_the_right_token_is_not_told_from_others() -> None:
     async with serving(command=with_limits(MAX_GUESSES=2, GUESS_RATE=0.0)) as (server, port):
         found = []
-        for _ in range(3):
+        for key in (TOKEN, OTHER_TOKEN, TOKEN, OTHER_TOKEN):  # of the first it makes a wrong proof
             async with dialled(port) as peer:
-                answer = await peer.hello(key=pytunnel.key_id(TOKEN), token=OTHER_TOKEN)
+                answer = await peer.hello(key=pytunnel.key_id(key), token=OTHER_TOKEN)
                 if answer.get("type", str) == "challenge":
                     await peer.prove(answer)
                     answer = await peer.answer()
                 found.append(answer.get("code", str))
-        assert found == ["token", "token", "throttled"]
+        assert found == ["token", "token", "throttled", "throttled"]
         assert server.returncode is None
 
 
@@ -667,6 +686,26 @@ async def test_what_has_not_shown_a_token_may_not_send_much() -> None:
         assert server.returncode is None
 
 
+async def test_a_link_that_is_none_leaves_nothing_of_its_bounds_on_the_connection() -> None:
+    async with RawOrigin(response(b"ok"), read_body=True) as origin, Tunnel(origin.port) as t, t.visitor() as visitor:
+        old = [(name, b"12" if name == b"Sec-WebSocket-Version" else value) for name, value in LINK_HEADERS]
+        await visitor.send(request(target=LINK_PATH.encode(), headers=[*old, PROTOCOL]))
+        answer = await visitor.read_response()
+        assert (answer.status, answer.value(b"Connection")) == (426, b"Upgrade, close")
+        assert await visitor.read_until_close() == b""
+
+
+@pytest.mark.parametrize("address", ["[::1]", "[0:0:0:0:0:0:0:1]", "[::0001]", "localhost", "LOCALHOST", "localhost."])
+async def test_a_server_is_dialled_by_any_spelling_of_its_host(address: str) -> None:
+    words = ["serve", "--listen", "[::1]:0" if "[" in address else "127.0.0.1:0", "--json"]
+    env = {"PYTUNNEL_TOKEN": TOKEN}
+    async with await Process.start(*words, env=env) as server:
+        port = (await server.event("listening"))["port"]
+        words = ["connect", "3000", "--server", f"http://{address}:{port}", "--name", "web", "--json"]
+        async with await Process.start(*words, env=env) as client:
+            assert (await client.event("ready"))["url"] == f"http://web.localhost:{port}"
+
+
 async def test_a_link_without_tunnels_ends_with_its_login() -> None:
     async with serving(command=with_limits()) as (_, port), dialled(port) as peer:
         await peer.shake_hands(tunnels=[])
@@ -674,14 +713,6 @@ async def test_a_link_without_tunnels_ends_with_its_login() -> None:
         async with RawVisitor(port) as visitor:
             await visitor.send(request(target=b"/metrics"))
             assert b"pytunnel_sessions 0\n" in (await visitor.read_response()).body
-
-
-async def test_a_link_is_for_the_host_that_was_dialled() -> None:
-    """Else who has got between a client and the server could pass its link on, and read along."""
-    async with serving(command=with_limits()) as (_, port), dialled(port) as peer:
-        await peer.prove(await peer.hello(server=f"http://localhost:{port}"))
-        answer = await peer.answer()
-        assert (answer.get("type", str), answer.get("code", str)) == ("refused", "domain")
 
 
 # ---------------------------------------------------------------------------------------- The log

@@ -924,7 +924,7 @@ async def test_another_token_s_tunnel_can_be_neither_taken_nor_ended_nor_looked_
 
 @pytest.mark.parametrize("owner", ["", None, 0, [], {}], ids=repr)
 async def test_a_name_whose_owner_is_nobody_is_nobodys_to_take(tmp_path: Path, owner: object) -> None:
-    (tmp_path / "names.json").write_text(json.dumps({"names": {"web": owner}, "zones": {}}))
+    (tmp_path / "names.json").write_text(json.dumps({"names": {"web": owner}, "zones": []}))
     async with serving_here(tmp_path, TOKEN) as port:
         for key in (key_id(TOKEN), ""):
             async with dialled(port) as peer:
