@@ -711,11 +711,12 @@ async def test_chunk_extensions_are_not_content(subtests: pytest.Subtests) -> No
         with subtests.test("much of it, and little content"):
             before = tunnel.server.rss() + tunnel.client.rss()
             body = (b"1;" + b"x" * 8000 + b"\r\n!\r\n") * 1000 + chunk(b"")
+            origin.requests.clear()
             async with tunnel.visitor() as visitor:
                 with contextlib.suppress(ConnectionError):  # it need not be read to its end
                     await visitor.send(POST + b"Transfer-Encoding: chunked\r\n\r\n" + body)
                 assert (await visitor.read_response()).status == 400
-            assert not origin.requests[-1].complete
+            assert not any(seen.complete for seen in origin.requests)  # it may have been given up before it got there
             assert tunnel.server.rss() + tunnel.client.rss() - before < 4 * MiB
         with subtests.test("chunks of one byte"):
             async with tunnel.visitor() as visitor:
