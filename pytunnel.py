@@ -3075,11 +3075,6 @@ class Tokens:
         except OSError as error:
             raise self._unusable(self.default_path, error) from None
 
-    def grants(self, *, default: bool) -> list[Grant]:
-        """Read all of them again, `default` too if it counts. Raises TunnelError."""
-        self.read()
-        return [*(self.default_grant() if default else []), *self.labelled.values()]
-
     def default_grant(self) -> list[Grant]:
         """Return the token that serve has made for itself, if any. Raises TunnelError."""
         token = self.default()
