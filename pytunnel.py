@@ -57,6 +57,7 @@ Imports and version
 Limits and defaults
 Safe text
 Errors
+WebSocket
 Frames
 Flow control
 Session
@@ -154,8 +155,6 @@ if TYPE_CHECKING:
 
     import aiohttp
     from aiohttp import web
-
-    WebSocket = aiohttp.ClientWebSocketResponse | web.WebSocketResponse
 
 __version__ = "0.1.0"
 __all__ = ["Exchange", "Session", "TunnelClient", "TunnelError", "TunnelServer", "connect", "main", "serve"]
@@ -414,6 +413,148 @@ class Unserved(Exception):
     """A visitor's request that cannot be served; `str()` is a key of PROBLEMS."""
 
 
+# ---- WebSocket ------------------------------------------------------------------------------------------------------
+# bytes <-> the parts of a link's messages (RFC 6455 section 5). A message is passed on as it comes, and not kept until
+# it is whole, so that what is large costs no memory and what is slow is seen to be alive.
+
+
+class Opcode(enum.IntEnum):
+    CONTINUATION = 0
+    TEXT = 1
+    BINARY = 2
+    CLOSE = 8
+    PING = 9
+    PONG = 10
+
+
+class CloseCode(enum.IntEnum):
+    """Why a WebSocket is closed (RFC 6455 section 7.4.1)."""
+
+    OK = 1000
+    PROTOCOL_ERROR = 1002
+
+
+class MessagePart(NamedTuple):
+    """Some bytes of a message; control messages come whole."""
+
+    opcode: int  # of the message
+    data: bytes | bytearray
+    end: bool  # they are its last ones
+
+
+def mask_payload(payload: bytes, key: bytes) -> bytes | bytearray:
+    """Return the payload masked, or unmasked, with a key of four bytes (section 5.3)."""
+    if len(payload) > MAX_CONTROL:
+        with contextlib.suppress(ImportError):  # aiohttp does it 80 times as fast, but promises nobody that it will
+            from aiohttp._websocket.helpers import websocket_mask
+
+            masked = bytearray(payload)
+            websocket_mask(key, masked)
+            return masked
+    n = len(payload)
+    return (int.from_bytes(payload) ^ int.from_bytes((key * (n // 4 + 1))[:n])).to_bytes(n)
+
+
+def encode_message_frame(opcode: Opcode, payload: bytes, key: bytes = b"") -> bytes:
+    """Return a whole message as one WebSocket frame; a client's are masked with a new key each (section 5.3)."""
+    size, masked = len(payload), 0x80 if key else 0
+    if size < 126:
+        header = bytes((0x80 | opcode, masked | size))
+    elif size < 1 << 16:
+        header = struct.pack(">BBH", 0x80 | opcode, masked | 126, size)
+    else:
+        header = struct.pack(">BBQ", 0x80 | opcode, masked | 127, size)
+    if not key:
+        return header + payload
+    return b"".join((header, key, mask_payload(payload, key)))
+
+
+class MessageDecoder:
+    """Turns bytes, sliced anyhow, into parts of messages of at most MAX_MESSAGE bytes, MAX_FRAMES parts at a time."""
+
+    def __init__(self, *, masked: bool) -> None:
+        """`masked` is what the peer's frames have to be."""
+        self._masked = masked
+        self._buffer = b""  # the beginning of a frame's header, or of a control message; with `has_more`, all the rest
+        self.has_more = False  # MAX_FRAMES was reached; feed nothing to go on
+        self._opcode: int | None = None  # of the message that goes on
+        self._size = 0  # bytes of it so far
+        self._left = 0  # bytes of the frame's payload that are still to come
+        self._final = True  # and that is the message's last frame
+        self._key = b""
+
+    def feed(self, data: bytes) -> list[MessagePart]:
+        """Return what `data` brings. Raises ProtocolError; the decoder is of no use after that."""
+        if self._buffer:
+            data, self._buffer = self._buffer + data, b""
+        parts: list[MessagePart] = []
+        start, end = 0, len(data)
+        while start < end and len(parts) < MAX_FRAMES:
+            if not self._left:
+                header = self._header(data, start)
+                if header is None:
+                    break
+                start, whole = header
+                if whole:
+                    parts.append(whole)
+                    continue
+            piece = data[start : start + self._left]
+            start += len(piece)
+            self._left -= len(piece)
+            if self._key:
+                parts.append(self._part(mask_payload(piece, self._key)))
+                turn = len(piece) % 4
+                self._key = self._key[turn:] + self._key[:turn]
+            else:
+                parts.append(self._part(piece))
+        self.has_more = start < end and len(parts) >= MAX_FRAMES
+        self._buffer = data[start:]
+        return parts
+
+    def _part(self, data: bytes | bytearray) -> MessagePart:
+        opcode, ended = self._opcode, self._final and not self._left
+        assert opcode is not None
+        if ended:
+            self._opcode = None
+        return MessagePart(opcode, data, ended)
+
+    def _header(self, data: bytes, start: int) -> tuple[int, MessagePart | None] | None:
+        """Read a frame's header; return where its payload begins, None when it is not all there.
+
+        A control message is read whole, and so is an empty frame: it is returned, too, and the next one begins there.
+        """
+        if len(data) - start < 2:
+            return None
+        first, second = data[start], data[start + 1]
+        size, opcode = second & 0x7F, first & 0x0F
+        if first & 0x70 or opcode not in Opcode.__members__.values():
+            raise ProtocolError(f"a WebSocket frame that begins with {first:#x}")
+        if bool(second & 0x80) != self._masked:
+            raise ProtocolError("a WebSocket frame that is " + ("not masked" if self._masked else "masked"))
+        begin = start + 2 + {126: 2, 127: 8}.get(size, 0)
+        control = opcode >= Opcode.CLOSE
+        if control and (size > 125 or not first & 0x80):
+            raise ProtocolError("a control message that is long or in fragments")
+        if len(data) < begin + 4 * self._masked + control * size:
+            return None
+        if size > 125:
+            size = int.from_bytes(data[start + 2 : begin])
+        key = data[begin : begin + 4] if self._masked else b""
+        begin += len(key)
+        if control:
+            payload = data[begin : begin + size]
+            return begin + size, MessagePart(opcode, mask_payload(payload, key) if key else payload, True)
+        if (opcode == Opcode.CONTINUATION) != (self._opcode is not None):
+            raise ProtocolError("a message inside another, or the rest of none")
+        self._size = size + (self._size if opcode == Opcode.CONTINUATION else 0)
+        if self._size > MAX_MESSAGE:
+            raise ProtocolError(f"a message over {MAX_MESSAGE} bytes", ErrorCode.FRAME_SIZE)
+        if opcode != Opcode.CONTINUATION:
+            self._opcode = opcode
+        self._left, self._final, self._key = size, bool(first & 0x80), key
+        return begin, None if size else self._part(b"")
+
+
 # ---- Frames ---------------------------------------------------------------------------------------------------------
 # bytes <-> Frame. Everything that can be judged by looking at one frame alone is judged here, and a length is refused
 # when its header arrives, not after it has been buffered. Knows nothing of streams.
@@ -491,33 +632,42 @@ class FrameDecoder:
     """Turns bytes, sliced anyhow, into frames, MAX_FRAMES at a time. Holds what it has not come to yet."""
 
     def __init__(self) -> None:
-        self._buffer = b""
+        self._parts: list[bytes | bytearray] = []
+        self._missing = 0  # bytes until the frame that they are the beginning of is whole, or its header
+        self.buffered = 0  # bytes of frames that were not returned yet
         self.has_more = False  # MAX_FRAMES was reached; feed nothing to go on
 
-    @property
-    def buffered(self) -> int:
-        """Bytes of frames that were not returned yet."""
-        return len(self._buffer)
-
-    def feed(self, data: bytes) -> list[Frame]:
+    def feed(self, data: bytes | bytearray) -> list[Frame]:
         """Return frames that `data` completes. Raises ProtocolError; the decoder is of no use after that."""
-        data = self._buffer + data  # mostly nothing and whole frames, which makes no copy
-        frames, start, room, self.has_more = [], 0, MAX_FRAMES, False
-        while len(data) - start >= FRAME_HEADER.size:
+        if self._parts:
+            self._parts.append(data)
+            self.buffered += len(data)
+            if self.buffered < self._missing:  # joined once, however many slices a large frame comes in
+                return []
+            data = b"".join(self._parts)
+            self._parts.clear()
+        frames, start, end, room, self.has_more = [], 0, len(data), MAX_FRAMES, False
+        view, header = memoryview(data), FRAME_HEADER.size
+        self._missing = header
+        while end - start >= header:
             if not room:
                 self.has_more = True
+                self._missing = 0
                 break
             room -= 1
             word, flags, stream_id = FRAME_HEADER.unpack_from(data, start)
             length, type_ = word >> 8, word & 0xFF
             self._check(type_, flags, stream_id, length)
-            begin = start + FRAME_HEADER.size
-            if len(data) - begin < length:
+            begin = start + header
+            if end - begin < length:
+                self._missing = header + length
                 break
             start = begin + length
             if type_ < FIRST_EXTENSION:
-                frames.append(Frame(type_, flags, stream_id, data[begin:start]))
-        self._buffer = data[start:]
+                frames.append(Frame(type_, flags, stream_id, bytes(view[begin:start])))
+        self.buffered = end - start
+        if self.buffered:
+            self._parts.append(data[start:])
         return frames
 
     @staticmethod
@@ -856,7 +1006,7 @@ class Session:
             self._bytes_to_ack, self._ack_deadline = 0, None
         return b"".join(out)
 
-    def receive_data(self, data: bytes, now: float) -> list[Frame]:
+    def receive_data(self, data: bytes | bytearray, now: float) -> list[Frame]:
         """Take bytes from the link and return the frames for the layer above. Raises ProtocolError.
 
         With `has_more` there are others in them: call it again, with nothing.
@@ -1088,6 +1238,11 @@ FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 OUR_FORWARDED = (b"X-Forwarded-For", b"X-Forwarded-Proto", b"X-Forwarded-Host")
 FORWARDED = frozenset({b"forwarded", b"x-real-ip", *(name.lower() for name in OUR_FORWARDED)})
+
+
+def accept_key(key: bytes) -> bytes:
+    """Return the Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
 
 
 def check_fields(parts: list[bytes]) -> Headers:
@@ -3132,21 +3287,165 @@ class Tokens:
 
 
 # ---- Link -----------------------------------------------------------------------------------------------------------
-# Runs a session over one WebSocket after another, and gives each stream asyncio's verbs. One task reads and never waits
-# for a consumer (windows bound what it may have to keep); one task writes, and whatever became ready in one turn of the
-# event loop goes out as one message.
+# Runs a session over one WebSocket after another, and gives each stream asyncio's verbs. What arrives is dispatched
+# where it arrives and never waits for a consumer (windows bound what has to be kept); whatever became ready in one turn
+# of the event loop goes out as one message. No task, queue or copy stands between the transport and the session.
 
 
-async def receive_message(ws: WebSocket) -> Message:
-    """Return the peer's next handshake message. Raises ProtocolError, or ConnectionError when there is none."""
-    from aiohttp import WSMsgType
+class WebSocket(asyncio.Protocol):
+    """A connection that has been upgraded, taken over from the HTTP library that did so.
 
-    received = await ws.receive()
-    if received.type is WSMsgType.BINARY:
-        raise ProtocolError("a binary message in the handshake")
-    if received.type is not WSMsgType.TEXT:
-        raise ConnectionResetError("the connection was closed in the handshake")
-    return Message(received.data)
+    In the handshake messages are asked for one by one; then `start` has everything passed on as it comes.
+    """
+
+    def __init__(self, transport: asyncio.Transport, protocol: asyncio.BaseProtocol, *, is_server: bool) -> None:
+        """Take over the transport from `protocol`, which is told only when the connection is lost."""
+        self.transport = transport
+        self.closed = ""  # why, once the peer has closed it or it is lost
+        self.writable = True
+        self._before, self._is_server = protocol, is_server
+        self._paused = False
+        self._decoder = MessageDecoder(masked=is_server)
+        self._parts: collections.deque[MessagePart] = collections.deque()  # what has come and was not looked at
+        self._error: ProtocolError | None = None  # what the peer did wrong
+        self._link: Link | None = None
+        self._changed = asyncio.Event()
+        transport.set_protocol(self)
+
+    async def receive_message(self) -> Message:
+        """Return the peer's next handshake message. Raises ProtocolError, or ConnectionError when there is none."""
+        text = b""
+        while True:
+            while not self._parts:
+                if self._error:
+                    raise self._error
+                if self.closed:
+                    raise ConnectionResetError("the connection was closed in the handshake")
+                self._changed.clear()
+                self._resume_reading()
+                await self._changed.wait()
+            part = self._parts.popleft()
+            if self._is_control(part):
+                continue
+            if part.opcode != Opcode.TEXT:
+                raise ProtocolError("a binary message in the handshake")
+            text += part.data
+            if len(text) > MAX_HELLO:
+                raise ProtocolError(f"a handshake message over {MAX_HELLO} bytes")
+            if part.end:
+                return Message(text.decode("utf-8", "replace"))
+
+    def send_message(self, text: str) -> None:
+        """Send a handshake message."""
+        self.send(Opcode.TEXT, text.encode())
+
+    def start(self, link: Link) -> None:
+        """Pass everything on to a link from now on, what has come already first."""
+        self._link = link
+        if self._error or self.closed:
+            link.lose(self._error or self.closed)
+        self._pump()
+
+    def stop(self) -> None:
+        """Pass nothing on any more."""
+        self._link = None
+
+    def send(self, opcode: Opcode, payload: bytes) -> None:
+        """Send a whole message; the transport takes it, whether or not this is `writable`."""
+        if not self.transport.is_closing():
+            key = b"" if self._is_server else os.urandom(4)
+            self.transport.write(encode_message_frame(opcode, payload, key))
+
+    async def close(self, code: CloseCode = CloseCode.OK) -> None:
+        """Close it, and return when the peer has done so as well; the caller bounds the wait."""
+        self._link = None
+        if not self.closed:
+            self.send(Opcode.CLOSE, code.to_bytes(2))
+        while not self.closed:
+            self._parts.clear()  # what still comes is of no interest
+            self._changed.clear()
+            self._resume_reading()
+            await self._changed.wait()
+
+    # asyncio's side
+
+    def data_received(self, data: bytes) -> None:
+        self._pump(data)
+
+    def _pump(self, data: bytes = b"") -> None:
+        """Look at what has come: at so much of it that others have their turn of the event loop."""
+        link, parts, room = self._link, self._parts, MAX_FRAMES
+        try:
+            if data or self._decoder.has_more:
+                parts.extend(self._decoder.feed(data))
+            while link and room > 0 and (parts or link.session.has_more):
+                if link.session.has_more:
+                    room -= link.receive(b"")
+                    continue
+                part = parts.popleft()
+                room -= 1
+                if not self._is_control(part):
+                    if part.opcode != Opcode.BINARY:
+                        raise ProtocolError("a text message after the handshake")
+                    room -= link.receive(part.data, end=part.end)
+        except ProtocolError as error:
+            self._error = error
+            parts.clear()
+            if link:
+                link.lose(error)
+        self._changed.set()
+        if self.closed or self._error:
+            return
+        if link and (parts or link.session.has_more or self._decoder.has_more):
+            self._pause_reading()
+            asyncio.get_running_loop().call_soon(self._pump)
+        elif link:
+            self._resume_reading()
+        elif parts:
+            self._pause_reading()  # until the next message is asked for
+
+    def _is_control(self, part: MessagePart) -> bool:
+        """Deal with a control message; False for any other part."""
+        if part.opcode == Opcode.PING:
+            if self.writable:  # section 5.5.3: it is enough to answer the last one
+                self.send(Opcode.PONG, bytes(part.data))
+        elif part.opcode == Opcode.CLOSE:
+            self.send(Opcode.CLOSE, bytes(part.data[:2]))
+            self._end("the connection was closed")
+        return part.opcode >= Opcode.CLOSE
+
+    def _pause_reading(self) -> None:
+        if not self._paused and not self.transport.is_closing():
+            self._paused = True
+            self.transport.pause_reading()
+
+    def _resume_reading(self) -> None:
+        if self._paused and not self.transport.is_closing():
+            self._paused = False
+            self.transport.resume_reading()
+
+    def eof_received(self) -> None:
+        self._end("the connection was closed")
+
+    def pause_writing(self) -> None:
+        self.writable = False
+        if self._link:
+            self._link.watch_room()
+
+    def resume_writing(self) -> None:
+        self.writable = True
+        if self._link:
+            self._link.wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(f"the connection broke: {exc}" if exc else "the connection was closed")
+        self._before.connection_lost(exc)
+
+    def _end(self, reason: str) -> None:
+        self.closed = self.closed or reason
+        self._changed.set()
+        if self._link:
+            self._link.lose(self.closed)
 
 
 async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
@@ -3154,6 +3453,11 @@ async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter and not waiter.done():
+        waiter.set_result(None)
 
 
 class Stream:
@@ -3176,8 +3480,8 @@ class Stream:
         self._error: StreamReset | None = None
         self._heads: collections.deque[bytes] = collections.deque()
         self._chunks: collections.deque[bytes | bytearray] = collections.deque()
-        self._readable = asyncio.Event()
-        self.writable = asyncio.Event()  # set by the link when the queue has room again
+        self._reader: asyncio.Future[None] | None = None  # who waits for something to read
+        self._writer: asyncio.Future[None] | None = None  # and for room in the queue
 
     def close(self) -> None:
         """Reset what is not finished, and forget the stream. May be called again."""
@@ -3205,8 +3509,7 @@ class Stream:
             self._check()
             if self._ended:
                 raise StreamReset(ErrorCode.LOCAL_INVALID, "the stream ended without a final head")
-            self._readable.clear()
-            await self._readable.wait()
+            await self._wait_readable()
         return self._heads.popleft()
 
     async def read(self) -> bytes:
@@ -3215,8 +3518,7 @@ class Stream:
             if self._ended:
                 return b""
             self._check()
-            self._readable.clear()
-            await self._readable.wait()
+            await self._wait_readable()
         data = bytes(self._chunks.popleft())  # no copy of what is bytes already
         if self._link.session.acknowledge_received_data(self.id, len(data)):
             self._link.wake()
@@ -3238,8 +3540,8 @@ class Stream:
         self.finished = end
         self._link.wake()
         if queued > SEND_BUFFER and not end:
-            self.writable.clear()
-            await self.writable.wait()
+            self._writer = asyncio.get_running_loop().create_future()
+            await self._writer
             self._check()
 
     def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None:
@@ -3270,15 +3572,23 @@ class Stream:
         elif frame.payload:
             self._chunks.append(frame.payload)
         self._ended = self._ended or bool(frame.flags & END)
-        self._readable.set()
+        _wake(self._reader)
 
     def fail(self, error: StreamReset, *, by_peer: bool = False) -> None:
         """The stream is over; wake whoever waits."""
         self._error = self._error or error
-        self._readable.set()
-        self.writable.set()
+        _wake(self._reader)
+        _wake(self._writer)
         if by_peer:
             self.on_reset(error.code)
+
+    def drained(self) -> None:
+        """The queue has room again."""
+        _wake(self._writer)
+
+    async def _wait_readable(self) -> None:
+        self._reader = asyncio.get_running_loop().create_future()  # an Event would cost three times as much
+        await self._reader
 
     def _check(self) -> None:
         if self._error:
@@ -3294,13 +3604,16 @@ class Link:
         self.on_goaway: Callable[[ErrorCode, str], None] = lambda code, reason: None
         self.broken: ProtocolError | None = None  # `run` raises it, unless the peer goes away while it is told
         self._streams: dict[int, Stream] = {}
-        self._wakeup = asyncio.Event()
         self._closed = asyncio.Event()  # some stream has been
+        self._ws: WebSocket | None = None  # in use
         self._lost: asyncio.Future[str] | None = None  # of the WebSocket in use, or the last one
         self._free = asyncio.Event()
         self._free.set()
+        self._between_messages = True
         self._finishing = False
+        self._flushing = False  # is about to
         self._timer: asyncio.TimerHandle  # fires early at worst
+        self._stalled: asyncio.TimerHandle | None = None  # while the transport has no room
 
     async def run(self, ws: WebSocket, peer_received: int) -> str:
         """Use `ws` until it is lost or finished, and return why; the caller closes it.
@@ -3310,12 +3623,15 @@ class Link:
         loop = asyncio.get_running_loop()
         self.session.resume(peer_received, loop.time())
         self._free.clear()
+        self._ws, self._lost = ws, loop.create_future()
+        self._between_messages = True
         self._set_timer()
-        self._lost = loop.create_future()
-        ends = [self._lost, asyncio.ensure_future(self._read(ws)), asyncio.ensure_future(self._write(ws))]
         try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            return next(end for end in ends if end.done()).result()
+            ws.start(self)
+            self.wake()
+            if not ws.writable:
+                self.watch_room()
+            return await self._lost
         except ProtocolError as error:
             self.broken = error
             self.session.suspend()
@@ -3324,19 +3640,18 @@ class Link:
         finally:
             self.session.suspend()
             self._timer.cancel()
-            try:
-                await end_tasks(*ends)
-            finally:  # cancelled here, too, when the connection ends while it is being given up
-                self._free.set()
+            if self._stalled:
+                self._stalled.cancel()
+            self._ws = None
+            ws.stop()
+            self._free.set()
 
     @staticmethod
     async def _refuse(ws: WebSocket, error: ProtocolError) -> None:
-        from aiohttp import WSCloseCode
-
-        with contextlib.suppress(OSError):  # TimeoutError, too
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORD):
-                await ws.send_bytes(encode_frame(FrameType.GOAWAY, 0, 0, encode_reason(error.code, str(error))))
-                await ws.close(code=WSCloseCode.PROTOCOL_ERROR)
+                ws.send(Opcode.BINARY, encode_frame(FrameType.GOAWAY, 0, 0, encode_reason(error.code, str(error))))
+                await ws.close(CloseCode.PROTOCOL_ERROR)
 
     async def detach(self, reason: str) -> None:
         """Give up the WebSocket in use, if any, so that another may be used."""
@@ -3344,10 +3659,13 @@ class Link:
             self.lose(reason)
             await self._free.wait()
 
-    def lose(self, reason: str) -> None:
-        """Make `run` return; the session stays."""
+    def lose(self, reason: str | ProtocolError) -> None:
+        """Make `run` return, or raise; the session stays."""
         if self._lost and not self._lost.done():
-            self._lost.set_result(reason)
+            if isinstance(reason, ProtocolError):
+                self._lost.set_exception(reason)
+            else:
+                self._lost.set_result(reason)
 
     def finish(self) -> None:
         """Make `run` return as soon as everything queued has been sent."""
@@ -3379,63 +3697,74 @@ class Link:
             await self._closed.wait()
 
     def wake(self) -> None:
-        self._wakeup.set()
+        """Send what there is to send when this turn of the event loop ends."""
+        if not self._flushing and self._ws and self._ws.writable:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
 
-    async def _read(self, ws: WebSocket) -> str:
-        from aiohttp import WSMsgType
+    # Called by the WebSocket
 
-        loop, session, rested = asyncio.get_running_loop(), self.session, 0
-        while True:
-            message = await ws.receive()
-            if message.type is WSMsgType.BINARY:
-                if not message.data:
-                    raise ProtocolError("an empty message")
-                data: bytes | None = message.data
-                while data is not None:
-                    for frame in session.receive_data(data, loop.time()):
-                        self._dispatch(frame)
-                    data = b"" if session.has_more else None
-                    if session.has_more or session.work - rested >= MAX_FRAMES:
-                        rested = session.work
-                        await asyncio.sleep(0)  # `receive` does not wait for a peer that is fast enough
-                if not session.between_frames:
-                    raise ProtocolError("a message that ends inside a frame")
-                if session.has_data_to_send:
-                    self.wake()
-                if session.next_deadline() < self._timer_at:
-                    self._timer.cancel()
-                    self._set_timer()
-            elif message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
-                return "the connection was closed" + (f": {escape(session.goaway[1])}" if session.goaway else "")
-            elif message.type is WSMsgType.ERROR:
-                return f"the connection broke: {message.data}"
-            else:
-                raise ProtocolError("a text message after the handshake")
+    def receive(self, data: bytes | bytearray, *, end: bool = False) -> int:
+        """Take bytes of a message, or with none what was left; return how many frames there were.
 
-    async def _write(self, ws: WebSocket) -> str:
+        `end` says that they are its last ones. Raises ProtocolError.
+        """
         session = self.session
-        while True:
+        if not data and not session.has_more:
+            if end and self._between_messages:
+                raise ProtocolError("an empty message")
+            frames = []
+        else:
+            frames = session.receive_data(data, asyncio.get_running_loop().time())
+            for frame in frames:
+                self._dispatch(frame)
+        self._between_messages = end or (self._between_messages and not data)
+        if self._between_messages and not session.has_more and not session.between_frames:
+            raise ProtocolError("a message that ends inside a frame")
+        if session.has_data_to_send:
+            self.wake()
+        if session.next_deadline() < self._timer_at:
+            self._timer.cancel()
+            self._set_timer()
+        return len(frames)
+
+    def watch_room(self) -> None:
+        """The transport has no room: it must take something within WRITE_TIMEOUT, and again and again."""
+        loop = asyncio.get_running_loop()
+
+        def look(before: int) -> None:
+            if self._ws and not self._ws.writable:
+                unsent = self._ws.transport.get_write_buffer_size()
+                if unsent >= before:
+                    return self.lose(f"nothing could be written for {WRITE_TIMEOUT:g} s")
+                self._stalled = loop.call_later(WRITE_TIMEOUT, look, unsent)
+
+        if self._stalled:
+            self._stalled.cancel()
+        if self._ws:
+            self._stalled = loop.call_later(WRITE_TIMEOUT, look, self._ws.transport.get_write_buffer_size())
+
+    def _flush(self) -> None:
+        self._flushing = False
+        ws, session = self._ws, self.session
+        if ws is None or not ws.writable:
+            return
+        try:
             data = session.data_to_send()
-            if not data:
-                if self._finishing:
-                    return "finished"
-                self._wakeup.clear()
-                await self._wakeup.wait()
-                continue
-            try:
-                async with asyncio.timeout(WRITE_TIMEOUT):
-                    await ws.send_bytes(data)
-            except TimeoutError:
-                return f"nothing could be written for {WRITE_TIMEOUT:g} s"
-            except ConnectionError as error:
-                return str(error)
-            for stream_id in session.drained:
-                if stream_id in self._streams:
-                    self._streams[stream_id].writable.set()
-            session.drained.clear()
-            if not session.streams:
-                self._closed.set()
-            await asyncio.sleep(0)  # let others add to the next message, and the reader see ACKs
+        except ProtocolError as error:
+            return self.lose(error)
+        if data:
+            ws.send(Opcode.BINARY, data)
+        for stream_id in session.drained:
+            if stream_id in self._streams:
+                self._streams[stream_id].drained()
+        session.drained.clear()
+        if not session.streams:
+            self._closed.set()
+        if data and session.has_data_to_send:
+            self.wake()  # the next message is for the next turn, in which others may add to it
+        elif self._finishing:
+            self.lose("finished")
 
     def _dispatch(self, frame: Frame) -> None:
         log.debug("< %s", frame)
@@ -3737,8 +4066,16 @@ STATUS_FIELDS: dict[int, Headers] = {  # what an answer with a status owes besid
 }
 
 
+_date_now = 0, b""  # the second it was made for, and the field's value
+
+
 def _date() -> bytes:
-    return email.utils.formatdate(usegmt=True).encode()
+    """Return a Date field's value; it is made once a second."""
+    global _date_now
+    now = int(time.time())
+    if now != _date_now[0]:
+        _date_now = now, email.utils.formatdate(now, usegmt=True).encode()
+    return _date_now[1]
 
 
 def problem_page(problem: str, accept: str, encoder: ResponseEncoder, fields: Headers = []) -> bytes:  # noqa: B006
@@ -4041,7 +4378,6 @@ def _visitor_server(
             "_line_bytes",
             "_line_ended",
             "caller",
-            "room",
         )
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -4051,7 +4387,6 @@ def _visitor_server(
             self._counted = not gate.is_trusted(address)
             self.caller.open += self._counted
             gate.open += 1
-            self.room: float = math.inf  # bytes that it may still send; what comes after a 101 is not bounded otherwise
             self._busy = False  # a request's head is complete, and the rest of it or its response is not
             self._head_bytes = self._line_bytes = self._chunked_bytes = 0
             self._line_ended = False
@@ -4074,12 +4409,8 @@ def _visitor_server(
             """Do not count this connection among those of its address any more: it is a client's link."""
             self.caller.open -= self._counted
             self._counted = False
-            self.room = math.inf
 
         def data_received(self, data: bytes) -> None:
-            self.room -= len(data)
-            if self.room < 0 and self.transport:
-                return self.transport.abort()
             request = self._current_request
             in_head = not self._upgraded and (not self._busy or (request is not None and request.content.is_eof()))
             if in_head and not self._line_ended:
@@ -4485,14 +4816,14 @@ class TunnelServer:
 
     # Links
 
-    async def _serve_link(self, visitor: Visitor) -> Any:
-        from aiohttp import web
-
+    async def _serve_link(self, visitor: Visitor) -> None:
         request, caller = visitor.request, visitor.caller
         if "Origin" in request.headers:
             raise Unserved("forbidden")
         offered = [name.strip() for name in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
-        if SUBPROTOCOL not in offered or "Upgrade" not in request.headers:
+        keys = field_values(visitor.headers, b"sec-websocket-key")
+        upgrades = visitor.method == b"GET" and visitor.upgrade == b"websocket" and len(keys) == 1
+        if not upgrades or SUBPROTOCOL not in offered:
             raise Unserved("not-a-link")
         if self._registry.draining:
             raise Unserved("shutting-down")
@@ -4500,17 +4831,17 @@ class TunnelServer:
             raise Unserved("server-full")
         if caller.handshakes >= MAX_HANDSHAKES_EACH:
             raise Unserved("too-many-requests")
-        ws = web.WebSocketResponse(protocols=(SUBPROTOCOL,), compress=False, max_msg_size=MAX_MESSAGE, timeout=1.0)
-        ws.headers["Server"] = "pytunnel"
         transport, protocol = request.transport, cast(Any, request.protocol)
         assert transport
-        protocol.room = 3 * MAX_HELLO  # until it has shown its token
+        accept = [(b"Sec-WebSocket-Accept", accept_key(keys[0])), (b"Sec-WebSocket-Protocol", SUBPROTOCOL.encode())]
+        switch = ResponseHead(101, b"Switching Protocols", [(b"Upgrade", b"websocket"), *accept])
+        visitor.write(visitor.encoder.head(switch, b""))
+        ws = WebSocket(transport, protocol, is_server=True)
         self._handshakes += 1
         caller.handshakes += 1
         result = "broken"
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-                await ws.prepare(request)
                 hello, key, signature = await self._handshake(ws, caller)
             origin = self._domain or Origin.from_url(hello.get("server", str))
             self._registry.learn_zone(origin.zone, key)
@@ -4521,15 +4852,10 @@ class TunnelServer:
             self._gate.log(caller, f"refused a link from {visitor.address}: {escape(str(error))}")
             code, retry = (error.code, error.retry) if isinstance(error, Refused) else ("protocol", False)
             result = code
-            with contextlib.suppress(ConnectionError):
-                await ws.send_str(encode_message("refused", code=code, reason=str(error), retry=retry))
-            return ws
+            ws.send_message(encode_message("refused", code=code, reason=str(error), retry=retry))
+            return await self._close(ws)
         except (TimeoutError, ConnectionError):
-            transport.abort()
-            return ws
-        except web.HTTPException:
-            protocol.room, visitor.encoder.keep_alive = math.inf, False
-            raise Unserved("not-a-link") from None
+            return transport.abort()
         finally:
             self._handshakes -= 1
             caller.handshakes -= 1
@@ -4550,19 +4876,23 @@ class TunnelServer:
         )
         if not session.names:  # it only wanted to know whether its token is good
             self._registry.end(session, StreamReset(ErrorCode.LINK_LOST))
-            with contextlib.suppress(ConnectionError):
-                await ws.send_str(ready)
-                await ws.close()
-            return ws
+            ws.send_message(ready)
+            return await self._close(ws)
         grant = self._registry.grants.get(key)
         who = f"{visitor.address}, token {grant.label if grant else 'revoked'}"
-        await self._run_link(ws, transport, session, ready, received, who)
-        return ws
+        await self._run_link(ws, session, ready, received, who)
+
+    @staticmethod
+    async def _close(ws: WebSocket) -> None:
+        """Close a link after its handshake."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD):
+                await ws.close()
+        ws.transport.close()
 
     async def _run_link(
         self,
-        ws: web.WebSocketResponse,
-        transport: asyncio.Transport,
+        ws: WebSocket,
         session: Registration,
         ready: str,
         received: int,
@@ -4571,7 +4901,7 @@ class TunnelServer:
         """Serve a client until its link is lost; the session is suspended or ended then."""
         reason, names = "the connection was closed", ", ".join(session.names)
         try:
-            await ws.send_str(ready)
+            ws.send_message(ready)
             self._registry.connected(session)
             log.info("%s: connected%s (%s)", names, " again" * bool(received), who)
             reason = await session.link.run(ws, received)
@@ -4582,14 +4912,15 @@ class TunnelServer:
                 reason = f"refused: {session.link.broken}"
                 self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, reason))
             self._registry.disconnected(session)
-            if reason != "finished":
-                transport.abort()
+            if reason == "finished":
+                await self._close(ws)
+            ws.transport.abort()
             stopped = session.link.session.goaway and session.link.session.goaway[0] is ErrorCode.NO_ERROR
             log.info("%s: %s (%s)", names, "its client stopped" if stopped else escape(reason), who)
 
-    async def _handshake(self, ws: web.WebSocketResponse, caller: Caller) -> tuple[Message, str, bytes]:
+    async def _handshake(self, ws: WebSocket, caller: Caller) -> tuple[Message, str, bytes]:
         """Return hello, key and our signature, once the client has proved that it knows the token."""
-        hello = await receive_message(ws)
+        hello = await ws.receive_message()
         if hello.get("version", int) != PROTOCOL_VERSION:
             raise Refused("version", f"this server (pytunnel {__version__}) speaks version {PROTOCOL_VERSION} only")
         key = hello.get("key", str)
@@ -4608,8 +4939,8 @@ class TunnelServer:
             salt=base64.b64encode(verifier.salt).decode(),
             iterations=verifier.iterations,
         )
-        await ws.send_str(challenge)
-        proof = (await receive_message(ws)).bytes("proof")
+        ws.send_message(challenge)
+        proof = (await ws.receive_message()).bytes("proof")
         auth_message = f"{hello.text}\n{challenge}".encode()
         if not verifier.accepts(proof, auth_message):
             guesses.take(now)
@@ -4635,6 +4966,7 @@ class TunnelServer:
         state = Session(
             is_server=True,
             send_window=hello.number("window", 1, MAX_WINDOW, INITIAL_WINDOW),
+            receive_window=INITIAL_WINDOW,  # as ready will say
             max_streams=min(MAX_STREAMS, hello.number("streams", 1, MAX_WINDOW, MAX_STREAMS)),
         )
         self._registry.claim(key, names)
@@ -5025,8 +5357,7 @@ class Forwarding:
         if self._stream.kind is not Kind.UPGRADE:
             raise MessageError("101 without an Upgrade", 502)
         keys = field_values(self._head.headers, b"sec-websocket-key")
-        accepts = [base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest()) for key in keys]
-        if field_values(head.headers, b"sec-websocket-accept") != accepts:
+        if field_values(head.headers, b"sec-websocket-accept") != list(map(accept_key, keys)):
             raise MessageError("101 with a Sec-WebSocket-Accept that is not the key's", 502)
 
     async def _upload(self, connection: LocalConnection, *, chunked: bool) -> bool:
@@ -5350,47 +5681,57 @@ class TunnelClient:
             return await link.run(ws, received)
 
     @contextlib.asynccontextmanager
-    async def _dial(self, until: float) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+    async def _dial(self, until: float) -> AsyncIterator[WebSocket]:
         import aiohttp
 
         sockets: list[socket.socket] = []  # of all addresses that were tried
-
-        async def refuse_redirect(*_: object) -> NoReturn:
-            raise aiohttp.ClientError("the server redirects; dial the address that it redirects to")
 
         def make_socket(info: Any) -> socket.socket:
             sockets.append(socket.socket(*info[:3]))
             return sockets[-1]
 
-        trace = aiohttp.TraceConfig()
-        trace.on_request_redirect.append(refuse_redirect)
+        key = base64.b64encode(secrets.token_bytes(16))
+        fields = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        fields |= {"Sec-WebSocket-Key": key.decode(), "Sec-WebSocket-Protocol": SUBPROTOCOL}
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(socket_factory=make_socket),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),
-            trace_configs=[trace],
             trust_env=True,
             headers={"User-Agent": f"pytunnel/{__version__}"},
         ) as http_session:
+            url = self.server + LINK_PATH
             async with asyncio.timeout_at(until):
-                ws = await http_session.ws_connect(
-                    self.server + LINK_PATH,
-                    protocols=(SUBPROTOCOL,),
-                    compress=0,
-                    max_msg_size=MAX_MESSAGE,
-                    timeout=aiohttp.ClientWSTimeout(ws_close=1.0),
-                )
+                response = await http_session.get(url, headers=fields, allow_redirects=False, read_until_eof=False)
             try:
-                yield ws
+                ws = self._switch(response, accept_key(key).decode())
+                try:
+                    yield ws
+                finally:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(1.0):
+                            await ws.close()
             finally:
-                with contextlib.suppress(OSError, TimeoutError):
-                    async with asyncio.timeout(1.0):
-                        await ws.close()
+                response.close()
                 for sock in sockets:  # whatever state it is in, so that nothing waits for a dead peer
                     with contextlib.suppress(OSError):
                         sock.shutdown(socket.SHUT_RDWR)
 
-    async def _handshake(self, ws: aiohttp.ClientWebSocketResponse) -> Message:
+    @staticmethod
+    def _switch(response: aiohttp.ClientResponse, accept: str) -> WebSocket:
+        """Return the connection on which a server has agreed to speak WebSocket. Raises ClientError when it has not."""
+        import aiohttp
+
+        if response.status in (301, 302, 303, 307, 308):
+            raise aiohttp.ClientError("the server redirects; dial the address that it redirects to")
+        agreed = response.headers.get("Sec-WebSocket-Accept"), response.headers.get("Sec-WebSocket-Protocol")
+        if response.status != 101 or agreed != (accept, SUBPROTOCOL) or not response.connection:
+            raise aiohttp.WSServerHandshakeError(response.request_info, (), status=response.status)
+        transport, protocol = response.connection.transport, response.connection.protocol
+        assert transport is not None and protocol is not None  # the latter counts as empty
+        return WebSocket(transport, protocol, is_server=False)
+
+    async def _handshake(self, ws: WebSocket) -> Message:
         """Return the server's ready, once both ends have proved that they know the token. Raises Refused."""
         nonce = secrets.token_urlsafe(18)
         link = self._link
@@ -5409,7 +5750,7 @@ class TunnelClient:
             agent=f"pytunnel/{__version__}",
         )
         sent = time.monotonic()
-        await ws.send_str(hello)
+        ws.send_message(hello)
         challenge = await self._answer(ws)
         self._round_trip = time.monotonic() - sent
         if not challenge.get("nonce", str).startswith(nonce):
@@ -5417,7 +5758,7 @@ class TunnelClient:
         auth_message = f"{hello}\n{challenge.text}".encode()
         iterations = challenge.number("iterations", ITERATIONS, MAX_ITERATIONS)
         proof, signature = client_proof(self._token, challenge.bytes("salt"), iterations, auth_message)
-        await ws.send_str(encode_message("proof", proof=base64.b64encode(proof).decode()))
+        ws.send_message(encode_message("proof", proof=base64.b64encode(proof).decode()))
         ready = await self._answer(ws)
         if not hmac.compare_digest(ready.bytes("signature"), signature):
             raise Refused("token", "the server does not know this token itself; is this the right server?")
@@ -5426,8 +5767,8 @@ class TunnelClient:
         return ready
 
     @staticmethod
-    async def _answer(ws: aiohttp.ClientWebSocketResponse) -> Message:
-        message = await receive_message(ws)
+    async def _answer(ws: WebSocket) -> Message:
+        message = await ws.receive_message()
         if message.get("type", str) == "refused":
             code, reason = message.get("code", str), escape(message.get("reason", str))
             raise Refused(code, reason, retry=message.get("retry", bool))
@@ -5445,6 +5786,7 @@ class TunnelClient:
             session = Session(
                 is_server=False,
                 send_window=ready.number("window", 1, MAX_WINDOW),
+                receive_window=INITIAL_WINDOW,  # as the hello said
                 max_streams=min(MAX_STREAMS, ready.number("streams", 1, MAX_WINDOW)),
             )
             self._link = Link(session)

@@ -83,7 +83,8 @@ PROTOCOL, SIZE, FLOW = ErrorCode.PROTOCOL, ErrorCode.FRAME_SIZE, ErrorCode.FLOW_
 head, data, open_, reset, window = (
     test_session.head, test_session.data, test_session.open_, test_session.reset, test_session.window,
 )  # fmt: skip
-FULL = data(1, bytes(MAX_DATA))  # as much as a stream's window
+WINDOW = 4096  # bytes, of a stream, so small that what fills it is read in one go
+FULL = data(1, bytes(WINDOW))
 
 # What is wrong with one message, or the frame in it: name -> the message, what the error is called
 MALFORMED: dict[str, tuple[str | bytes, ErrorCode]] = {
@@ -114,7 +115,7 @@ BROKEN: dict[str, tuple[str, str | bytes, ErrorCode]] = {
     **{name: case for name, case in test_session.HOSTILE.items() if "past_window" not in name},
     "data_past_window": ("client", FULL + data(), FLOW),
     "data_past_window_with_end": ("client", FULL + data(1, b"x", END), FLOW),
-    "first_data_past_window": ("client", open_(2) + data(2, bytes(MAX_DATA)) + data(2), FLOW),
+    "first_data_past_window": ("client", open_(2) + data(2, bytes(WINDOW)) + data(2), FLOW),
     "response_past_window": ("server", head() + FULL + data(), FLOW),
     "open_without_a_head": ("client", encode_frame(FrameType.OPEN, 0, 2, bytes(6)), SIZE),
     **{f"{name}_to_the_{role}": (role, *case) for name, case in MALFORMED.items() for role in ("server", "client")},
@@ -201,7 +202,7 @@ async def honest_tunnel(*words: str, **limits: float) -> AsyncIterator[tuple[Tun
 
 async def test_a_client_that_breaks_the_protocol_is_told_so_and_cut() -> None:
     cases = {name: case[1:] for name, case in BROKEN.items() if case[0] == "server"}
-    async with honest_tunnel() as (tunnel, check):
+    async with honest_tunnel(INITIAL_WINDOW=WINDOW) as (tunnel, check):
 
         async def attack(name: str) -> None:
             message, code = cases[name]
@@ -241,14 +242,14 @@ async def test_a_client_may_say_what_was_on_its_way_when_a_stream_ended() -> Non
         await for_each(harmless, attack)
 
 
-async def test_a_message_that_is_too_long_is_the_websockets_own_error() -> None:
-    """It has a code of its own (RFC 6455 section 7.4.1); the session only loses its link."""
+async def test_a_message_that_is_too_long_breaks_the_protocol() -> None:
     async with honest_tunnel() as (tunnel, check):
         before = tunnel.server.rss()
         async with hostile_client(tunnel.port) as (peer, _):
             with contextlib.suppress(ConnectionError):
                 await peer.ws.send_bytes(encode_frame(FIRST_EXTENSION, 0, 0) * (MAX_MESSAGE // 9 + 10))
-            assert (await last_words(peer))[2] == aiohttp.WSCloseCode.MESSAGE_TOO_BIG
+            code, reason, closed_with = await last_words(peer)
+            assert (code, closed_with) == (ErrorCode.FRAME_SIZE, aiohttp.WSCloseCode.PROTOCOL_ERROR), reason
             await check()
         assert_bounded(before, tunnel.server)
 
@@ -554,7 +555,11 @@ async def silent(_: RawRequest, reader: Reader, writer: Writer) -> None:
 
 async def test_a_server_that_breaks_the_protocol_is_told_so_and_dialled_anew() -> None:
     cases = {name: case[1:] for name, case in BROKEN.items() if case[0] == "client"}
-    async with HostileServer() as server, RawOrigin(silent) as origin, dialling(server, origin.port) as client:
+    async with (
+        HostileServer() as server,
+        RawOrigin(silent) as origin,
+        dialling(server, origin.port, INITIAL_WINDOW=WINDOW) as client,
+    ):
         peer = await server.link()
         before = client.rss()
 
@@ -614,7 +619,7 @@ READIES: dict[str, tuple[dict[str, Any], str]] = {
     "resumed_that_is_text": ({"resumed": "yes"}, "'resumed' is not bool"),
     "received_less_than_nothing": ({"received": -1}, "'received' is not within"),
     "pad": ({"pad": "x" * MAX_HELLO}, "a handshake message over"),
-    "pad_past_a_message": ({"pad": "x" * 2 * MAX_MESSAGE}, "closed in the handshake"),
+    "pad_past_a_message": ({"pad": "x" * 2 * MAX_MESSAGE}, "a message over 1048576 bytes"),
 }
 AT_ONCE = {"BACKOFF_MIN": 0.01, "BACKOFF_MAX": 0.01}  # seconds between dials
 
@@ -674,11 +679,13 @@ async def test_a_fragmented_message_without_end_is_cut_and_not_kept() -> None:
     ):
         peer = await server.link()
         before = client.rss()
-        piece = 65535
-        peer.transport.write(b"\x02\x7e" + piece.to_bytes(2, "big") + bytes(piece))  # binary, not the last one
-        for _ in range(MAX_MESSAGE // piece):  # no more than it takes: a reset for what is not read eats the last word
-            peer.transport.write(b"\x00\x7e" + piece.to_bytes(2, "big") + bytes(piece))  # nor is any of these
-        assert (await last_words(peer))[2] == aiohttp.WSCloseCode.MESSAGE_TOO_BIG
+        fine = encode_frame(FIRST_EXTENSION, 0, 0, bytes(991)) * 65
+        piece = len(fine).to_bytes(2, "big") + fine
+        peer.transport.write(b"\x02\x7e" + piece)  # binary, not the last one
+        for _ in range(MAX_MESSAGE // len(fine)):  # no more than it takes: a reset eats the last word
+            peer.transport.write(b"\x00\x7e" + piece)  # nor is any of these
+        code, reason, closed_with = await last_words(peer)
+        assert (code, closed_with) == (ErrorCode.FRAME_SIZE, aiohttp.WSCloseCode.PROTOCOL_ERROR), reason
         peer.done.set()
         await server.link()
         assert_bounded(before, client, 12 * MiB)

@@ -1,41 +1,57 @@
-"""The link's own timing, with WebSockets made of queues: what happens when two things end it at once."""
+"""The link's own timing, with a transport that does nothing: what happens when two things end it at once."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
 
-import aiohttp
 import pytest
 
 import pytunnel
-from pytunnel import MAX_FIELDS, Kind, Link, RequestHead, Session, Target, TunnelRegistry
+from pytunnel import (
+    MAX_FIELDS,
+    Kind,
+    Link,
+    Opcode,
+    RequestHead,
+    Session,
+    Target,
+    TunnelRegistry,
+    WebSocket,
+    encode_message_frame,
+)
 
-CLOSED = aiohttp.WSMessage(aiohttp.WSMsgType.CLOSED, None, None)
 
-
-class FakeWebSocket:
-    """Receives what the test puts in; what is sent waits for `room`."""
+class FakeTransport(asyncio.Transport):
+    """Keeps what is written."""
 
     def __init__(self) -> None:
-        self.received: asyncio.Queue[aiohttp.WSMessage] = asyncio.Queue()
-        self.sent: list[bytes] = []
-        self.room = asyncio.Event()
-        self.room.set()
+        super().__init__()
+        self.written: list[bytes] = []
 
-    async def receive(self) -> aiohttp.WSMessage:
-        return await self.received.get()
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None: ...
+    def is_closing(self) -> bool:
+        return False
 
-    async def send_bytes(self, data: bytes) -> None:
-        await self.room.wait()
-        self.sent.append(data)
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def get_write_buffer_size(self) -> int:
+        return 1
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written.append(bytes(data))
+
+
+def websocket() -> WebSocket:
+    """A client's end."""
+    return WebSocket(FakeTransport(), asyncio.Protocol(), is_server=False)
 
 
 @pytest.mark.parametrize("turns", range(6))
 async def test_a_link_that_is_cancelled_while_it_is_given_up_can_be_detached(turns: int) -> None:
     """The server's handler is cancelled when the connection ends, also while a newer link takes over."""
     link = Link(Session(is_server=True))
-    running = asyncio.ensure_future(link.run(FakeWebSocket(), 0))
+    running = asyncio.ensure_future(link.run(websocket(), 0))
     await asyncio.sleep(0)
     link.lose("another link took over")
     for _ in range(turns):
@@ -44,8 +60,8 @@ async def test_a_link_that_is_cancelled_while_it_is_given_up_can_be_detached(tur
     await asyncio.gather(running, return_exceptions=True)
     async with asyncio.timeout(5):
         await link.detach("once more")
-        ws = FakeWebSocket()
-        ws.received.put_nowait(CLOSED)
+        ws = websocket()
+        ws.data_received(encode_message_frame(Opcode.CLOSE, b""))
         assert await link.run(ws, 0) == "the connection was closed"
 
 
@@ -63,17 +79,16 @@ async def test_an_ack_that_cannot_be_written_does_not_keep_the_loop_busy(monkeyp
     monkeypatch.setattr(session, "handle_timeout", counted)
     peer = Session(is_server=True)
     peer.resume(0, 0.0)
-    link, ws = Link(session), FakeWebSocket()
-    ws.room.clear()
+    link, ws = Link(session), websocket()
+    ws.pause_writing()
     running = asyncio.ensure_future(link.run(ws, 0))
     head = RequestHead(b"GET", b"/", []).encode()
-    for _ in range(3):  # the first one's RESET blocks the writer, the others' ACK waits behind it
+    for _ in range(3):
         peer.open_stream(0, Kind.HTTP, head, end=True)
-        ws.received.put_nowait(aiohttp.WSMessage(aiohttp.WSMsgType.BINARY, peer.data_to_send(), None))
+        ws.data_received(encode_message_frame(Opcode.BINARY, peer.data_to_send()))
         for _ in range(200):
             await asyncio.sleep(0)
     assert calls < 20
-    ws.room.set()
     link.lose("done")
     assert await running == "done"
 
