@@ -4823,7 +4823,7 @@ class TunnelServer:
         offered = [name.strip() for name in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
         keys = field_values(visitor.headers, b"sec-websocket-key")
         upgrades = visitor.method == b"GET" and visitor.upgrade == b"websocket" and len(keys) == 1
-        if not upgrades or SUBPROTOCOL not in offered:
+        if not upgrades or SUBPROTOCOL not in offered or request.headers.get("Sec-WebSocket-Version") != "13":
             raise Unserved("not-a-link")
         if self._registry.draining:
             raise Unserved("shutting-down")

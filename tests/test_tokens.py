@@ -581,13 +581,17 @@ async def test_a_link_that_takes_nothing_does_not_put_revocation_off(
     """What is queued for it could wait for WRITE_TIMEOUT, which is longer than a revoked token may last."""
     token, stuck = add(service.home, "laptop"), asyncio.Event()
 
-    async def send_bytes(*_: object) -> None:
+    whole = pytunnel.WebSocket.send
+
+    def send(ws: pytunnel.WebSocket, opcode: pytunnel.Opcode, payload: bytes) -> None:
+        if not ws._is_server:
+            return whole(ws, opcode, payload)
+        ws.pause_writing()
         stuck.set()
-        await asyncio.Event().wait()
 
     await service.admitted("laptop")
     async with service.running(1, token, "web") as client, RawVisitor(service.server.port) as visitor:
-        monkeypatch.setattr("aiohttp.web.WebSocketResponse.send_bytes", send_bytes)
+        monkeypatch.setattr(pytunnel.WebSocket, "send", send)
         await visitor.send(request("GET", b"/", f"web.localhost:{service.server.port}".encode()))
         await stuck.wait()
         service.tokens.revoke("laptop")
