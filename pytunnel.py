@@ -33,7 +33,7 @@ A link is a WebSocket at `GET /_pytunnel/link`, subprotocol `pytunnel.1`. The ha
     +----------------+---------+----------+---------------+----------------------+
 
     type        payload                                flags               counted
-    0 DATA      a chunk, at most 256 KiB               END                 yes
+    0 DATA      a chunk, at most 256 KiB               END, BLOCKED        yes
     1 HEAD      status, reason, name, value, ...       END, INTERIM        yes
     2 OPEN      tunnel index (16 bits), kind (8 bits), END                 yes
                 ms waited on the server (32 bits),
@@ -163,8 +163,8 @@ log = logging.getLogger("pytunnel")
 
 # ---- Limits and defaults --------------------------------------------------------------------------------------------
 # Every number that a peer or a visitor could push is bounded here, once, with its unit and its reason.
-# A session's worst case on either side is MAX_STREAMS x INITIAL_WINDOW of unread bodies (128 MiB), MAX_INTERIM + 1
-# heads of each of these streams, and MAX_PENDING of other frames; it takes that many stopped readers.
+# A session's worst case on either side is MAX_STREAMS x INITIAL_WINDOW + MAX_WIDENED of unread bodies (160 MiB),
+# MAX_INTERIM + 1 heads of each of these streams, and MAX_PENDING of other frames; it takes that many stopped readers.
 
 KiB = 1024
 MiB = 1024 * KiB
@@ -178,6 +178,9 @@ MAX_BATCH = 256 * KiB  # bytes that one message collects before it goes out
 MAX_FRAMES = 1000  # frames taken before others have their turn of the event loop: 5 ms, where a message may hold 80,000
 TURN = 64 * KiB  # bytes a stream sends before the next one has its turn
 INITIAL_WINDOW = 256 * KiB  # bytes of credit for a new stream (yamux uses the same)
+MAX_STREAM_WINDOW = 16 * MiB  # bytes one stream's window may grow to: 1 Gbit/s over 130 ms
+MAX_WIDENED = 32 * MiB  # bytes that the windows of a session have grown by, all together; a quarter of the initial ones
+MIN_STARVED = 0.001  # seconds without anything to read before a window counts as too small, and not the loop as busy
 MAX_WINDOW = 2**31 - 1  # bytes of credit a peer may ever add up to (RFC 9113 section 6.9.1)
 SEND_BUFFER = 64 * KiB  # bytes a stream may queue before its writer waits
 MAX_UNACKED = 8 * MiB  # bytes kept for resume; at this bound no more DATA is taken
@@ -574,6 +577,7 @@ class FrameType(enum.IntEnum):
 
 END = 0x1  # DATA, HEAD, OPEN: the sender's last frame on this stream
 INTERIM = 0x2  # HEAD: a 1xx response, another HEAD follows
+BLOCKED = 0x4  # DATA: it took the last of the sender's credit, who may have more (RFC 9000 section 4.1)
 
 FRAME_HEADER = struct.Struct(">IBI")  # length << 8 | type, flags, stream id (RFC 9113 section 4.1)
 FIRST_EXTENSION = 128  # types from here on are ignored, so that a newer peer may use them
@@ -587,7 +591,7 @@ class _Rule(NamedTuple):
 
 
 FRAME_RULES: dict[int, _Rule] = {
-    FrameType.DATA: _Rule(0, MAX_DATA, END, True),
+    FrameType.DATA: _Rule(0, MAX_DATA, END | BLOCKED, True),
     FrameType.HEAD: _Rule(1, MAX_HEAD, END | INTERIM, True),
     FrameType.OPEN: _Rule(7, MAX_HEAD, END, True),
     FrameType.RESET: _Rule(2, MAX_CONTROL, 0, True),
@@ -690,7 +694,10 @@ class FrameDecoder:
 
 # ---- Flow control ---------------------------------------------------------------------------------------------------
 # Credit arithmetic and nothing else, in bytes. The rules: (1) the receiver deducts on receipt, (2) returns credit only
-# for what its reader has consumed, in steps of half a window, (3) and refuses a byte more than it has granted.
+# for what its reader has consumed, in steps of half an initial window, (3) and refuses a byte more than it has granted.
+# A window that is too small for its path (4) doubles: that is when the sender had used up its credit, the reader all
+# that came, and time passed until there was more. It (5) shrinks by what is consumed while its reader lags half of it
+# behind, or memory is short, (6) never below its initial size. Who sends to a stopped reader gains nothing by rule 4.
 
 
 class SendWindow:
@@ -712,32 +719,56 @@ class SendWindow:
 
 
 class ReceiveWindow:
-    """What the peer may still send."""
+    """What the peer may still send. Times are seconds of any one clock."""
 
     def __init__(self, size: int) -> None:
-        self.size = self.credit = size
-        self._consumed = 0
+        self.size = self.credit = self._initial_size = size
+        self._consumed = 0  # and not granted again
+        self._is_blocked = False  # the peer, when it sent the last of what came
+        self._starved_since: float | None = None
 
     @property
     def unread(self) -> int:
         """Bytes received that no reader has consumed."""
         return self.size - self.credit - self._consumed
 
-    def receive(self, n: int) -> None:
-        """Deduct what arrived. Raises ProtocolError when it is more than was granted."""
+    @property
+    def widened(self) -> int:
+        """Bytes that the window is larger than at first."""
+        return self.size - self._initial_size
+
+    def receive(self, n: int, now: float, *, is_blocked: bool = False) -> bool:
+        """Deduct what arrived; return whether the window is too small for the path.
+
+        Raises ProtocolError when it is more than was granted.
+        """
         if n > self.credit:
             raise ProtocolError(f"{n} bytes past a window of {self.credit}", ErrorCode.FLOW_CONTROL)
         self.credit -= n
+        starved = self._starved_since is not None and now - self._starved_since >= MIN_STARVED
+        self._is_blocked, self._starved_since = is_blocked, None
+        return starved
 
-    def consume(self, n: int) -> int:
+    def consume(self, n: int, now: float, *, shrink: bool = False) -> int:
         """Note that the reader took `n` bytes; return the credit to grant now, mostly 0."""
         assert 0 <= n <= self.unread
         self._consumed += n
-        if self._consumed < self.size // 2:
+        if self._is_blocked and not self.unread:
+            self._starved_since = now
+        if self.widened and (shrink or self.unread > self.size // 2):
+            kept = min(self._consumed, self.widened)
+            self._consumed -= kept
+            self.size -= kept
+        if self._consumed < self._initial_size // 2:
             return 0
         granted, self._consumed = self._consumed, 0
         self.credit += granted
         return granted
+
+    def widen(self, n: int) -> None:
+        """Grant `n` bytes on top of what is consumed."""
+        self.size += n
+        self.credit += n
 
 
 # ---- Session --------------------------------------------------------------------------------------------------------
@@ -844,6 +875,7 @@ class Session:
         self.goaway: tuple[ErrorCode, str] | None = None  # the peer's
         self.leaving = False  # we sent a GOAWAY
         self.round_trip: float | None = None  # seconds, of the last PING
+        self.is_short_of_memory = False  # then no window is larger than at first; the caller sets it
         self.work = 0  # messages and frames that were received, for a reader who wants to be fair
         self.drained: list[int] = []  # streams whose writers may go on; the caller empties it
         self._peer_window, self._window = send_window, receive_window
@@ -935,9 +967,11 @@ class Session:
     def acknowledge_received_data(self, stream_id: int, n: int) -> int:
         """Note that the reader consumed `n` bytes of DATA; return the credit that is granted for it, mostly 0."""
         stream = self._streams.get(stream_id)
-        granted = stream.receive.consume(n) if stream else 0
+        if stream is None:
+            return 0
+        granted = stream.receive.consume(n, self._heard_at, shrink=self.is_short_of_memory)
         if granted:
-            self._credits[stream_id] = self._credits.get(stream_id, 0) + granted
+            self._grant(stream, granted)
         return granted
 
     def send_goaway(self, code: ErrorCode, reason: str) -> None:
@@ -1077,7 +1111,8 @@ class Session:
             data = stream.take(TURN)
             end = stream.ending and not stream.pending
             if data or end:
-                room -= self._count(out, encode_frame(FrameType.DATA, END if end else 0, stream.id, data))
+                flags = END if end else 0 if stream.send.credit else BLOCKED
+                room -= self._count(out, encode_frame(FrameType.DATA, flags, stream.id, data))
             if end:
                 stream.ending = False
                 self._transition(stream, Input.SEND_END)
@@ -1100,6 +1135,9 @@ class Session:
         self._unacked.append(frame)
         self._unacked_bytes += len(frame)
         return len(frame)
+
+    def _grant(self, stream: _SessionStream, credit: int) -> None:
+        self._credits[stream.id] = self._credits.get(stream.id, 0) + credit
 
     def _make_ready(self, stream: _SessionStream) -> None:
         can_send = stream.send.credit > 0 if stream.pending else stream.ending or stream.reset is not None
@@ -1179,8 +1217,19 @@ class Session:
             raise ProtocolError(f"empty DATA on stream {stream.id}")
         self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
         if frame.type == FrameType.DATA:
-            stream.receive.receive(len(frame.payload))
+            is_blocked = bool(frame.flags & BLOCKED)
+            starved = stream.receive.receive(len(frame.payload), self._heard_at, is_blocked=is_blocked)
+            if starved and not frame.flags & END:
+                self._widen(stream)
         return True
+
+    def _widen(self, stream: _SessionStream) -> None:
+        if not self.is_short_of_memory:
+            size = stream.receive.size
+            left = MAX_WIDENED - sum(stream.receive.widened for stream in self._streams.values())
+            if (more := min(size, MAX_STREAM_WINDOW - size, left)) > 0:
+                stream.receive.widen(more)
+                self._grant(stream, more)
 
     def _receive_open(self, frame: Frame) -> bool:
         if self.is_server or frame.stream_id <= self._last_id:
@@ -4606,6 +4655,9 @@ class TunnelServer:
             due = loop.time() + TICK
             await asyncio.sleep(TICK)
             self.metrics.observe_lag(max(0.0, loop.time() - due))
+            short = self._buffered().total() > MAX_BUFFERED // 2
+            for registration in self._registry.sessions.values():
+                registration.link.session.is_short_of_memory = short
             before, self._crowded = self._crowded, self._find_crowded()
             for key in self._crowded - before:
                 label = self._registry.grants[key].label if key in self._registry.grants else "revoked"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import pytunnel
 from pytunnel import (
+    BLOCKED,
     END,
     INTERIM,
     MAX_WINDOW,
@@ -33,6 +34,7 @@ MAX_ID = 2**31 - 1
 WIRE = [
     (Frame(FrameType.DATA, 0, 1, b"hi"), "000002 00 00 00000001 6869"),
     (Frame(FrameType.DATA, END, 2, b""), "000000 00 01 00000002"),
+    (Frame(FrameType.DATA, BLOCKED, 3, b"all"), "000003 00 04 00000003 616c6c"),
     (Frame(FrameType.DATA, 0, 3, bytes(256)), "000100 00 00 00000003" + "00" * 256),
     (Frame(FrameType.HEAD, 0, 3, b"200\0OK"), "000006 01 00 00000003 323030 00 4f4b"),
     (Frame(FrameType.HEAD, END, 3, b"204"), "000003 01 01 00000003 323034"),
@@ -49,7 +51,7 @@ WIRE = [
 
 # What the header of each type may say: payload from, to, flags, whether it is about a stream.
 RULES: dict[FrameType, tuple[int, int, int, bool]] = {
-    FrameType.DATA: (0, 262_144, 0x01, True),
+    FrameType.DATA: (0, 262_144, 0x05, True),
     FrameType.HEAD: (1, 65_536, 0x03, True),
     FrameType.OPEN: (7, 65_536, 0x01, True),
     FrameType.RESET: (2, 1024, 0, True),
@@ -80,7 +82,7 @@ def sliced(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
 def frames(draw: st.DrawFn) -> Frame:
     type_ = draw(st.sampled_from(FrameType))
     low, high, allowed, on_stream = RULES[type_]
-    flags = draw(st.sampled_from([bits for bits in range(4) if not bits & ~allowed]))
+    flags = draw(st.sampled_from([bits for bits in range(8) if not bits & ~allowed]))
     stream_id = draw(st.integers(1, MAX_ID)) if on_stream else 0
     return Frame(type_, flags, stream_id, draw(st.binary(min_size=low, max_size=min(high, 300))))
 
@@ -107,7 +109,7 @@ def test_rules_are_the_documented_ones() -> None:
 def test_constants_of_the_wire_format() -> None:
     """A change of one of these is a new version of the protocol."""
     assert pytunnel.FRAME_HEADER.size == HEADER
-    assert (END, INTERIM, pytunnel.FIRST_EXTENSION) == (1, 2, 128)
+    assert (END, INTERIM, BLOCKED, pytunnel.FIRST_EXTENSION) == (1, 2, 4, 128)
     assert pytunnel.MAX_STREAM_ID == MAX_WINDOW == MAX_ID
     assert (pytunnel.MAX_DATA, pytunnel.MAX_HEAD, pytunnel.MAX_CONTROL) == (262_144, 65_536, 1024)
     assert pytunnel.INITIAL_WINDOW == 262_144  # not announced: both sides have to agree
@@ -135,6 +137,8 @@ def test_limits_fit_together() -> None:
     assert pytunnel.ACK_BYTES * 2 <= pytunnel.MAX_UNACKED
     assert pytunnel.PING_INTERVAL + pytunnel.PING_TIMEOUT < 60 < pytunnel.GRACE  # 60: nginx
     assert pytunnel.INITIAL_WINDOW >= pytunnel.SEND_BUFFER
+    assert pytunnel.INITIAL_WINDOW < pytunnel.MAX_STREAM_WINDOW <= pytunnel.MAX_WIDENED
+    assert pytunnel.MAX_STREAM_WINDOW >= 2 * pytunnel.MAX_UNACKED  # it is not what limits a stream
 
 
 def test_str_is_one_line() -> None:
@@ -335,60 +339,118 @@ def test_window_may_reach_its_maximum(credit: int) -> None:
 
 def test_rule_1_deduct_on_receipt() -> None:
     window = ReceiveWindow(100)
-    window.receive(30)
+    window.receive(30, 0.0)
     assert (window.credit, window.unread) == (70, 30)
 
 
 def test_rule_2_credit_for_what_was_consumed_in_steps_of_half_a_window() -> None:
     window = ReceiveWindow(100)
-    window.receive(100)
-    assert window.consume(49) == 0
+    window.receive(100, 0.0)
+    assert window.consume(49, 0.0) == 0
     assert (window.credit, window.unread) == (0, 51)
-    assert window.consume(1) == 50
+    assert window.consume(1, 0.0) == 50
     assert (window.credit, window.unread) == (50, 50)
-    assert window.consume(50) == 50
+    assert window.consume(50, 0.0) == 50
     assert (window.credit, window.unread) == (100, 0)
 
 
 @pytest.mark.parametrize(("received", "excess"), [(0, 101), (100, 1), (60, 41)])
 def test_rule_3_refuse_a_byte_more(received: int, excess: int) -> None:
     window = ReceiveWindow(100)
-    window.receive(received)
+    window.receive(received, 0.0)
     with pytest.raises(ProtocolError) as caught:
-        window.receive(excess)
+        window.receive(excess, 0.0)
     assert caught.value.code is ErrorCode.FLOW_CONTROL
     assert window.credit == 100 - received
-    window.receive(excess - 1)  # what was granted is still taken
+    window.receive(excess - 1, 0.0)  # what was granted is still taken
+
+
+def starving(size: int = 100, seconds: float = pytunnel.MIN_STARVED) -> ReceiveWindow:
+    """A window whose reader has had nothing to read for that long, while the sender had no credit."""
+    window = ReceiveWindow(size)
+    window.receive(size, 0.0, is_blocked=True)
+    window.consume(size, 0.0)
+    assert window.receive(1, seconds) is (seconds >= pytunnel.MIN_STARVED)
+    return window
+
+
+def test_rule_4_a_window_is_too_small_when_reader_and_sender_wait_for_each_other() -> None:
+    window = starving()
+    window.widen(100)
+    assert (window.size, window.credit, window.unread, window.widened) == (200, 199, 1, 100)
+    assert not window.receive(1, 20.0), "the reader has not read what came before"
+
+
+def test_rule_4_no_window_is_too_small_where_the_wait_is_none() -> None:
+    starving(seconds=pytunnel.MIN_STARVED / 2)
+
+
+@pytest.mark.parametrize(("is_blocked", "read"), [(False, 100), (True, 99), (True, 0)])
+def test_rule_4_nothing_for_a_sender_with_credit_or_a_reader_who_lags(is_blocked: bool, read: int) -> None:
+    window = ReceiveWindow(200)
+    window.receive(100, 0.0, is_blocked=is_blocked)
+    window.consume(read, 0.0)
+    assert not window.receive(1, 60.0)
+
+
+def test_rules_5_and_6_a_window_shrinks_while_its_reader_lags() -> None:
+    window = starving()
+    window.widen(300)
+    window.consume(1, 11.0)
+    window.receive(399, 11.0)
+    assert window.consume(100, 11.0) == 0
+    assert (window.size, window.unread) == (299, 299)
+    for _ in range(3):
+        window.consume(50, 11.0)
+    assert (window.size, window.credit, window.unread) == (149, 0, 149)
+    assert window.consume(50, 11.0) == 0
+    assert (window.size, window.widened, window.unread) == (100, 0, 99)
+    assert window.consume(99, 11.0) == 100
+
+
+def test_rule_5_a_window_shrinks_when_memory_is_short() -> None:
+    window = starving()
+    window.widen(100)
+    assert window.consume(1, 11.0, shrink=True) == 0
+    assert window.size == 199
+    window.receive(198, 11.0)
+    assert window.consume(198, 11.0, shrink=True) == 99
+    assert (window.size, window.credit) == (100, 100)
 
 
 @given(st.integers(1, 5000), st.data())
 def test_credit_is_conserved(size: int, data: st.DataObject) -> None:
     """Both ends of one direction: whatever happens, credit is neither lost nor made."""
     sender, receiver = SendWindow(size), ReceiveWindow(size)
-    wire, grants, consumed, sent = 0, 0, 0, 0
+    wire, grants, consumed, sent, largest = 0, 0, 0, 0, size
     for _ in range(data.draw(st.integers(0, 30))):
-        action = data.draw(st.sampled_from(["send", "arrive", "read", "grant"]))
+        action = data.draw(st.sampled_from(["send", "arrive", "read", "grant", "widen"]))
         if action == "send":
             n = data.draw(st.integers(0, sender.credit))
             sender.take(n)
             wire, sent = wire + n, sent + n
         elif action == "arrive":
             n = data.draw(st.integers(0, wire))
-            receiver.receive(n)
+            receiver.receive(n, 0.0)
             wire -= n
         elif action == "read":
             n = data.draw(st.integers(0, receiver.unread))
-            step = receiver.consume(n)
+            step = receiver.consume(n, 0.0, shrink=data.draw(st.booleans()))
             assert step == 0 or step >= size // 2
             grants, consumed = grants + step, consumed + n
+        elif action == "widen":
+            more = data.draw(st.integers(1, 5000))
+            receiver.widen(more)
+            grants, largest = grants + more, largest + more
         elif grants:
             sender.add(grants)
             grants = 0
-        assert 0 <= sender.credit <= size and 0 <= receiver.credit <= size
-        assert 0 <= receiver.unread <= size
+        assert 0 <= sender.credit <= largest and 0 <= receiver.credit <= receiver.size
+        assert 0 <= receiver.unread <= receiver.size
+        assert size <= receiver.size <= largest
         assert receiver.credit == sender.credit + wire + grants  # what was granted and has not arrived yet
-        assert sent <= size + consumed  # nothing is sent that no reader has made room for
+        assert sent <= largest + consumed  # nothing is sent that no reader has made room for
     # When all that was sent is read, a sender without credit is never left without a grant on its way.
-    receiver.receive(wire)
-    grants += receiver.consume(receiver.unread)
+    receiver.receive(wire, 0.0)
+    grants += receiver.consume(receiver.unread, 0.0)
     assert sender.credit + grants > 0

@@ -1141,9 +1141,10 @@ class HostilePeer(RuleBasedStateMachine):
         session = self.session
         assert session.streams <= session.max_streams
         for stream in session._streams.values():
-            assert 0 <= stream.receive.unread <= SMALL
+            assert 0 <= stream.receive.unread <= stream.receive.size
             assert 0 <= stream.send.credit <= pytunnel.MAX_WINDOW
             assert stream.interims <= MAX_INTERIM
+        assert sum(stream.receive.widened for stream in session._streams.values()) <= pytunnel.MAX_WIDENED
         assert len(session._pings) <= pytunnel.MAX_PENDING_PONGS + 1
         assert set(session._credits) <= set(session._streams)
         assert session._decoder.buffered <= pytunnel.FRAME_HEADER.size + MAX_DATA

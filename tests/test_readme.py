@@ -168,8 +168,8 @@ def test_keys() -> None:
         f"{pytunnel.MAX_STREAMS} requests are open in the session, or {pytunnel.MAX_HELD} wait",
         f"| {pytunnel.MAX_HEAD // pytunnel.KiB} KiB, {pytunnel.MAX_FIELDS} fields, "
         f"{pytunnel.MAX_FIELD // pytunnel.KiB} KiB each",
-        f"at most {pytunnel.MAX_STREAMS * pytunnel.INITIAL_WINDOW // pytunnel.MiB} MiB of unread bodies "
-        f"and {pytunnel.MAX_PENDING // pytunnel.MiB} MiB of frames",
+        f"at most {(pytunnel.MAX_STREAMS * pytunnel.INITIAL_WINDOW + pytunnel.MAX_WIDENED) // pytunnel.MiB} MiB "
+        f"of unread bodies and {pytunnel.MAX_PENDING // pytunnel.MiB} MiB of frames",
         f"a stalled link holds {pytunnel.MAX_PENDING // pytunnel.MiB} MiB",
         f"| {pytunnel.MAX_BUFFERED // pytunnel.MiB} MiB, then 503",
         f"or keeps {pytunnel.MAX_BUFFERED // pytunnel.MiB} MiB",
@@ -185,7 +185,8 @@ def test_keys() -> None:
         f"{pytunnel.MAX_CREDENTIALS} users, {pytunnel.MAX_NETWORKS} networks",
         f"| {pytunnel.MAX_TUNNELS}, {pytunnel.MAX_STREAMS} at a time (`token add",
         f"turns of {pytunnel.TURN // pytunnel.KiB} KiB",
-        f"{pytunnel.INITIAL_WINDOW // pytunnel.KiB} KiB a stream",
+        f"{pytunnel.INITIAL_WINDOW // pytunnel.KiB} KiB a stream at first",
+        f"up to {pytunnel.MAX_STREAM_WINDOW // pytunnel.MiB} MiB",
         f"within {pytunnel.DIAL_TIMEOUT:g} s of starting",
         f"within {pytunnel.LOCAL_CONNECT_TIMEOUT:g} s",
         f"the last {pytunnel.MAX_EXCHANGES} exchanges, of each body the first "

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import pytunnel
 from pytunnel import (
+    BLOCKED,
     END,
     INITIAL_WINDOW,
     INTERIM,
@@ -23,7 +24,9 @@ from pytunnel import (
     MAX_INTERIM,
     MAX_PENDING,
     MAX_PENDING_PONGS,
+    MAX_STREAM_WINDOW,
     MAX_UNACKED,
+    MAX_WIDENED,
     TRANSITIONS,
     TURN,
     ErrorCode,
@@ -342,7 +345,7 @@ def test_a_sender_stops_at_the_window_and_goes_on_with_credit(size: int) -> None
     assert sum(len(frame.payload) for frame in sent(session, 10 * MAX_BATCH)) == size
     assert session.data_to_send() == b""
     session.receive_data(window(1, 4), 0.0)
-    assert [(f.flags, len(f.payload)) for f in sent(session) if f.type == FrameType.DATA] == [(0, 4)]
+    assert [(f.flags, len(f.payload)) for f in sent(session) if f.type == FrameType.DATA] == [(BLOCKED, 4)]
     session.receive_data(window(1, 100), 0.0)
     assert [(f.flags, len(f.payload)) for f in sent(session) if f.type == FrameType.DATA] == [(END, 6)]
 
@@ -403,6 +406,93 @@ def test_one_reader_who_stopped_holds_up_nobody_else() -> None:
                 if event.stream_id == quick:
                     pair.client.acknowledge_received_data(quick, len(event.payload))
     assert got == {slow: INITIAL_WINDOW, quick: 2 * INITIAL_WINDOW}
+
+
+class Download:
+    """Streams of a client over a path with a round trip, whose readers at the server keep up, or do not read at all."""
+
+    def __init__(self, streams: int, *, reads: bool, round_trip: float = 0.1) -> None:
+        self.pair, self.reads, self.round_trip = Pair(), reads, round_trip
+        self.got = dict.fromkeys((self.pair.server.open_stream(0, Kind.HTTP, REQUEST) for _ in range(streams)), 0)
+        self.pair.exchange()
+        for stream_id in self.got:
+            self.pair.client.send_head(stream_id, RESPONSE)
+            self.pair.client.send_data(stream_id, bytes(100 * 1024 * 1024))
+
+    def go_round(self) -> None:
+        """Send all that may be sent; credit and data take a round trip."""
+        while self.pair.send(self.pair.client):
+            for event in self.pair.deliver(self.pair.server):
+                if event.type == FrameType.DATA:
+                    self.got[event.stream_id] += len(event.payload)
+                    if self.reads:
+                        self.pair.server.acknowledge_received_data(event.stream_id, len(event.payload))
+        self.pair.now += self.round_trip
+        self.pair.send(self.pair.server)
+        self.pair.deliver(self.pair.client)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [stream.receive.size for stream in self.pair.server._streams.values()]
+
+
+def test_a_window_grows_on_a_long_path_while_its_reader_keeps_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytunnel, "MAX_UNACKED", 2 * MAX_STREAM_WINDOW)
+    download = Download(1, reads=True)
+    sizes = []
+    for _ in range(10):
+        download.go_round()
+        sizes += download.sizes
+    assert sizes[:4] == [INITIAL_WINDOW, 2 * INITIAL_WINDOW, 4 * INITIAL_WINDOW, 8 * INITIAL_WINDOW]
+    assert max(sizes) == MAX_STREAM_WINDOW
+
+
+@pytest.mark.parametrize(("reads", "round_trip"), [(False, 0.1), (True, pytunnel.MIN_STARVED / 2)])
+def test_no_window_grows_for_a_stopped_reader_or_on_a_short_path(reads: bool, round_trip: float) -> None:
+    download = Download(3, reads=reads, round_trip=round_trip)
+    for _ in range(10):
+        download.go_round()
+    assert download.sizes == [INITIAL_WINDOW] * 3
+    assert reads or download.got == dict.fromkeys(download.got, INITIAL_WINDOW)
+
+
+def test_windows_grow_within_the_bound_of_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytunnel, "MAX_UNACKED", 2 * MAX_WIDENED)
+    download = Download(20, reads=True)
+    for _ in range(20):
+        download.go_round()
+        assert sum(download.sizes) <= 20 * INITIAL_WINDOW + MAX_WIDENED
+    assert sum(download.sizes) == 20 * INITIAL_WINDOW + MAX_WIDENED
+    for stream_id in list(download.got)[:10]:
+        download.pair.server.send_reset(stream_id, ErrorCode.CANCEL)
+    for _ in range(20):
+        download.go_round()
+    assert sum(download.sizes) == 10 * INITIAL_WINDOW + MAX_WIDENED, "what is left goes to the others"
+
+
+def test_windows_shrink_while_memory_is_short() -> None:
+    download = Download(2, reads=True)
+    for _ in range(4):
+        download.go_round()
+    assert min(download.sizes) > INITIAL_WINDOW
+    download.pair.server.is_short_of_memory = True
+    for _ in range(4):
+        download.go_round()
+    assert download.sizes == [INITIAL_WINDOW] * 2
+
+
+def test_a_sender_who_claims_to_be_blocked_gets_no_more_than_any_other() -> None:
+    session = client_with_stream()
+    now = 0.0
+    for _ in range(2000):
+        now += 1.0
+        stream = session._streams[1]
+        session.receive_data(data(1, bytes(min(stream.receive.credit, 100_000)), BLOCKED), now)
+        session.acknowledge_received_data(1, stream.receive.unread)
+        session.receive_data(ack(session._acked + len(session._unacked)), now)
+        session.data_to_send()
+    assert stream.receive.size == MAX_STREAM_WINDOW
+    assert session.buffered < 1000
 
 
 def test_drained_names_the_writers_that_may_go_on() -> None:
@@ -940,7 +1030,7 @@ def test_hostile_peer(role: str, message: bytes, code: ErrorCode | None) -> None
         for byte in message:
             session.receive_data(bytes([byte]), 0.0)
     for stream in session._streams.values():
-        assert stream.receive.unread <= SMALL
+        assert stream.receive.unread <= stream.receive.size
 
 
 @pytest.mark.parametrize("closed_by", ["us", "peer"])
@@ -1012,7 +1102,7 @@ def test_send_reset_with_flush_sends_what_is_queued_first() -> None:
     assert session.streams == 1  # 10 bytes wait for credit
     session.receive_data(window(1, 10), 0.0)
     frames = [frame for frame in sent(session) if frame.type != FrameType.ACK]
-    assert [(f.type, f.flags) for f in frames] == [(FrameType.DATA, 0), (FrameType.RESET, 0)]
+    assert [(f.type, f.flags) for f in frames] == [(FrameType.DATA, BLOCKED), (FrameType.RESET, 0)]
     assert pytunnel.decode_reason(frames[1].payload) == (ErrorCode.LOCAL_RESET, "broke")
     assert session.streams == 0
 
@@ -1268,6 +1358,7 @@ def test_the_recorded_conversation_itself_is_fine() -> None:
 
 SCALED = {
     "TURN": 64, "SEND_BUFFER": 100, "MAX_UNACKED": 2000, "MAX_PENDING": 4000, "ACK_BYTES": 300, "MAX_BATCH": 256,
+    "MAX_STREAM_WINDOW": 1500, "MAX_WIDENED": 2000,
 }  # fmt: skip
 BLOCK = random.Random(0).randbytes(4096)
 
@@ -1291,7 +1382,7 @@ class Conversation:
     """
 
     def __init__(self, window: int, max_streams: int = 6) -> None:
-        self.window = window
+        self.window, self.largest = window, max(window, SCALED["MAX_STREAM_WINDOW"])
         self.pair = Pair(send_window=window, receive_window=window, max_streams=max_streams)
         self.halves: dict[tuple[Session, int], Half] = {}  # by who reads
         self.at_client: set[int] = set()  # streams whose OPEN has arrived
@@ -1388,7 +1479,8 @@ class Conversation:
             half.got += event.payload
             assert half.put.startswith(half.got)
             # Rules 1 to 3 seen from outside: no byte arrives that no reader has made room for.
-            assert len(half.got) - half.consumed <= self.window
+            stream = reader._streams.get(event.stream_id)
+            assert len(half.got) - half.consumed <= (stream.receive.size if stream else self.largest)
         else:
             got = self.heads_got[event.stream_id]
             got.append(event.payload)
@@ -1407,10 +1499,12 @@ class Conversation:
     def check(self) -> None:
         for session in self.sessions:
             for stream in session._streams.values():
-                assert 0 <= stream.send.credit <= self.window
-                assert 0 <= stream.receive.credit <= self.window
-                assert 0 <= stream.receive.unread <= self.window
+                assert 0 <= stream.send.credit <= self.largest
+                assert 0 <= stream.receive.credit <= stream.receive.size
+                assert 0 <= stream.receive.unread <= stream.receive.size
+                assert self.window <= stream.receive.size <= self.largest
                 assert stream.buffered == sum(map(len, stream.pending))
+            assert sum(stream.receive.widened for stream in session._streams.values()) <= SCALED["MAX_WIDENED"]
             # DATA stops at the bound; OPENs, HEADs, RESETs and WINDOWs of six streams may come on top.
             assert session._unacked_bytes == sum(map(len, session._unacked))
             others = 40 * (len(self.heads_put) + 6)
@@ -1525,6 +1619,10 @@ class TwoSessions(RuleBasedStateMachine):
     @rule()
     def link(self) -> None:
         self.talk.pair.link()
+
+    @rule(server=st.booleans())
+    def memory_gets_short_or_enough(self, server: bool) -> None:
+        self.side(server).is_short_of_memory = not self.side(server).is_short_of_memory
 
     @rule(seconds=st.sampled_from([0.05, 0.1, 5.0, 10.0, 15.0]))
     def pass_time(self, seconds: float) -> None:
