@@ -175,6 +175,7 @@ MAX_FIELDS = 128  # header fields of one head (HAProxy 101, aiohttp 128)
 MAX_CONTROL = 1 * KiB  # bytes of a RESET's or GOAWAY's payload
 MAX_MESSAGE = 1 * MiB  # bytes of one WebSocket message: a batch and the frame that reached over its limit
 MAX_BATCH = 256 * KiB  # bytes that one message collects before it goes out
+MAX_WOKEN = 8  # times that something became ready to be sent before a message goes out within the turn
 MAX_FRAMES = 1000  # frames taken before others have their turn of the event loop: 5 ms, where a message may hold 80,000
 TURN = 64 * KiB  # bytes a stream sends before the next one has its turn
 INITIAL_WINDOW = 256 * KiB  # bytes of credit for a new stream (yamux uses the same)
@@ -233,6 +234,7 @@ MAX_SKEW = 60.0  # seconds between this machine's clock and the server's before 
 EXPIRES_SOON = 7 * 86400.0  # seconds that a certificate is still good for when doctor begins to mind
 
 MAX_LINES = 1000  # lines of output that wait for a slow reader
+GATHER = 0.02  # seconds in which lines of output wait for company, after the first
 MAX_EXCHANGES = 500  # exchanges the client's log keeps
 MAX_PREFIX = 256 * KiB  # bytes of each body that are kept with them
 MAX_LOG = 32 * MiB  # bytes of heads and bodies in the log; the oldest exchanges make room
@@ -1298,10 +1300,10 @@ def check_fields(parts: list[bytes]) -> Headers:
     """Return the fields of a list of name, value, name, value, whose bytes are all allowed. Raises MessageError."""
     if len(parts) % 2 or len(parts) > 2 * MAX_FIELDS:
         raise MessageError(f"{len(parts) / 2:g} fields, MAX_FIELDS is {MAX_FIELDS}", 431)
-    names, values = b"\0".join(parts[::2]), b"\0".join(parts[1::2])
-    if (parts and not _TOKENS.fullmatch(names)) or not _FIELD_TEXT.fullmatch(values):
+    names, values = parts[::2], parts[1::2]
+    if (parts and not _TOKENS.fullmatch(b"\0".join(names))) or not _FIELD_TEXT.fullmatch(b"\0".join(values)):
         raise MessageError("a field with a byte that may not be there")
-    return list(zip(parts[::2], parts[1::2], strict=True))
+    return list(zip(names, values, strict=True))
 
 
 def field_values(headers: Headers, name: bytes) -> list[bytes]:
@@ -1316,6 +1318,8 @@ def field_tokens(headers: Headers, name: bytes) -> set[bytes]:
 
 def end_to_end(headers: Headers, *, keep_upgrade: bool = False) -> Headers:
     """Return the fields that a proxy passes on (RFC 9110 section 7.6.1), in their order."""
+    if HOP_BY_HOP.isdisjoint([name.lower() for name, _ in headers]):  # Connection is one of them
+        return headers
     drop = HOP_BY_HOP | field_tokens(headers, b"connection") - NEVER_NOMINATED
     if keep_upgrade:
         drop -= {b"upgrade"}
@@ -1458,8 +1462,7 @@ def fields_of(payload: bytes) -> Headers:
 
 
 def _wire_head(start_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    lines = [start_line, *(b"%b: %b" % pair for pair in headers), b"", b""]
-    return b"\r\n".join(lines)
+    return b"\r\n".join([start_line, *[b": ".join(pair) for pair in headers], b"", b""])
 
 
 @dataclass(slots=True)
@@ -1596,9 +1599,10 @@ class ResponseParser:
             yield
         if not self.excess.startswith(b"HTTP/1.", self._start):
             raise MessageError("not an HTTP/1 response", 502)
-        status_line, *lines = (yield from self._read_until(b"\r\n\r\n", MAX_HEAD, "response head")).split(b"\r\n")
+        text = yield from self._read_until(b"\r\n\r\n", MAX_HEAD, "response head")
+        status_line, *lines = text.split(b"\r\n")
         match = _STATUS_LINE.fullmatch(status_line)
-        if not match or any(b"\0" in line for line in lines):
+        if not match or text.find(b"\0", len(status_line)) >= 0:
             raise MessageError("not an HTTP/1 response", 502)
         parts: list[bytes] = []
         for line in lines:
@@ -2138,6 +2142,8 @@ MASK = "•••"
 
 def mask(text: str) -> str:
     """Return a target or a body with the values of parameters and JSON members that look like secrets masked."""
+    if "=" not in text and ":" not in text:  # most targets are just a path
+        return text
     return _SECRET_MEMBER.sub(rf'\1"{MASK}"', _SECRET_PARAMETER.sub(rf"\1{MASK}", text))
 
 
@@ -3587,9 +3593,11 @@ class Stream:
         self._check()
         queued = self._link.session.send_data(self.id, data, end=end)
         self.finished = end
+        full = queued > SEND_BUFFER and not end
+        if full:
+            self._writer = asyncio.get_running_loop().create_future()  # before `wake`, which may make room at once
         self._link.wake()
-        if queued > SEND_BUFFER and not end:
-            self._writer = asyncio.get_running_loop().create_future()
+        if full and self._writer:
             await self._writer
             self._check()
 
@@ -3661,6 +3669,7 @@ class Link:
         self._between_messages = True
         self._finishing = False
         self._flushing = False  # is about to
+        self._woken = 0  # how often it was said that there is something to send, since then
         self._timer: asyncio.TimerHandle  # fires early at worst
         self._stalled: asyncio.TimerHandle | None = None  # while the transport has no room
 
@@ -3746,10 +3755,17 @@ class Link:
             await self._closed.wait()
 
     def wake(self) -> None:
-        """Send what there is to send when this turn of the event loop ends."""
-        if not self._flushing and self._ws and self._ws.writable:
-            self._flushing = True
-            asyncio.get_running_loop().call_soon(self._flush)
+        """Send what there is to send when this turn of the event loop ends; at once when that has become much.
+
+        Else two ends that have a hundred requests between them would wait for each other, and not work side by side.
+        """
+        if self._ws and self._ws.writable:
+            if not self._flushing:
+                self._flushing, self._woken = True, 0
+                asyncio.get_running_loop().call_soon(self._flush)
+            self._woken += 1
+            if self._woken == MAX_WOKEN:
+                self._flush()
 
     # Called by the WebSocket
 
@@ -5146,7 +5162,8 @@ class LocalConnection(asyncio.Protocol):
         self._buffered = 0
         self._eof = False
         self._error: Exception | None = None
-        self._readable, self._writable = asyncio.Event(), asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        self._writable = asyncio.Event()
         self._writable.set()
 
     # The user's side
@@ -5163,8 +5180,8 @@ class LocalConnection(asyncio.Protocol):
                 raise ConnectionResetError(str(self._error))
             if self._eof:
                 return b""
-            self._readable.clear()
-            await self._readable.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         data = self._chunks.popleft()
         if self._buffered > READ_BUFFER >= self._buffered - len(data):
             self._transport.resume_reading()
@@ -5176,7 +5193,8 @@ class LocalConnection(asyncio.Protocol):
         if self.closed.is_set():
             raise ConnectionResetError("the local service closed the connection")
         self._transport.write(data)
-        await self._writable.wait()
+        if not self._writable.is_set():
+            await self._writable.wait()
 
     def write_eof(self) -> None:
         """Half-close, where the transport can."""
@@ -5196,17 +5214,17 @@ class LocalConnection(asyncio.Protocol):
         if self._buffered <= READ_BUFFER < self._buffered + len(data):
             self._transport.pause_reading()
         self._buffered += len(data)
-        self._readable.set()
+        _wake(self._reader)
 
     def eof_received(self) -> bool:
         self._eof = True
-        self._readable.set()
+        _wake(self._reader)
         return self._transport.can_write_eof() and not self.idle_since  # nothing more to say on an idle one: close it
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._eof, self._error = True, exc
         self.closed.set()
-        self._readable.set()
+        _wake(self._reader)
         self._writable.set()
 
     def pause_writing(self) -> None:
@@ -8081,35 +8099,50 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a disk says that may ha
 
 
 class Output(threading.Thread):
-    """Writes lines to a file descriptor, from a thread of its own: a full pipe or disk holds up nobody."""
+    """Writes lines to a file descriptor, from a thread of its own: a full pipe or disk holds up nobody.
+
+    What comes within GATHER of each other is written at once: waking a thread for each line costs what a request does.
+    """
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(daemon=True)
         self._descriptor = descriptor
-        self._lines: queue.Queue[str | None] = queue.Queue(MAX_LINES)
+        self._lines: collections.deque[str | None] = collections.deque()
+        self._ready = threading.Event()
         self.start()
 
     def write(self, line: str | None) -> None:
         """Queue a line; it is dropped when too many wait already. None is the last one."""
-        with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(line)
+        if len(self._lines) < MAX_LINES or line is None:
+            self._lines.append(line)
+        if not self._ready.is_set():
+            self._ready.set()
 
     def run(self) -> None:
         """Write until the last line, or until nobody can read any more. What a full disk does not take is lost."""
-        torn = b""
-        while (line := self._lines.get()) is not None:
-            data = torn + f"{line}\n".encode(errors="backslashreplace")
-            try:
-                while data:
-                    try:
-                        data = data[os.write(self._descriptor, data) :]
-                        torn = b"\n"  # ends a line of which a part went out
-                    except BlockingIOError:  # whoever started us has made the pipe non-blocking
-                        select.select([], [self._descriptor], [])
-                torn = b""
-            except OSError as error:
-                if error.errno not in FULL:
-                    return
+        torn = ended = False  # a part of a line went out; the last one has come
+        while not ended:
+            self._ready.wait()
+            self._ready.clear()
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            ended = None in lines
+            data = "".join(f"{line}\n" for line in lines if line is not None).encode(errors="backslashreplace")
+            if torn and data:
+                data = b"\n" + data
+            while data:
+                try:
+                    written = os.write(self._descriptor, data)
+                    torn = not data.endswith(b"\n", 0, written)
+                    data = data[written:]
+                except BlockingIOError:  # whoever started us has made the pipe non-blocking
+                    select.select([], [self._descriptor], [])
+                except OSError as error:
+                    if error.errno not in FULL:
+                        return
+                    rest = data.lstrip(b"\n").partition(b"\n")[2]
+                    data = b"\n" + rest if torn and rest else rest
+            if not ended:
+                time.sleep(GATHER)
 
     def close(self) -> None:
         """Give what is queued a moment to go out."""
