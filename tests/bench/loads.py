@@ -1,0 +1,85 @@
+"""The load, and what it shows: wrk and curl where much happens, lean sockets where they are not what is measured."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .contenders import Target
+
+_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}  # milliseconds
+
+
+@dataclass(frozen=True)
+class Wrk:
+    """What wrk reports."""
+
+    rate: float  # requests a second
+    p50: float  # milliseconds
+    p99: float
+    failed: int  # connections and requests that came to nothing, answers other than 2xx and 3xx
+
+
+def parse_wrk(text: str) -> Wrk:
+    """Read the report of `wrk --latency`. Raises ValueError when it is none."""
+    rate = re.search(r"Requests/sec: +([\d.]+)", text)
+    latency = {mark: float(value) * _UNITS[unit] for mark, value, unit in re.findall(r"(\d+)% +([\d.]+)([a-z]+)", text)}
+    if rate is None or not {"50", "99"} <= latency.keys():
+        raise ValueError(f"not a report of wrk: {text[:500]!r}")
+    errors = re.search(r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)", text)
+    refused = re.search(r"Non-2xx or 3xx responses: (\d+)", text)
+    failed = sum(map(int, errors.groups())) if errors else 0
+    return Wrk(float(rate[1]), latency["50"], latency["99"], failed + (int(refused[1]) if refused else 0))
+
+
+def run(target: Target, *words: str) -> str:
+    """Run a program on the visitors' side and return what it prints; the benchmark ends when it fails."""
+    done = subprocess.run([*target.side.prefix, *words], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(words)}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def wrk(target: Target, path: str, connections: int, seconds: float, *fields: str) -> Wrk:
+    """Requests as fast as they are answered."""
+    heads = [word for text in (f"Host: {target.authority}", *fields) for word in ("-H", text)]
+    words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "--timeout", "20s", *heads]
+    found = parse_wrk(run(target, *words, target.url(path)))
+    if found.failed:
+        sys.exit(f"error: {found.failed} requests failed: {' '.join(words)} {target.url(path)}")
+    return found
+
+
+def _curl(target: Target, path: str, *words: str) -> subprocess.Popen[str]:
+    report = "%{size_download} %{size_upload} %{time_total}"
+    head = ["curl", "-sSf", "-o", "/dev/null", "-w", report, "-H", f"Host: {target.authority}"]
+    argv = [*target.side.prefix, *head, *words, target.url(path)]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+
+
+def _finish(process: subprocess.Popen[str]) -> tuple[float, float]:
+    """Bytes and seconds, when curl is done; without the time that curl takes to start."""
+    out = process.communicate()[0]
+    if process.returncode:
+        sys.exit(f"error: {' '.join(process.args)}: exit status {process.returncode}")  # type: ignore[arg-type]
+    down, up, seconds = map(float, out.split())
+    return down + up, seconds
+
+
+def transfer(target: Target, path: str, upload: Path | None = None) -> float:
+    """MB/s of one download, or of the upload of a file."""
+    words = [] if upload is None else ["-H", "Expect:", "-T", str(upload)]
+    size, seconds = _finish(_curl(target, path, *words))
+    return size / 1e6 / seconds
+
+
+def transfers(target: Target, path: str, at_once: int) -> float:
+    """MB/s of so many downloads at a time, together, from the first one's start to the last one's end."""
+    began = time.monotonic()
+    running = [_curl(target, path) for _ in range(at_once)]
+    total = sum(_finish(process)[0] for process in running)
+    return total / 1e6 / (time.monotonic() - began)
