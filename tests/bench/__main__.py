@@ -1,27 +1,73 @@
 """Measures pytunnel beside what people use instead, on this machine and in one run; prints a Markdown table.
 
-    python tests/bench                          all rows
-    python tests/bench --short                  all rows in less than two minutes
-    python tests/bench --only small-32 upload   these rows
-    python tests/bench --pytunnel ../other/pytunnel.py --contenders ssh,pytunnel
+    python tests/bench                             all rows
+    python tests/bench --short                     all rows in less than two minutes
+    python tests/bench --only small-32 upload      these rows; a part of a name stands for all that begin with it
+    python tests/bench --only uplink --repeat 1    small requests beside a download, where an uplink is the bottleneck
+
+To judge a change of pytunnel:
+
+    python tests/bench --pytunnel ../other/pytunnel.py --contenders ssh,pytunnel --only uplink-beside
+    python tests/bench --contenders uvloop --only uplink-beside --set ACK_DELAY=0.02 --congestion cubic
 
 A cell is the median of the runs and how far they lie from it at most. The last columns tell how many times better
-than `ssh -R` something is, by the medians: 2.00 × is twice the rate, or half the time or memory.
+than `ssh -R` something is, by the medians: 2.00 × is twice the rate, or half the time or memory. All contenders run
+at the same time and are measured in turns. `straight` is the origin itself, without a tunnel; over the home uplink
+and the long path it is what a single TCP connection gets. The congestion control of those is forced on all
+connections by the route: a program that asks for another one gets EPERM.
+
+uplink-* and long-* are measured between network namespaces, which takes root.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import collections
+import contextlib
+import functools
 import os
 import platform
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[0] = str(TESTS)  # not this directory: its modules are those of a package
 sys.path.insert(1, str(TESTS.parent))
 
-from bench import contenders, report, rows  # noqa: E402
+from bench import contenders, network, report, rows  # noqa: E402
+from bench.contenders import Side  # noqa: E402
+
+Sides = Callable[[], AbstractContextManager[tuple[Side, Side]]]
+TUNNELS = ("straight", "ssh -R", "frp", "pytunnel, uvloop")  # where the network is the bottleneck, and not the program
+
+
+class Place(NamedTuple):
+    """Rows that are measured in one network."""
+
+    prefix: str  # of their labels
+    rows: dict[str, rows.Measure]
+    sides: Sides
+    contenders: Sequence[str]
+
+
+@contextlib.contextmanager
+def this_machine() -> Iterator[tuple[Side, Side]]:
+    """Both sides are here."""
+    yield Side(), Side()
+
+
+def places(congestion: Sequence[str], delay: float) -> Iterator[Place]:
+    """All of them, in the order of the table."""
+    yield Place("", rows.LOOPBACK, this_machine, tuple(contenders.CONTENDERS))
+    for name in congestion:
+        sides = functools.partial(network.uplink, name, delay)
+        yield Place(f"home uplink, {name}: ", rows.HOME_UPLINK, sides, TUNNELS)
+    for name in congestion:
+        yield Place(f"long path, {name}: ", rows.LONG, functools.partial(network.long_path, name), TUNNELS)
 
 
 def note(text: str) -> None:
@@ -29,42 +75,68 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """The command line; what is missing on this machine ends the program."""
+    names = [*rows.LOOPBACK, *rows.HOME_UPLINK, *rows.LONG]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="less of everything")
     parser.add_argument("--repeat", type=int, metavar="N", help="runs of each row; default: 5, or 2 with --short")
-    parser.add_argument("--only", nargs="+", metavar="ROW", choices=[*rows.LOOPBACK], help=", ".join(rows.LOOPBACK))
+    parser.add_argument("--only", nargs="+", metavar="ROW", default=[""], help=", ".join(names))
     parser.add_argument("--contenders", metavar="LIST", default="", help="only these, by parts of their names")
-    default = os.environ.get("BENCH_PYTUNNEL", TESTS.parent / "pytunnel.py")
-    parser.add_argument("--pytunnel", type=Path, default=default, metavar="FILE", help="of another checkout")
+    source = os.environ.get("BENCH_PYTUNNEL", TESTS.parent / "pytunnel.py")
+    parser.add_argument(
+        "--pytunnel", type=Path, default=source, metavar="FILE", help="default: $BENCH_PYTUNNEL, or ours"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="LIMIT=N", help="another number in its limits")
+    parser.add_argument(
+        "--congestion", metavar="NAME", help="bbr or cubic; default: both, as far as the kernel has them"
+    )
+    parser.add_argument("--uplink-delay", type=float, default=0.0, metavar="MS", help="of the home uplink, each way")
     options = parser.parse_args()
+    options.limits = {key: ast.literal_eval(value) for key, _, value in (text.partition("=") for text in options.set)}
+    options.names = [name for name in names if name.startswith(tuple(options.only))]
+    if not options.names:
+        parser.error(f"no such row; there are {', '.join(names)}")
     if missing := contenders.missing_packages():
-        sys.exit(f"error: programs are missing; apt-get install {' '.join(missing)}")
-    wanted = options.contenders.split(",")
-    makers = {name: make for name, make in contenders.CONTENDERS.items() if any(part in name for part in wanted)}
+        sys.exit(f"error: programs are missing: apt-get install {' '.join(missing)}")
+    if os.geteuid() and any(name not in rows.LOOPBACK for name in options.names):
+        sys.exit(f"error: network namespaces take root; without: --only {' '.join(rows.LOOPBACK)}")
+    return options
+
+
+def measure(place: Place, options: argparse.Namespace, results: report.Results) -> None:
+    """Run the chosen rows of one place."""
     sizes = rows.SHORT if options.short else rows.Sizes()
-    repeat = options.repeat or (2 if options.short else 5)
+    chosen = [name for name in place.rows if name in options.names]
+    wanted = [name for name in place.contenders if any(part in name for part in options.contenders.split(","))]
+    if not chosen:
+        return
+    with place.sides() as sides, contenders.Stage(*sides, options.pytunnel.resolve(), options.limits) as stage:
+        contenders.start_origin(stage, rows.make_files(stage.directory, sizes))
+        running = contenders.start_contenders(stage, wanted)
+        for name in chosen:
+            note(f"{place.prefix}{name}")
+            for each in [*running] * (options.repeat or (2 if options.short else 5)):
+                for value in place.rows[name](each, sizes, stage.directory):
+                    label = place.prefix + value.label
+                    results.add(each.name, label, value.unit, value.value, less=value.less)
+        if place.prefix:
+            found = collections.Counter(network.used(sides[0], sides[1].address))
+            note(f"connections between home and server: {dict(found)}")
+
+
+def main() -> None:
+    options = parse_arguments()
     results = report.Results()
-    absent: dict[str, str] = {}
-    print(f"{os.cpu_count()} CPUs, Linux {platform.release()}, {contenders.versions(options.pytunnel)}\n")
-    with contenders.Stage(pytunnel=options.pytunnel.resolve()) as stage:
-        files = rows.make_files(stage.directory, sizes)
-        contenders.start_origin(stage, files)
-        running = []
-        for name, make in makers.items():
-            started = make(stage)
-            if started is None:
-                absent[name] = "not found"
-            else:
-                running.append(contenders.wait_until_ready(stage, started))
-        for key in options.only or rows.LOOPBACK:
-            note(key)
-            for _ in range(repeat):
-                for each in running:
-                    for value in rows.LOOPBACK[key](each, sizes, stage.directory):
-                        results.add(each.name, value.label, value.unit, value.value, less=value.less)
-    judged = [name for name in makers if name.startswith(("frp", "pytunnel")) and name not in absent]
-    print(report.table(results.lines.values(), list(makers), judged, absent))
+    print(f"{os.cpu_count()} CPUs, Linux {platform.release()}, {contenders.versions(options.pytunnel)}\n", flush=True)
+    congestion = [options.congestion] if options.congestion else network.available()
+    for place in places(congestion, options.uplink_delay / 1000):
+        measure(place, options, results)
+    seen = {name for line in results.lines.values() for name in line.values}
+    columns = [name for name in contenders.CONTENDERS if name in seen or name == "frp"]
+    judged = [name for name in columns if name in seen and name.startswith(("frp", "pytunnel"))]
+    absent = {} if "frp" in seen else {"frp": "not found"}
+    print(report.table(results.lines.values(), columns, judged, absent))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
-from support import ROOT, free_port, with_limits
+from support import free_port, with_limits
 
 READY = 15.0  # seconds a contender may take until its first answer
 TOKEN = "bench-token-0123456789abcdef0123456789abcdef"
@@ -94,6 +94,7 @@ class Running:
     app: Target
     server: subprocess.Popen[bytes] | None = None  # the process that visitors meet
     client: subprocess.Popen[bytes] | None = None
+    origin: Target | None = None  # the app, from its own side
     commands: dict[str, list[str]] = field(default_factory=dict)  # to start more clients
 
     @property
@@ -104,8 +105,9 @@ class Running:
 class Stage:
     """A directory, two sides, an origin, and all processes that were started for them."""
 
-    def __init__(self, home: Side = Side(), server: Side = Side(), pytunnel: Path = ROOT / "pytunnel.py") -> None:
-        self.home, self.server, self.pytunnel = home, server, pytunnel
+    def __init__(self, home: Side, server: Side, pytunnel: Path, limits: Mapping[str, float]) -> None:
+        self.home, self.server = home, server
+        self.pytunnel, self.limits = pytunnel, limits
         self.directory = Path()
         self.files_port, self.app_port = 0, 0
         self._stack = contextlib.ExitStack()
@@ -146,7 +148,7 @@ class Stage:
         return str(path)
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     """End a process and its group, with SIGTERM where that works."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
@@ -156,6 +158,14 @@ def end(process: subprocess.Popen[bytes]) -> None:
             break
     if process.stdout:
         process.stdout.close()
+
+
+def start_contenders(stage: Stage, names: Iterable[str]) -> list[Running]:
+    """Start those that are there, and return when all of them work."""
+    made = [running for name in names if (running := CONTENDERS[name](stage))]
+    for running in made:
+        running.origin = Target(stage.home, "127.0.0.1", stage.app_port)
+    return [wait_until_ready(stage, running) for running in made]
 
 
 def wait_until_ready(stage: Stage, running: Running) -> Running:
@@ -308,7 +318,7 @@ def pytunnel(stage: Stage, loop: str) -> Running:
     All visitors come from one address here, so what one address may do is not bounded.
     """
     env = {"PYTUNNEL_TOKEN": TOKEN, "PYTUNNEL_LOOP": loop, "PYTUNNEL_STATE_DIR": str(stage.directory / loop)}
-    program = with_limits(stage.pytunnel.parent, MAX_ABORTS=MANY)
+    program = with_limits(stage.pytunnel.parent, **{"MAX_ABORTS": MANY, **stage.limits})
     words = ["serve", "--listen", f"{stage.server.listen}:0", "--json", "--max-per-address", "100000"]
     server = stage.start(stage.server, *program, *words, name=f"server-{loop}", env=env, stdout=True)
     port = int(json.loads(_line(server))["port"])

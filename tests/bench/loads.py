@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .contenders import Target
+from .contenders import Target, end
 
 _UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}  # milliseconds
 
@@ -54,11 +58,11 @@ def wrk(target: Target, path: str, connections: int, seconds: float, *fields: st
     return found
 
 
-def _curl(target: Target, path: str, *words: str) -> subprocess.Popen[str]:
+def _curl(target: Target, path: str, *words: str, into: str = "/dev/null") -> subprocess.Popen[str]:
     report = "%{size_download} %{size_upload} %{time_total}"
-    head = ["curl", "-sSf", "-o", "/dev/null", "-w", report, "-H", f"Host: {target.authority}"]
+    head = ["curl", "-sSf", "-o", into, "-w", report, "-H", f"Host: {target.authority}"]
     argv = [*target.side.prefix, *head, *words, target.url(path)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def _finish(process: subprocess.Popen[str]) -> tuple[float, float]:
@@ -83,3 +87,43 @@ def transfers(target: Target, path: str, at_once: int) -> float:
     running = [_curl(target, path) for _ in range(at_once)]
     total = sum(_finish(process)[0] for process in running)
     return total / 1e6 / (time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def downloading(target: Target, path: str, into: Path) -> Iterator[None]:
+    """A download into a file that is given up in the end."""
+    into.write_bytes(b"")
+    with _given_up(_curl(target, path, into=str(into))):
+        yield
+
+
+@contextlib.contextmanager
+def uploading(target: Target, file: Path) -> Iterator[None]:
+    """An upload that is given up in the end."""
+    with _given_up(_curl(target, "/upload", "-H", "Expect:", "-T", str(file))):
+        yield
+
+
+@contextlib.contextmanager
+def _given_up(process: subprocess.Popen[str]) -> Iterator[None]:
+    try:
+        yield
+        if process.poll() is not None:
+            sys.exit(f"error: {' '.join(process.args)}: exit status {process.returncode}, before its time")  # type: ignore[arg-type]
+    finally:
+        end(process)
+
+
+def received(origin: Target) -> int:
+    """Bytes of uploads that the origin has received so far."""
+    return int(run(origin, "curl", "-sS", origin.url("/received")))
+
+
+def requests(target: Target, path: str, seconds: float, pause: float) -> list[float]:
+    """Milliseconds of requests one after another, with a pause before each."""
+    return _visitor("requests", target, path, seconds, pause)
+
+
+def _visitor(what: str, target: Target, *arguments: object) -> Any:
+    words = [sys.executable, str(Path(__file__).with_name("visitor.py")), what, target.address, str(target.port)]
+    return json.loads(run(target, *words, target.authority, *map(str, arguments)))

@@ -2,8 +2,9 @@
 
     python tests/bench/origin.py ADDRESS PORT
 
-/empty answers at once; PUT /upload answers when the content is in; /events sends an event every 5 ms, which holds
-the time; /quiet is an event stream on which nothing happens; /ws sends back each frame of MESSAGE bytes.
+/empty answers at once; PUT /upload answers when the content is in, /received tells how much of that has come; /events
+sends an event every 5 ms, which holds the time; /quiet is an event stream on which nothing happens; /ws sends back
+each frame of MESSAGE bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 class App(asyncio.BufferedProtocol):
     """One connection. What comes is read into one buffer, which heads and frames never fill."""
+
+    received = 0  # bytes of uploads, of all connections
 
     def __init__(self) -> None:
         self._buffer = bytearray(1024 * 1024)
@@ -55,6 +58,7 @@ class App(asyncio.BufferedProtocol):
             self._request(self._kept + n)
 
     def _take(self, n: int) -> None:
+        App.received += n
         self._content -= n
         if not self._content:
             self._transport.write(HEAD)
@@ -84,6 +88,9 @@ class App(asyncio.BufferedProtocol):
             fields = b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: " + accept
             self._transport.write(b"HTTP/1.1 101 Switching Protocols\r\n" + fields + b"\r\n\r\n")
             self._websocket = True
+        elif b" /received " in head:
+            number = b"%d" % App.received
+            self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(number), number))
         else:
             self._transport.write(HEAD)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from . import loads
+from . import loads, texts
 from .contenders import Running
+from .network import LONG_PATH, UPLINK
 
 MB = 1_000_000
 
@@ -21,9 +24,15 @@ class Sizes:
     seconds: float = 3.0  # of each run of wrk
     download: int = 600 * MB
     upload: int = 300 * MB
+    beside: float = 8.0  # seconds of small requests beside a download
+    json: int = 24 * MB
+    text: int = 4 * MB  # of HTML, and of JavaScript
 
 
-SHORT = Sizes(seconds=1.0, download=200 * MB, upload=100 * MB)
+SHORT = Sizes(seconds=1.0, download=200 * MB, upload=100 * MB, beside=4.0, json=6 * MB, text=2 * MB)
+SETTLE = 2.0  # seconds until a transfer's rate counts
+PAUSE = 0.05  # seconds before each small request: so many leave a download beside them 99 % of 20 Mbit/s
+PATIENCE = 20.0  # seconds that a contender may go on sending what nobody wants any more
 
 
 class Value(NamedTuple):
@@ -36,6 +45,9 @@ class Value(NamedTuple):
 
 
 Measure = Callable[[Running, Sizes, Path], Iterator[Value]]
+
+
+# ---------------------------------------------------------------------------------------- One machine
 
 
 def _wrk(label: str, path: str, connections: int, *fields: str) -> Measure:
@@ -74,12 +86,101 @@ LOOPBACK: dict[str, Measure] = {
 }
 
 
+# ---------------------------------------------------------------------------------------- Home uplink
+
+
+def _alone(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
+    """Small requests one after another."""
+    found = loads.requests(running.files, "/small", sizes.beside / 2, PAUSE)
+    yield Value("1 KB JSON, one after another, alone: p50", "ms", statistics.median(found), True)
+
+
+def _beside(running: Running, sizes: Sizes, directory: Path) -> Iterator[Value]:
+    """Small requests one after another while a download is under way, and how much of the link that one gets."""
+    into = directory / "visitor"
+    with loads.downloading(running.files, "/large", into):
+        time.sleep(SETTLE)
+        before, began = into.stat().st_size, time.monotonic()
+        found = loads.requests(running.files, "/small", sizes.beside, PAUSE)
+        rate = (into.stat().st_size - before) * 8 / (time.monotonic() - began)
+    yield Value("1 KB JSON, one after another, beside a download: p50", "ms", statistics.median(found), True)
+    yield Value(
+        "1 KB JSON, one after another, beside a download: p90", "ms", statistics.quantiles(found, n=10)[-1], True
+    )
+    yield Value("the download meanwhile", "% of the link", 100 * rate / UPLINK)
+    _drain(running)
+
+
+def _drain(running: Running) -> None:
+    """Return when a contender has sent what it had in its buffers."""
+    deadline = time.monotonic() + PATIENCE
+    while min(loads.requests(running.files, "/small", 0.1, 0.02)) > 20.0 and time.monotonic() < deadline:
+        pass
+
+
+def _text(name: str, label: str) -> Measure:
+    """What compresses, by how much faster than the link a visitor gets it."""
+
+    def measure(running: Running, sizes: Sizes, directory: Path) -> Iterator[Value]:
+        if (directory / name).stat().st_size:
+            yield Value(label, "× the link", loads.transfer(running.files, f"/{name}") * 8e6 / UPLINK)
+
+    return measure
+
+
+HOME_UPLINK: dict[str, Measure] = {
+    "uplink-alone": _alone,
+    "uplink-beside": _beside,
+    "uplink-json": _text("answer.json", "JSON"),
+    "uplink-html": _text("page.html", "HTML"),
+    "uplink-js": _text("script.js", "JavaScript"),
+}
+
+# ---------------------------------------------------------------------------------------- Long path
+
+
+def _long_download(running: Running, sizes: Sizes, directory: Path) -> Iterator[Value]:
+    into = directory / "visitor"
+    with loads.downloading(running.files, "/large", into):
+        rate = _rate(lambda: into.stat().st_size, sizes)
+    yield Value("one download", "% of the link", 100 * rate / LONG_PATH)
+
+
+def _long_upload(running: Running, sizes: Sizes, directory: Path) -> Iterator[Value]:
+    with loads.uploading(running.app, directory / "upload"):
+        rate = _rate(lambda: loads.received(running.origin), sizes)
+    yield Value("one upload", "% of the link", 100 * rate / LONG_PATH)
+
+
+def _rate(count: Callable[[], int], sizes: Sizes) -> float:
+    """Bits a second that a growing count of bytes shows, once the transfer has found its rate."""
+    time.sleep(SETTLE)
+    before, began = count(), time.monotonic()
+    time.sleep(sizes.beside / 2)
+    return (count() - before) * 8 / (time.monotonic() - began)
+
+
+def _long_start(running: Running, sizes: Sizes, directory: Path) -> Iterator[Value]:
+    """How fast a transfer finds its rate."""
+    began = time.monotonic()
+    loads.transfer(running.files, "/10mb")
+    yield Value("10 MB, from the request on", "s", time.monotonic() - began, True)
+
+
+LONG: dict[str, Measure] = {"long-download": _long_download, "long-upload": _long_upload, "long-start": _long_start}
+
+# ---------------------------------------------------------------------------------------- Files
+
+
 def make_files(directory: Path, sizes: Sizes) -> dict[str, Path]:
-    """Write what the origin serves; random, so that nobody gains by compressing it."""
+    """Write what the origin serves. What is not text is random, so that nobody gains by compressing it."""
     block = random.Random(1).randbytes(16 * MB)
-    files = {"64k": 64 * 1024, "large": sizes.download, "quarter": sizes.download // 4, "upload": sizes.upload}
-    for name, size in files.items():
+    lengths = {"64k": 64 * 1024, "10mb": 10 * MB, "large": sizes.download, "quarter": sizes.download // 4}
+    for name, size in {**lengths, "upload": sizes.upload}.items():
         with (directory / name).open("wb") as file:
             for start in range(0, size, len(block)):
                 file.write(block[: size - start])
-    return {name: directory / name for name in files}
+    made = {"answer.json": texts.api_answer(sizes.json), "page.html": texts.page(sizes.text)}
+    for name, data in {**made, "script.js": texts.script(sizes.text)}.items():
+        (directory / name).write_bytes(data)
+    return {name: directory / name for name in (*lengths, *made, "script.js")}
