@@ -38,7 +38,7 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path[0] = str(TESTS)  # not this directory: its modules are those of a package
 sys.path.insert(1, str(TESTS.parent))
 
-from bench import contenders, network, report, rows  # noqa: E402
+from bench import contenders, loads, network, report, rows  # noqa: E402
 from bench.contenders import Side  # noqa: E402
 
 Sides = Callable[[], AbstractContextManager[tuple[Side, Side]]]
@@ -52,6 +52,7 @@ class Place(NamedTuple):
     rows: dict[str, rows.Measure]
     sides: Sides
     contenders: Sequence[str]
+    fresh: bool = False  # whether all is started anew for each run
 
 
 @contextlib.contextmanager
@@ -63,6 +64,7 @@ def this_machine() -> Iterator[tuple[Side, Side]]:
 def places(congestion: Sequence[str], delay: float) -> Iterator[Place]:
     """All of them, in the order of the table."""
     yield Place("", rows.LOOPBACK, this_machine, tuple(contenders.CONTENDERS))
+    yield Place("", rows.MEMORY, this_machine, tuple(contenders.CONTENDERS)[1:], fresh=True)
     for name in congestion:
         sides = functools.partial(network.uplink, name, delay)
         yield Place(f"home uplink, {name}: ", rows.HOME_UPLINK, sides, TUNNELS)
@@ -77,7 +79,7 @@ def note(text: str) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; what is missing on this machine ends the program."""
-    names = [*rows.LOOPBACK, *rows.HOME_UPLINK, *rows.LONG]
+    names = [*rows.LOOPBACK, *rows.MEMORY, *rows.HOME_UPLINK, *rows.LONG]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="less of everything")
     parser.add_argument("--repeat", type=int, metavar="N", help="runs of each row; default: 5, or 2 with --short")
@@ -99,27 +101,36 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"no such row; there are {', '.join(names)}")
     if missing := contenders.missing_packages():
         sys.exit(f"error: programs are missing: apt-get install {' '.join(missing)}")
-    if os.geteuid() and any(name not in rows.LOOPBACK for name in options.names):
-        sys.exit(f"error: network namespaces take root; without: --only {' '.join(rows.LOOPBACK)}")
+    if os.geteuid() and any(name in (*rows.HOME_UPLINK, *rows.LONG) for name in options.names):
+        sys.exit(f"error: network namespaces take root; without: --only {' '.join([*rows.LOOPBACK, *rows.MEMORY])}")
     return options
 
 
 def measure(place: Place, options: argparse.Namespace, results: report.Results) -> None:
     """Run the chosen rows of one place."""
+    repeat = options.repeat or (2 if options.short else 5)
+    if any(name in options.names for name in place.rows):
+        for _ in range(repeat if place.fresh else 1):
+            _measure(place, 1 if place.fresh else repeat, options, results)
+
+
+def _measure(place: Place, repeat: int, options: argparse.Namespace, results: report.Results) -> None:
+    """Start all contenders of a place, and take turns with them."""
     sizes = rows.SHORT if options.short else rows.Sizes()
-    chosen = [name for name in place.rows if name in options.names]
     wanted = [name for name in place.contenders if any(part in name for part in options.contenders.split(","))]
-    if not chosen:
-        return
     with place.sides() as sides, contenders.Stage(*sides, options.pytunnel.resolve(), options.limits) as stage:
         contenders.start_origin(stage, rows.make_files(stage.directory, sizes))
         running = contenders.start_contenders(stage, wanted)
-        for name in chosen:
+        for name in (name for name in place.rows if name in options.names):
             note(f"{place.prefix}{name}")
-            for each in [*running] * (options.repeat or (2 if options.short else 5)):
+            for each in [*running] * repeat:
                 for value in place.rows[name](each, sizes, stage.directory):
                     label = place.prefix + value.label
                     results.add(each.name, label, value.unit, value.value, less=value.less)
+        for each in running:
+            if each.is_pytunnel:
+                plain = each.files._replace(host="")
+                results.lag[each.name].update(loads.lag(plain))
         if place.prefix:
             found = collections.Counter(network.used(sides[0], sides[1].address))
             note(f"connections between home and server: {dict(found)}")
@@ -132,6 +143,9 @@ def main() -> None:
     congestion = [options.congestion] if options.congestion else network.available()
     for place in places(congestion, options.uplink_delay / 1000):
         measure(place, options, results)
+    for name, buckets in results.lag.items():
+        late = 1000 * report.quantile(buckets, 0.99)
+        results.add(name, "how late the server's event loop is during all of it: p99, at most", "ms", late, less=True)
     seen = {name for line in results.lines.values() for name in line.values}
     columns = [name for name in contenders.CONTENDERS if name in seen or name == "frp"]
     judged = [name for name in columns if name in seen and name.startswith(("frp", "pytunnel"))]

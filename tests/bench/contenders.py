@@ -20,9 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from support import free_port, with_limits
@@ -68,8 +68,7 @@ class Side:
         return "0.0.0.0" if self.prefix else "127.0.0.1"
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Where visitors get at one of the origin's two ports."""
 
     side: Side  # the visitors'
@@ -95,7 +94,7 @@ class Running:
     server: subprocess.Popen[bytes] | None = None  # the process that visitors meet
     client: subprocess.Popen[bytes] | None = None
     origin: Target | None = None  # the app, from its own side
-    commands: dict[str, list[str]] = field(default_factory=dict)  # to start more clients
+    more: Callable[[int], None] | None = None  # starts so many more idle clients
 
     @property
     def is_pytunnel(self) -> bool:
@@ -169,16 +168,21 @@ def start_contenders(stage: Stage, names: Iterable[str]) -> list[Running]:
 
 
 def wait_until_ready(stage: Stage, running: Running) -> Running:
-    """Return when both ports of the origin answer through the contender. Raises SystemExit with what it has said."""
-    for target, path in ((running.files, "/small"), (running.app, "/empty")):
-        deadline = time.monotonic() + READY
-        words = ["curl", "-sf", "-m", "5", "-o", "/dev/null", "-H", f"Host: {target.authority}", target.url(path)]
-        while subprocess.run([*target.side.prefix, *words]).returncode:
-            if time.monotonic() > deadline:
-                logs = [f"--- {path.stem}\n{stage.log(path.stem)}" for path in stage.directory.glob("*.log")]
-                sys.exit(f"error: {running.name} does not answer at {target.url(path)}\n" + "\n".join(logs))
-            time.sleep(0.05)
+    """Return when both ports of the origin answer through the contender."""
+    wait_for_answer(stage, running.files, "/small")
+    wait_for_answer(stage, running.app, "/empty")
     return running
+
+
+def wait_for_answer(stage: Stage, target: Target, path: str) -> None:
+    """Return when a request succeeds; the benchmark ends with what all programs have said when none does in time."""
+    deadline = time.monotonic() + READY
+    words = ["curl", "-sf", "-m", "5", "-o", "/dev/null", "-H", f"Host: {target.authority}", target.url(path)]
+    while subprocess.run([*target.side.prefix, *words]).returncode:
+        if time.monotonic() > deadline:
+            logs = [f"--- {path.stem}\n{stage.log(path.stem)}" for path in stage.directory.glob("*.log")]
+            sys.exit("\n".join([f"error: no answer within {READY:g} s: {' '.join(words)}", *logs]))
+        time.sleep(0.05)
 
 
 # ---------------------------------------------------------------------------------------- Origin
@@ -272,10 +276,20 @@ def ssh(stage: Stage) -> Running:
         "-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={stage.directory}/known_hosts",
         "-o", "ExitOnForwardFailure=yes", "-o", "BatchMode=yes", "-o", "ConnectionAttempts=20",
     ]  # fmt: skip
-    pairs = zip(targets, (stage.files_port, stage.app_port), strict=True)
-    forwards = [word for target, port in pairs for word in ("-R", f"127.0.0.1:{target.port}:127.0.0.1:{port}")]
-    client = stage.start(stage.home, *login, *forwards, stage.server.address, name="ssh")
-    return Running("ssh -R", *targets, server=server, client=client, commands={"login": login})
+
+    def connect(*pairs: tuple[Target, int]) -> subprocess.Popen[bytes]:
+        forwards = [word for target, port in pairs for word in ("-R", f"127.0.0.1:{target.port}:127.0.0.1:{port}")]
+        return stage.start(stage.home, *login, *forwards, stage.server.address, name="ssh")
+
+    def more(count: int) -> None:
+        made = [Target(stage.server, "127.0.0.1", free_port()) for _ in range(count)]
+        for target in made:
+            connect((target, stage.files_port))
+        for target in made:
+            wait_for_answer(stage, target, "/small")
+
+    client = connect((targets[0], stage.files_port), (targets[1], stage.app_port))
+    return Running("ssh -R", *targets, server=server, client=client, more=more)
 
 
 def frp(stage: Stage) -> Running | None:
@@ -283,28 +297,46 @@ def frp(stage: Stage) -> Running | None:
     if find("frps") is None or find("frpc") is None:
         return None
     port, visitors = free_port(), free_port()
-    hosts = {"files": "files.bench", "app": "app.bench"}
-    ports = {"files": stage.files_port, "app": stage.app_port}
-    if _frp_version() >= (0, 52):  # the first with TOML
-        server = f'bindAddr = "{stage.server.listen}"\nbindPort = {port}\nvhostHTTPPort = {visitors}\n'
-        client = f'serverAddr = "{stage.server.address}"\nserverPort = {port}\n'
-        for name in hosts:
-            client += f'[[proxies]]\nname = "{name}"\ntype = "http"\nlocalIP = "127.0.0.1"\n'
-            client += f'localPort = {ports[name]}\ncustomDomains = ["{hosts[name]}"]\n'
-        suffix = "toml"
-    else:
-        server = f"[common]\nbind_addr = {stage.server.listen}\nbind_port = {port}\nvhost_http_port = {visitors}\n"
-        client = f"[common]\nserver_addr = {stage.server.address}\nserver_port = {port}\n"
-        for name in hosts:
-            client += f"[{name}]\ntype = http\nlocal_ip = 127.0.0.1\nlocal_port = {ports[name]}\n"
-            client += f"custom_domains = {hosts[name]}\n"
-        suffix = "ini"
-    configs = [stage.write(f"{name}.{suffix}", text) for name, text in (("frps", server), ("frpc", client))]
-    frps = stage.start(stage.server, find("frps") or "", "-c", configs[0], name="frps")
+    new = _frp_version() >= (0, 52)  # the first with TOML
+    suffix = "toml" if new else "ini"
+    server = (
+        f'bindAddr = "{stage.server.listen}"\nbindPort = {port}\nvhostHTTPPort = {visitors}\n'
+        if new
+        else f"[common]\nbind_addr = {stage.server.listen}\nbind_port = {port}\nvhost_http_port = {visitors}\n"
+    )
+    config = stage.write(f"frps.{suffix}", server)
+    frps = stage.start(stage.server, find("frps") or "", "-c", config, name="frps")
     time.sleep(0.5)  # frpc gives up when its first dial is refused
-    frpc = stage.start(stage.home, find("frpc") or "", "-c", configs[1], name="frpc")
-    targets = [Target(stage.server, "127.0.0.1", visitors, hosts[name]) for name in hosts]
-    return Running("frp", *targets, server=frps, client=frpc)
+
+    def connect(name: str, tunnels: Mapping[str, int]) -> subprocess.Popen[bytes]:
+        make = _frpc_toml if new else _frpc_ini
+        config = stage.write(f"{name}.{suffix}", make(stage.server.address, port, tunnels))
+        return stage.start(stage.home, find("frpc") or "", "-c", config, name=name)
+
+    def more(count: int) -> None:
+        for number in range(count):
+            connect(f"frpc-{number}", {f"idle-{number}": stage.files_port})
+        for number in range(count):
+            wait_for_answer(stage, Target(stage.server, "127.0.0.1", visitors, f"idle-{number}.bench"), "/small")
+
+    frpc = connect("frpc", {"files": stage.files_port, "app": stage.app_port})
+    targets = [Target(stage.server, "127.0.0.1", visitors, f"{name}.bench") for name in ("files", "app")]
+    return Running("frp", *targets, server=frps, client=frpc, more=more)
+
+
+def _frpc_toml(address: str, port: int, tunnels: Mapping[str, int]) -> str:
+    text = f'serverAddr = "{address}"\nserverPort = {port}\n'
+    for name, local in tunnels.items():
+        text += f'[[proxies]]\nname = "{name}"\ntype = "http"\nlocalIP = "127.0.0.1"\n'
+        text += f'localPort = {local}\ncustomDomains = ["{name}.bench"]\n'
+    return text
+
+
+def _frpc_ini(address: str, port: int, tunnels: Mapping[str, int]) -> str:
+    text = f"[common]\nserver_addr = {address}\nserver_port = {port}\n"
+    for name, local in tunnels.items():
+        text += f"[{name}]\ntype = http\nlocal_ip = 127.0.0.1\nlocal_port = {local}\ncustom_domains = {name}.bench\n"
+    return text
 
 
 def _frp_version() -> tuple[int, ...]:
@@ -315,10 +347,10 @@ def _frp_version() -> tuple[int, ...]:
 def pytunnel(stage: Stage, loop: str) -> Running:
     """Server and client on asyncio's own loop or on uvloop.
 
-    All visitors come from one address here, so what one address may do is not bounded.
+    All visitors come from one address here, and all clients have one token, so what these may do is not bounded.
     """
     env = {"PYTUNNEL_TOKEN": TOKEN, "PYTUNNEL_LOOP": loop, "PYTUNNEL_STATE_DIR": str(stage.directory / loop)}
-    program = with_limits(stage.pytunnel.parent, **{"MAX_ABORTS": MANY, **stage.limits})
+    program = with_limits(stage.pytunnel.parent, **{"MAX_ABORTS": MANY, "MAX_NAMES": MANY, **stage.limits})
     words = ["serve", "--listen", f"{stage.server.listen}:0", "--json", "--max-per-address", "100000"]
     server = stage.start(stage.server, *program, *words, name=f"server-{loop}", env=env, stdout=True)
     port = int(json.loads(_line(server))["port"])
@@ -327,7 +359,13 @@ def pytunnel(stage: Stage, loop: str) -> Running:
     client = stage.start(stage.home, *program, *words, name=f"client-{loop}", env=env, stdout=True)
     hosts = [urlsplit(_line(client)).netloc for _ in range(2)]
     targets = [Target(stage.server, "127.0.0.1", port, host) for host in hosts]
-    return Running(f"pytunnel, {loop}", *targets, server=server, client=client, commands={"dial": [dial]})
+
+    def more(count: int) -> None:
+        words = [sys.executable, str(Path(__file__).with_name("clients.py")), str(stage.pytunnel.parent)]
+        clients = stage.start(stage.home, *words, dial, str(count), name=f"clients-{loop}", env=env, stdout=True)
+        _line(clients)
+
+    return Running(f"pytunnel, {loop}", *targets, server=server, client=client, more=more)
 
 
 def _line(process: subprocess.Popen[bytes]) -> str:

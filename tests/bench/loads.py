@@ -124,6 +124,61 @@ def requests(target: Target, path: str, seconds: float, pause: float) -> list[fl
     return _visitor("requests", target, path, seconds, pause)
 
 
+def events(target: Target, seconds: float) -> list[float]:
+    """Milliseconds from the local service's write of an event to the visitor."""
+    return _visitor("events", target, seconds)
+
+
+def websockets(target: Target, seconds: float, connections: int, in_flight: int) -> float:
+    """WebSocket messages a second, there and back, with so many under way on each connection."""
+    return _visitor("websockets", target, seconds, connections, in_flight)
+
+
+@contextlib.contextmanager
+def holding(target: Target, path: str, count: int) -> Iterator[None]:
+    """So many visitors who have read an answer's head and read no further."""
+    words = _words("hold", target, path, count)
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        if process.stdout is None or process.stdout.readline() != b"held\n":
+            sys.exit(f"error: {' '.join(words)}: exit status {process.wait()}")
+        yield
+    finally:
+        end(process)
+
+
 def _visitor(what: str, target: Target, *arguments: object) -> Any:
-    words = [sys.executable, str(Path(__file__).with_name("visitor.py")), what, target.address, str(target.port)]
-    return json.loads(run(target, *words, target.authority, *map(str, arguments)))
+    return json.loads(run(target, *_words(what, target, *arguments)[len(target.side.prefix) :]))
+
+
+def _words(what: str, target: Target, *arguments: object) -> list[str]:
+    program = [sys.executable, str(Path(__file__).with_name("visitor.py")), what]
+    return [*target.side.prefix, *program, target.address, str(target.port), target.authority, *map(str, arguments)]
+
+
+# ---------------------------------------------------------------------------------------- Processes
+
+
+def memory(pid: int) -> float:
+    """MiB of a process and all that it has started: each shared page counts as its share (PSS)."""
+    total = 0
+    for each in tree(pid):
+        with contextlib.suppress(OSError):
+            found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{each}/smaps_rollup").read_text(), re.M)
+            total += int(found[1]) if found else 0
+    return total / 1024
+
+
+def tree(pid: int) -> Iterator[int]:
+    """A process and all that it has started."""
+    yield pid
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            yield from tree(int(child))
+
+
+def lag(target: Target) -> dict[float, int]:
+    """How late the event loop of a pytunnel server was: seconds -> how often it was so late at most."""
+    text = run(target, "curl", "-sSf", target.url("/metrics"))
+    found = re.findall(r'^pytunnel_event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\d+)$', text, re.M)
+    return {float(bound): int(count) for bound, count in found}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,11 +37,18 @@ class Results:
 
     def __init__(self) -> None:
         self.lines: dict[str, Line] = {}
+        self.lag: dict[str, Counter[float]] = defaultdict(Counter)  # contender -> the histogram of its event loop
 
     def add(self, contender: str, label: str, unit: str, value: float, *, less: bool = False) -> None:
         """Note one run's value."""
         line = self.lines.setdefault(label, Line(label, unit, less))
         line.values.setdefault(contender, []).append(value)
+
+
+def quantile(buckets: Mapping[float, int], share: float) -> float:
+    """The bound below which so large a share of a histogram's samples lies."""
+    total = max(buckets.values())
+    return min(bound for bound, count in buckets.items() if count >= share * total)
 
 
 def number(value: float) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import loads, texts
-from .contenders import Running
+from .contenders import Running, Target
 from .network import LONG_PATH, UPLINK
 
 MB = 1_000_000
@@ -27,12 +27,14 @@ class Sizes:
     beside: float = 8.0  # seconds of small requests beside a download
     json: int = 24 * MB
     text: int = 4 * MB  # of HTML, and of JavaScript
+    clients: int = 1000
 
 
-SHORT = Sizes(seconds=1.0, download=200 * MB, upload=100 * MB, beside=4.0, json=6 * MB, text=2 * MB)
+SHORT = Sizes(seconds=1.0, download=200 * MB, upload=100 * MB, beside=4.0, json=6 * MB, text=2 * MB, clients=500)
 SETTLE = 2.0  # seconds until a transfer's rate counts
 PAUSE = 0.05  # seconds before each small request: so many leave a download beside them 99 % of 20 Mbit/s
-PATIENCE = 20.0  # seconds that a contender may go on sending what nobody wants any more
+PATIENCE = 20.0  # seconds that a contender may go on sending what nobody wants any more, or growing
+STEADY = 6  # looks at a process's memory, four a second, in which it may grow by 1 % to count as steady
 
 
 class Value(NamedTuple):
@@ -74,6 +76,20 @@ def _upload(running: Running, sizes: Sizes, directory: Path) -> Iterator[Value]:
     yield Value("one large upload", "MB/s", loads.transfer(running.app, "/upload", directory / "upload"))
 
 
+def _websockets(label: str, connections: int, in_flight: int) -> Measure:
+    """Small messages there and back, so many under way on each connection."""
+
+    def measure(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
+        yield Value(label, "messages/s", loads.websockets(running.app, sizes.seconds, connections, in_flight))
+
+    return measure
+
+
+def _event(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
+    found = loads.events(running.app, sizes.seconds)
+    yield Value("an event, from the local service to the visitor: p50", "ms", statistics.median(found), True)
+
+
 LOOPBACK: dict[str, Measure] = {
     "small-1": _wrk("1 KB JSON, 1 connection", "/small", 1),
     "small-32": _wrk("1 KB JSON, 32 connections", "/small", 32),
@@ -83,6 +99,76 @@ LOOPBACK: dict[str, Measure] = {
     "download": _download,
     "downloads": _downloads,
     "upload": _upload,
+    "ws-1": _websockets("WebSocket there and back, 1 connection, 64 under way", 1, 64),
+    "ws-32": _websockets("WebSocket there and back, 32 connections, 1 under way on each", 32, 1),
+    "event": _event,
+}
+
+# ---------------------------------------------------------------------------------------- Memory
+
+
+def _idle(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
+    for side, now in _memory(running).items():
+        yield Value(f"memory of the {side}, idle", "MiB", now, True)
+
+
+def _tunnels(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
+    """What a server needs for each client that does nothing: of those that are a process each, some are enough."""
+    if running.more is None:
+        return
+    count = sizes.clients if running.is_pytunnel else sizes.clients // 50
+    before = _memory(running)["server"]
+    running.more(count)
+    grown = _steady(running)["server"] - before
+    label = f"memory of the server, each idle tunnel ({sizes.clients:,} clients; else {sizes.clients // 50})"
+    yield Value(label, "KiB", grown * 1024 / count, True)
+
+
+def _streams(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
+    """What an open event stream needs on which nothing happens."""
+    yield from _grown(running, running.app, "/quiet", 200, "each of 200 open streams", "KiB", 1024 / 200)
+
+
+def _stalled(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
+    """What visitors cost who ask for 1 GiB each and read only the head."""
+    yield from _grown(
+        running, running.files, "/gib", 100, "with 100 stalled readers of 1 GiB, more than idle", "MiB", 1
+    )
+
+
+def _grown(
+    running: Running, target: Target, path: str, count: int, label: str, unit: str, scale: float
+) -> Iterator[Value]:
+    before = _memory(running)
+    with loads.holding(target, path, count):
+        after = _steady(running)
+    for side, now in after.items():
+        yield Value(f"memory of the {side}, {label}", unit, max(0.0, now - before[side]) * scale, True)
+
+
+def _memory(running: Running) -> dict[str, float]:
+    """MiB of the processes on each side."""
+    sides = {"server": running.server, "client": running.client}
+    return {side: loads.memory(process.pid) for side, process in sides.items() if process}
+
+
+def _steady(running: Running) -> dict[str, float]:
+    """The same, once it has stopped growing."""
+    deadline = time.monotonic() + PATIENCE
+    seen: list[float] = []
+    while True:
+        now = _memory(running)
+        seen.append(sum(now.values()))
+        if (len(seen) > STEADY and seen[-1] < 1.01 * seen[-STEADY]) or time.monotonic() > deadline:
+            return now
+        time.sleep(0.25)
+
+
+MEMORY: dict[str, Measure] = {
+    "mem-idle": _idle,
+    "mem-tunnels": _tunnels,
+    "mem-streams": _streams,
+    "mem-stalled": _stalled,
 }
 
 
@@ -183,4 +269,6 @@ def make_files(directory: Path, sizes: Sizes) -> dict[str, Path]:
     made = {"answer.json": texts.api_answer(sizes.json), "page.html": texts.page(sizes.text)}
     for name, data in {**made, "script.js": texts.script(sizes.text)}.items():
         (directory / name).write_bytes(data)
-    return {name: directory / name for name in (*lengths, *made, "script.js")}
+    with (directory / "gib").open("wb") as file:
+        file.truncate(2**30)
+    return {name: directory / name for name in (*lengths, *made, "script.js", "gib")}

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MODULES = (
-    "argparse asyncio collections datetime email.message http.client inspect json logging os pathlib pickle random re "
-    "shutil socket ssl statistics string subprocess tarfile tempfile threading turtle typing unittest zipfile"
-).split()
+    *("argparse", "asyncio", "collections", "datetime", "email.message", "http.client", "inspect", "json", "logging"),
+    *("os", "pathlib", "pickle", "random", "re", "shutil", "socket", "ssl", "statistics", "string", "subprocess"),
+    *("tarfile", "tempfile", "threading", "turtle", "typing", "unittest", "urllib.parse", "zipfile"),
+)
 
 
 def api_answer(size: int) -> bytes:
