@@ -29,6 +29,7 @@ import functools
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -41,6 +42,7 @@ sys.path.insert(1, str(TESTS.parent))
 from bench import contenders, loads, network, report, rows  # noqa: E402
 from bench.contenders import Side  # noqa: E402
 
+BEGAN = time.monotonic()
 Sides = Callable[[], AbstractContextManager[tuple[Side, Side]]]
 TUNNELS = ("straight", "ssh -R", "frp", "pytunnel, uvloop")  # where the network is the bottleneck, and not the program
 
@@ -73,8 +75,8 @@ def places(congestion: Sequence[str], delay: float) -> Iterator[Place]:
 
 
 def note(text: str) -> None:
-    """Tell on stderr what goes on."""
-    print(text, file=sys.stderr, flush=True)
+    """Tell on stderr what goes on, after how many seconds."""
+    print(f"{time.monotonic() - BEGAN:4.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -85,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, metavar="N", help="runs of each row; default: 5, or 2 with --short")
     parser.add_argument("--only", nargs="+", metavar="ROW", default=[""], help=", ".join(names))
     parser.add_argument("--contenders", metavar="LIST", default="", help="only these, by parts of their names")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the ratios, too")
     source = os.environ.get("BENCH_PYTUNNEL", TESTS.parent / "pytunnel.py")
     parser.add_argument(
         "--pytunnel", type=Path, default=source, metavar="FILE", help="default: $BENCH_PYTUNNEL, or ours"
@@ -151,6 +154,9 @@ def main() -> None:
     judged = [name for name in columns if name in seen and name.startswith(("frp", "pytunnel"))]
     absent = {} if "frp" in seen else {"frp": "not found"}
     print(report.table(results.lines.values(), columns, judged, absent))
+    if options.plot:
+        title = f"Times better than {report.BASE}"
+        options.plot.write_text(report.plot(results.lines.values(), judged, title), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from xml.sax.saxutils import escape
 
 BASE = "ssh -R"  # what ratios are against
 
@@ -82,3 +84,55 @@ def table(lines: Iterable[Line], contenders: Sequence[str], judged: Sequence[str
         cells = [cell(line.values[name]) if name in line.values else absent.get(name, "") for name in contenders]
         rows.append([line.label, line.unit, *cells, *(times(line.ratio(name)) for name in judged)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+# ---------------------------------------------------------------------------------------- Plot
+
+COLOURS = ("#9aa5b1", "#2f81b7", "#1f4e79")  # of what is judged, the last one strongest
+LABELS, BARS, BAR, GAP = 470, 400, 11, 12  # pixels: the labels' and the bars' width, a bar's height, between two lines
+TICKS = (0.01, 0.1, 0.25, 0.5, 1, 2, 4, 10, 100, 1000)
+
+
+def plot(lines: Iterable[Line], judged: Sequence[str], title: str) -> str:
+    """An SVG: how many times better than BASE each of `judged` is in each line, on a logarithmic scale."""
+    drawn = [line for line in lines if any(line.ratio(name) for name in judged)]
+    ratios = [ratio for line in drawn for name in judged if (ratio := line.ratio(name))]
+    low, high = min([0.5, *ratios]) / 1.6, max([2.0, *ratios]) * 1.1  # a text stands below the least
+    colours = dict(zip(judged, COLOURS[-len(judged) :] if judged else (), strict=False))
+
+    def x(ratio: float) -> float:
+        return LABELS + BARS * math.log(ratio / low) / math.log(high / low)
+
+    top, step = 62, BAR * len(judged) + GAP
+    bottom = top + step * len(drawn)
+    parts = [_text(12, 22, title, size=15, weight="bold")]
+    for number, (name, colour) in enumerate(colours.items()):
+        left = 12 + 190 * number
+        parts += [_rectangle(left, 34, 11, 11, colour), _text(left + 17, 44, name)]
+    for tick in (tick for tick in TICKS if low <= tick <= high):
+        colour = "#57606a" if tick == 1 else "#d8dee4"
+        parts.append(f'<line x1="{x(tick):.1f}" y1="{top - 4}" x2="{x(tick):.1f}" y2="{bottom}" stroke="{colour}"/>')
+        parts.append(_text(x(tick), bottom + 14, f"{tick:g} ×", anchor="middle"))
+    parts.append(_text(x(1), top - 8, BASE, anchor="middle"))
+    for row, line in enumerate(drawn):
+        y = top + step * row
+        parts.append(_text(LABELS - 12, y + step / 2 - GAP / 2 + 4, line.label, anchor="end"))
+        for number, (name, colour) in enumerate(colours.items()):
+            if (ratio := line.ratio(name)) is None:
+                continue
+            left, right = sorted((x(1), x(ratio)))
+            parts.append(_rectangle(left, y + BAR * number, max(right - left, 1), BAR - 1, colour))
+            at, anchor = (right + 4, "start") if ratio >= 1 else (left - 4, "end")
+            parts.append(_text(at, y + BAR * number + 9, times(ratio), size=9, anchor=anchor))
+    width, height = LABELS + BARS + 60, bottom + 26
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">'
+    return "\n".join([head, _rectangle(0, 0, width, height, "#ffffff"), *parts, "</svg>\n"])
+
+
+def _rectangle(x: float, y: float, width: float, height: float, colour: str) -> str:
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>'
+
+
+def _text(x: float, y: float, text: str, *, size: int = 11, anchor: str = "start", weight: str = "normal") -> str:
+    style = f'font-size="{size}" text-anchor="{anchor}" font-weight="{weight}" fill="#1f2328"'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'
