@@ -13,10 +13,11 @@ To judge a change of pytunnel:
 A cell is the median of the runs and how far they lie from it at most. The last columns tell how many times better
 than `ssh -R` something is, by the medians: 2.00 × is twice the rate, or half the time or memory. All contenders run
 at the same time and are measured in turns. `straight` is the origin itself, without a tunnel; over the home uplink
-and the long path it is what a single TCP connection gets. The congestion control of those is forced on all
-connections by the route: a program that asks for another one gets EPERM.
+and the long path it is what a single TCP connection gets.
 
-uplink-* and long-* are measured between network namespaces, which takes root.
+All is measured in network namespaces; without root the rows of one machine are measured as it is, and the others
+are not. On one machine the congestion control is cubic unless a program asks for another one. Over the home uplink and
+the long path the route forces it on all connections: a program that asks for another one gets EPERM.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import functools
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -59,19 +61,20 @@ class Place(NamedTuple):
 
 @contextlib.contextmanager
 def this_machine() -> Iterator[tuple[Side, Side]]:
-    """Both sides are here."""
-    yield Side(), Side()
+    """Both sides are here: where we may, in a network namespace that no setting of this machine touches."""
+    with network.one_machine() if os.geteuid() == 0 else contextlib.nullcontext((Side(), Side())) as sides:
+        yield sides
 
 
 def places(congestion: Sequence[str], delay: float) -> Iterator[Place]:
-    """All of them, in the order of the table."""
+    """All of them, in the order of the table. What congestion control changes little in is measured with one only."""
     yield Place("", rows.LOOPBACK, this_machine, tuple(contenders.CONTENDERS))
     yield Place("", rows.MEMORY, this_machine, tuple(contenders.CONTENDERS)[1:], fresh=True)
     for name in congestion:
-        sides = functools.partial(network.uplink, name, delay)
-        yield Place(f"home uplink, {name}: ", rows.HOME_UPLINK, sides, TUNNELS)
-    for name in congestion:
-        yield Place(f"long path, {name}: ", rows.LONG, functools.partial(network.long_path, name), TUNNELS)
+        chosen = rows.UPLINK if name != congestion[-1] else {**rows.UPLINK, **rows.TEXTS}
+        yield Place(f"home uplink, {name}: ", chosen, functools.partial(network.uplink, name, delay), TUNNELS)
+    last = congestion[-1]
+    yield Place(f"long path, {last}: ", rows.LONG, functools.partial(network.long_path, last), TUNNELS)
 
 
 def note(text: str) -> None:
@@ -81,10 +84,10 @@ def note(text: str) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; what is missing on this machine ends the program."""
-    names = [*rows.LOOPBACK, *rows.MEMORY, *rows.HOME_UPLINK, *rows.LONG]
+    names = [*rows.LOOPBACK, *rows.MEMORY, *rows.UPLINK, *rows.TEXTS, *rows.LONG]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="less of everything")
-    parser.add_argument("--repeat", type=int, metavar="N", help="runs of each row; default: 5, or 2 with --short")
+    parser.add_argument("--repeat", type=int, metavar="N", help="runs of each row; default: 3, or 1 with --short")
     parser.add_argument("--only", nargs="+", metavar="ROW", default=[""], help=", ".join(names))
     parser.add_argument("--contenders", metavar="LIST", default="", help="only these, by parts of their names")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the ratios, too")
@@ -104,30 +107,30 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"no such row; there are {', '.join(names)}")
     if missing := contenders.missing_packages():
         sys.exit(f"error: programs are missing: apt-get install {' '.join(missing)}")
-    if os.geteuid() and any(name in (*rows.HOME_UPLINK, *rows.LONG) for name in options.names):
+    if os.geteuid() and any(name in (*rows.UPLINK, *rows.TEXTS, *rows.LONG) for name in options.names):
         sys.exit(f"error: network namespaces take root; without: --only {' '.join([*rows.LOOPBACK, *rows.MEMORY])}")
     return options
 
 
-def measure(place: Place, options: argparse.Namespace, results: report.Results) -> None:
+def measure(place: Place, options: argparse.Namespace, files: Path, results: report.Results) -> None:
     """Run the chosen rows of one place."""
-    repeat = options.repeat or (2 if options.short else 5)
+    repeat = options.repeat or (1 if options.short else 3)
     if any(name in options.names for name in place.rows):
         for _ in range(repeat if place.fresh else 1):
-            _measure(place, 1 if place.fresh else repeat, options, results)
+            _measure(place, 1 if place.fresh else repeat, options, files, results)
 
 
-def _measure(place: Place, repeat: int, options: argparse.Namespace, results: report.Results) -> None:
+def _measure(place: Place, repeat: int, options: argparse.Namespace, files: Path, results: report.Results) -> None:
     """Start all contenders of a place, and take turns with them."""
     sizes = rows.SHORT if options.short else rows.Sizes()
     wanted = [name for name in place.contenders if any(part in name for part in options.contenders.split(","))]
     with place.sides() as sides, contenders.Stage(*sides, options.pytunnel.resolve(), options.limits) as stage:
-        contenders.start_origin(stage, rows.make_files(stage.directory, sizes))
+        contenders.start_origin(stage, files)
         running = contenders.start_contenders(stage, wanted)
         for name in (name for name in place.rows if name in options.names):
             note(f"{place.prefix}{name}")
             for each in [*running] * repeat:
-                for value in place.rows[name](each, sizes, stage.directory):
+                for value in place.rows[name](each, sizes, files):
                     label = place.prefix + value.label
                     results.add(each.name, label, value.unit, value.value, less=value.less)
         for each in running:
@@ -144,8 +147,10 @@ def main() -> None:
     results = report.Results()
     print(f"{os.cpu_count()} CPUs, Linux {platform.release()}, {contenders.versions(options.pytunnel)}\n", flush=True)
     congestion = [options.congestion] if options.congestion else network.available()
-    for place in places(congestion, options.uplink_delay / 1000):
-        measure(place, options, results)
+    with tempfile.TemporaryDirectory(prefix="bench-files-") as directory:
+        rows.make_files(Path(directory), rows.SHORT if options.short else rows.Sizes())
+        for place in places(congestion, options.uplink_delay / 1000):
+            measure(place, options, Path(directory), results)
     for name, buckets in results.lag.items():
         late = 1000 * report.quantile(buckets, 0.99)
         results.add(name, "how late the server's event loop is during all of it: p99, at most", "ms", late, less=True)

@@ -215,13 +215,12 @@ def small_json() -> str:
     return text[:-1] + ', "fill": "' + "x" * (1024 - len(text) - 12) + '"}'
 
 
-def start_origin(stage: Stage, files: Mapping[str, Path]) -> None:
-    """Start what all contenders forward to: nginx with `files` (name -> file), and the app of `origin`."""
+def start_origin(stage: Stage, files: Path) -> None:
+    """Start what all contenders forward to: nginx with a directory of files, and the app of `origin`."""
     stage.files_port, stage.app_port = free_port(), free_port()
-    places = "".join(f"location = /{name} {{ alias {path}; }} " for name, path in files.items())
     small = f"location = /small {{ default_type application/json; return 200 '{small_json()}'; }}"
     listen = f"listen {stage.home.listen}:{stage.files_port} backlog=4096;"
-    _start_nginx(stage, stage.home, "origin", f"server {{ {listen} {small} {places} }}")
+    _start_nginx(stage, stage.home, "origin", f"server {{ {listen} {small} root {files}; }}")
     app = str(Path(__file__).with_name("origin.py"))
     stage.start(stage.home, sys.executable, app, stage.home.listen, str(stage.app_port), name="app")
 

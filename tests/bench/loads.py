@@ -48,10 +48,10 @@ def run(target: Target, *words: str) -> str:
     return done.stdout
 
 
-def wrk(target: Target, path: str, connections: int, seconds: float, *fields: str) -> Wrk:
+def wrk(target: Target, path: str, connections: int, seconds: int, *fields: str) -> Wrk:
     """Requests as fast as they are answered."""
     heads = [word for text in (f"Host: {target.authority}", *fields) for word in ("-H", text)]
-    words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "--timeout", "20s", *heads]
+    words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "20s", *heads]
     found = parse_wrk(run(target, *words, target.url(path)))
     if found.failed:
         sys.exit(f"error: {found.failed} requests failed: {' '.join(words)} {target.url(path)}")

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from . import loads, texts
+from . import loads, network, texts
 from .contenders import Running, Target
-from .network import LONG_PATH, UPLINK
 
 MB = 1_000_000
 
@@ -21,17 +20,19 @@ MB = 1_000_000
 class Sizes:
     """How much of everything, in the full mode."""
 
-    seconds: float = 3.0  # of each run of wrk
+    seconds: int = 2  # of each run of wrk, which knows whole seconds only, and of WebSockets and events
     download: int = 600 * MB
     upload: int = 300 * MB
+    settle: float = 2.0  # seconds until a transfer's rate counts
     beside: float = 8.0  # seconds of small requests beside a download
-    json: int = 24 * MB
+    json: int = 21 * MB
     text: int = 4 * MB  # of HTML, and of JavaScript
     clients: int = 1000
 
 
-SHORT = Sizes(seconds=1.0, download=200 * MB, upload=100 * MB, beside=4.0, json=6 * MB, text=2 * MB, clients=500)
-SETTLE = 2.0  # seconds until a transfer's rate counts
+SHORT = Sizes(
+    seconds=1, download=200 * MB, upload=100 * MB, settle=1.0, beside=3.0, json=4 * MB, text=1 * MB, clients=500
+)
 PAUSE = 0.05  # seconds before each small request: so many leave a download beside them 99 % of 20 Mbit/s
 PATIENCE = 20.0  # seconds that a contender may go on sending what nobody wants any more, or growing
 STEADY = 6  # looks at a process's memory, four a second, in which it may grow by 1 % to count as steady
@@ -185,7 +186,7 @@ def _beside(running: Running, sizes: Sizes, directory: Path) -> Iterator[Value]:
     """Small requests one after another while a download is under way, and how much of the link that one gets."""
     into = directory / "visitor"
     with loads.downloading(running.files, "/large", into):
-        time.sleep(SETTLE)
+        time.sleep(sizes.settle)
         before, began = into.stat().st_size, time.monotonic()
         found = loads.requests(running.files, "/small", sizes.beside, PAUSE)
         rate = (into.stat().st_size - before) * 8 / (time.monotonic() - began)
@@ -193,7 +194,7 @@ def _beside(running: Running, sizes: Sizes, directory: Path) -> Iterator[Value]:
     yield Value(
         "1 KB JSON, one after another, beside a download: p90", "ms", statistics.quantiles(found, n=10)[-1], True
     )
-    yield Value("the download meanwhile", "% of the link", 100 * rate / UPLINK)
+    yield Value("the download meanwhile", "% of the link", 100 * rate / network.UPLINK)
     _drain(running)
 
 
@@ -209,14 +210,13 @@ def _text(name: str, label: str) -> Measure:
 
     def measure(running: Running, sizes: Sizes, directory: Path) -> Iterator[Value]:
         if (directory / name).stat().st_size:
-            yield Value(label, "× the link", loads.transfer(running.files, f"/{name}") * 8e6 / UPLINK)
+            yield Value(label, "× the link", loads.transfer(running.files, f"/{name}") * 8e6 / network.UPLINK)
 
     return measure
 
 
-HOME_UPLINK: dict[str, Measure] = {
-    "uplink-alone": _alone,
-    "uplink-beside": _beside,
+UPLINK: dict[str, Measure] = {"uplink-alone": _alone, "uplink-beside": _beside}
+TEXTS: dict[str, Measure] = {
     "uplink-json": _text("answer.json", "JSON"),
     "uplink-html": _text("page.html", "HTML"),
     "uplink-js": _text("script.js", "JavaScript"),
@@ -229,18 +229,18 @@ def _long_download(running: Running, sizes: Sizes, directory: Path) -> Iterator[
     into = directory / "visitor"
     with loads.downloading(running.files, "/large", into):
         rate = _rate(lambda: into.stat().st_size, sizes)
-    yield Value("one download", "% of the link", 100 * rate / LONG_PATH)
+    yield Value("one download", "% of the link", 100 * rate / network.LONG_PATH)
 
 
 def _long_upload(running: Running, sizes: Sizes, directory: Path) -> Iterator[Value]:
     with loads.uploading(running.app, directory / "upload"):
         rate = _rate(lambda: loads.received(running.origin), sizes)
-    yield Value("one upload", "% of the link", 100 * rate / LONG_PATH)
+    yield Value("one upload", "% of the link", 100 * rate / network.LONG_PATH)
 
 
 def _rate(count: Callable[[], int], sizes: Sizes) -> float:
     """Bits a second that a growing count of bytes shows, once the transfer has found its rate."""
-    time.sleep(SETTLE)
+    time.sleep(sizes.settle)
     before, began = count(), time.monotonic()
     time.sleep(sizes.beside / 2)
     return (count() - before) * 8 / (time.monotonic() - began)
@@ -258,7 +258,7 @@ LONG: dict[str, Measure] = {"long-download": _long_download, "long-upload": _lon
 # ---------------------------------------------------------------------------------------- Files
 
 
-def make_files(directory: Path, sizes: Sizes) -> dict[str, Path]:
+def make_files(directory: Path, sizes: Sizes) -> None:
     """Write what the origin serves. What is not text is random, so that nobody gains by compressing it."""
     block = random.Random(1).randbytes(16 * MB)
     lengths = {"64k": 64 * 1024, "10mb": 10 * MB, "large": sizes.download, "quarter": sizes.download // 4}
@@ -266,9 +266,8 @@ def make_files(directory: Path, sizes: Sizes) -> dict[str, Path]:
         with (directory / name).open("wb") as file:
             for start in range(0, size, len(block)):
                 file.write(block[: size - start])
-    made = {"answer.json": texts.api_answer(sizes.json), "page.html": texts.page(sizes.text)}
-    for name, data in {**made, "script.js": texts.script(sizes.text)}.items():
-        (directory / name).write_bytes(data)
     with (directory / "gib").open("wb") as file:
         file.truncate(2**30)
-    return {name: directory / name for name in (*lengths, *made, "script.js", "gib")}
+    (directory / "answer.json").write_bytes(texts.api_answer(sizes.json))
+    (directory / "page.html").write_bytes(texts.page(sizes.text))
+    (directory / "script.js").write_bytes(texts.script(sizes.text))
