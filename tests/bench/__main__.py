@@ -146,7 +146,7 @@ def main() -> None:
     options = parse_arguments()
     results = report.Results()
     print(f"{os.cpu_count()} CPUs, Linux {platform.release()}, {contenders.versions(options.pytunnel)}\n", flush=True)
-    congestion = [options.congestion] if options.congestion else network.available()
+    congestion = [options.congestion] if options.congestion else network.available()[-1 if options.short else 0 :]
     with tempfile.TemporaryDirectory(prefix="bench-files-") as directory:
         rows.make_files(Path(directory), rows.SHORT if options.short else rows.Sizes())
         for place in places(congestion, options.uplink_delay / 1000):

@@ -20,7 +20,7 @@ MB = 1_000_000
 class Sizes:
     """How much of everything, in the full mode."""
 
-    seconds: int = 2  # of each run of wrk, which knows whole seconds only, and of WebSockets and events
+    seconds: int = 2  # of each run of wrk, which knows whole seconds only; of WebSockets and events half of it
     download: int = 600 * MB
     upload: int = 300 * MB
     settle: float = 2.0  # seconds until a transfer's rate counts
@@ -31,11 +31,11 @@ class Sizes:
 
 
 SHORT = Sizes(
-    seconds=1, download=200 * MB, upload=100 * MB, settle=1.0, beside=3.0, json=4 * MB, text=1 * MB, clients=500
+    seconds=1, download=200 * MB, upload=100 * MB, settle=1.0, beside=3.0, json=4 * MB, text=1 * MB, clients=250
 )
 PAUSE = 0.05  # seconds before each small request: so many leave a download beside them 99 % of 20 Mbit/s
 PATIENCE = 20.0  # seconds that a contender may go on sending what nobody wants any more, or growing
-STEADY = 6  # looks at a process's memory, four a second, in which it may grow by 1 % to count as steady
+STEADY, LOOK = 6, 0.15  # looks, and seconds between two, in which memory may grow by 1 % to count as steady
 
 
 class Value(NamedTuple):
@@ -81,13 +81,13 @@ def _websockets(label: str, connections: int, in_flight: int) -> Measure:
     """Small messages there and back, so many under way on each connection."""
 
     def measure(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
-        yield Value(label, "messages/s", loads.websockets(running.app, sizes.seconds, connections, in_flight))
+        yield Value(label, "messages/s", loads.websockets(running.app, sizes.seconds / 2, connections, in_flight))
 
     return measure
 
 
 def _event(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
-    found = loads.events(running.app, sizes.seconds)
+    found = loads.events(running.app, sizes.seconds / 2)
     yield Value("an event, from the local service to the visitor: p50", "ms", statistics.median(found), True)
 
 
@@ -162,7 +162,7 @@ def _steady(running: Running) -> dict[str, float]:
         seen.append(sum(now.values()))
         if (len(seen) > STEADY and seen[-1] < 1.01 * seen[-STEADY]) or time.monotonic() > deadline:
             return now
-        time.sleep(0.25)
+        time.sleep(LOOK)
 
 
 MEMORY: dict[str, Measure] = {
