@@ -29,6 +29,7 @@ import contextlib
 import functools
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -46,6 +47,7 @@ from bench.contenders import Side  # noqa: E402
 
 BEGAN = time.monotonic()
 Sides = Callable[[], AbstractContextManager[tuple[Side, Side]]]
+HERE = tuple(name for name in contenders.CONTENDERS if name != "ssh -C -R")
 TUNNELS = ("straight", "ssh -R", "frp", "pytunnel, uvloop")  # where the network is the bottleneck, and not the program
 
 
@@ -68,12 +70,13 @@ def this_machine() -> Iterator[tuple[Side, Side]]:
 
 def places(congestion: Sequence[str], delay: float) -> Iterator[Place]:
     """All of them, in the order of the table. What congestion control changes little in is measured with one only."""
-    yield Place("", rows.LOOPBACK, this_machine, tuple(contenders.CONTENDERS))
-    yield Place("", rows.MEMORY, this_machine, tuple(contenders.CONTENDERS)[1:], fresh=True)
+    yield Place("", rows.LOOPBACK, this_machine, HERE)
+    yield Place("", rows.MEMORY, this_machine, HERE[1:], fresh=True)
     for name in congestion:
-        chosen = rows.UPLINK if name != congestion[-1] else {**rows.UPLINK, **rows.TEXTS}
-        yield Place(f"home uplink, {name}: ", chosen, functools.partial(network.uplink, name, delay), TUNNELS)
+        yield Place(f"home uplink, {name}: ", rows.UPLINK, functools.partial(network.uplink, name, delay), TUNNELS)
     last = congestion[-1]
+    compressing = (*TUNNELS, "ssh -C -R")
+    yield Place(f"home uplink, {last}: ", rows.TEXTS, functools.partial(network.uplink, last, delay), compressing)
     yield Place(f"long path, {last}: ", rows.LONG, functools.partial(network.long_path, last), TUNNELS)
 
 
@@ -96,9 +99,7 @@ def parse_arguments() -> argparse.Namespace:
         "--pytunnel", type=Path, default=source, metavar="FILE", help="default: $BENCH_PYTUNNEL, or ours"
     )
     parser.add_argument("--set", action="append", default=[], metavar="LIMIT=N", help="another number in its limits")
-    parser.add_argument(
-        "--congestion", metavar="NAME", help="bbr or cubic; default: both, as far as the kernel has them"
-    )
+    parser.add_argument("--congestion", metavar="NAME", help="bbr or cubic; default: both, or cubic with --short")
     parser.add_argument("--uplink-delay", type=float, default=0.0, metavar="MS", help="of the home uplink, each way")
     options = parser.parse_args()
     options.limits = {key: ast.literal_eval(value) for key, _, value in (text.partition("=") for text in options.set)}
@@ -143,6 +144,7 @@ def _measure(place: Place, repeat: int, options: argparse.Namespace, files: Path
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: ended by SIGTERM"))  # not without what was started
     options = parse_arguments()
     results = report.Results()
     print(f"{os.cpu_count()} CPUs, Linux {platform.release()}, {contenders.versions(options.pytunnel)}\n", flush=True)

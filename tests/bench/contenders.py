@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -148,15 +148,27 @@ class Stage:
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """End a process and its group, with SIGTERM where that works."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    """End a process with SIGTERM, where that works, and all that it has started."""
+    left = list(tree(process.pid))
+    process.terminate()
+    try:
+        process.wait(3.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    for pid in left[1:]:  # like a session of sshd, which waits for a client that is gone
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(3.0)
-            break
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
     if process.stdout:
         process.stdout.close()
+
+
+def tree(pid: int) -> Iterator[int]:
+    """A process and all that it has started."""
+    yield pid
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            yield from tree(int(child))
 
 
 def start_contenders(stage: Stage, names: Iterable[str]) -> list[Running]:
@@ -254,25 +266,28 @@ def nginx(stage: Stage) -> Running:
     return Running("nginx", *targets, server=_start_nginx(stage, stage.server, "nginx", content))
 
 
-def ssh(stage: Stage) -> Running:
+def ssh(stage: Stage, *options: str) -> Running:
     """`ssh -R` with a daemon of our own: keys, configuration and port are nobody else's."""
+    title = " ".join(["ssh", *options, "-R"])
+    place = stage.directory / title.replace(" ", "")
+    place.mkdir()
     for name in ("host", "user"):
-        key = str(stage.directory / f"{name}_key")
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(place / f"{name}_key")]
+        subprocess.run(words, check=True)
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where a daemon that root starts locks itself up
     port = free_port()
     lines = [
-        f"Port {port}", f"ListenAddress {stage.server.listen}", f"HostKey {stage.directory}/host_key",
-        f"AuthorizedKeysFile {stage.directory}/user_key.pub", "UsePAM no", "StrictModes no", "PermitRootLogin yes",
+        f"Port {port}", f"ListenAddress {stage.server.listen}", f"HostKey {place}/host_key",
+        f"AuthorizedKeysFile {place}/user_key.pub", "UsePAM no", "StrictModes no", "PermitRootLogin yes",
         "PasswordAuthentication no", "PidFile none", "MaxStartups 1000", "AllowTcpForwarding yes",
     ]  # fmt: skip
-    config = stage.write("sshd_config", "\n".join(lines) + "\n")
+    config = stage.write(f"{place.name}/config", "\n".join(lines) + "\n")
     server = stage.start(stage.server, find("sshd") or "", "-D", "-e", "-f", config, name="sshd")
     targets = [Target(stage.server, "127.0.0.1", free_port()) for _ in range(2)]
     login = [
-        "ssh", "-N", "-F", "/dev/null", "-i", f"{stage.directory}/user_key", "-p", str(port),
-        "-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={stage.directory}/known_hosts",
+        "ssh", *options, "-N", "-F", "/dev/null", "-i", f"{place}/user_key", "-p", str(port),
+        "-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={place}/known_hosts",
         "-o", "ExitOnForwardFailure=yes", "-o", "BatchMode=yes", "-o", "ConnectionAttempts=20",
     ]  # fmt: skip
 
@@ -288,7 +303,7 @@ def ssh(stage: Stage) -> Running:
             wait_for_answer(stage, target, "/small")
 
     client = connect((targets[0], stage.files_port), (targets[1], stage.app_port))
-    return Running("ssh -R", *targets, server=server, client=client, more=more)
+    return Running(title, *targets, server=server, client=client, more=more)
 
 
 def frp(stage: Stage) -> Running | None:
@@ -380,6 +395,7 @@ CONTENDERS: dict[str, Callable[[Stage], Running | None]] = {
     "straight": straight,
     "nginx": nginx,
     "ssh -R": ssh,
+    "ssh -C -R": lambda stage: ssh(stage, "-C"),
     "frp": frp,
     "pytunnel, asyncio": lambda stage: pytunnel(stage, "asyncio"),
     "pytunnel, uvloop": lambda stage: pytunnel(stage, "uvloop"),

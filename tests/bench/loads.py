@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .contenders import Target, end
+from .contenders import Target, end, tree
 
 _UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}  # milliseconds
 
@@ -167,14 +167,6 @@ def memory(pid: int) -> float:
             found = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{each}/smaps_rollup").read_text(), re.M)
             total += int(found[1]) if found else 0
     return total / 1024
-
-
-def tree(pid: int) -> Iterator[int]:
-    """A process and all that it has started."""
-    yield pid
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            yield from tree(int(child))
 
 
 def lag(target: Target) -> dict[float, int]:
