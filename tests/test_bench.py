@@ -5,12 +5,19 @@ from __future__ import annotations
 import configparser
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from bench import contenders, loads, origin, report, router, texts
+from bench import contenders, loads, origin, report, router, rows, texts
+
+BENCH = Path(report.__file__).parent
 
 WRK = """\
 Running 1s test @ http://127.0.0.1:8080/small
@@ -27,11 +34,46 @@ Running 1s test @ http://127.0.0.1:8080/small
 """
 RATE = "Requests/sec:  74575.93\nTransfer/sec:     84.27MB\n"
 
+# ---------------------------------------------------------------------------------------- Command
+
+
+def run(*args: str, path: str) -> subprocess.CompletedProcess[str]:
+    """Run the benchmark's command with that PATH."""
+    env = {"PATH": path, "COLUMNS": "1000"}
+    return subprocess.run([sys.executable, str(BENCH), *args], capture_output=True, text=True, env=env)
+
+
+def test_the_help_names_every_row() -> None:
+    text = run("--help", path=os.environ["PATH"]).stdout
+    for name in (*rows.LOOPBACK, *rows.MEMORY, *rows.UPLINK, *rows.TEXTS, *rows.LONG):
+        assert f"{name}," in text or f"{name}\n" in text, name
+
+
+def test_it_says_in_one_line_which_packages_are_missing() -> None:
+    done = run("--short", path="/nonexistent")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.fullmatch(r"error: programs are missing: apt-get install [a-z2 -]*curl [a-z2 -]*wrk\n", done.stderr)
+
+
+def test_a_row_that_is_not_there_is_an_error() -> None:
+    done = run("--only", "nothing", path=os.environ["PATH"])
+    assert done.returncode == 2
+    assert "no such row; there are small-1, " in done.stderr
+
+
 # ---------------------------------------------------------------------------------------- Load
 
 
 def test_the_report_of_wrk_is_read() -> None:
     assert loads.parse_wrk(WRK + RATE) == loads.Wrk(74575.93, 0.371, 1500.0, 0)
+
+
+@pytest.mark.parametrize(
+    "said, milliseconds", [("12.31ms", 12.31), ("900.00us", 0.9), ("2.00s", 2000.0), ("1.10m", 66e3)]
+)
+def test_the_times_of_wrk_have_units(said: str, milliseconds: float) -> None:
+    assert loads.parse_wrk(WRK.replace("1.50s", said) + RATE).p99 == pytest.approx(milliseconds)
 
 
 def test_what_wrk_failed_at_is_counted() -> None:
