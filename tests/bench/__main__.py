@@ -151,19 +151,26 @@ def main() -> None:
     congestion = [options.congestion] if options.congestion else network.available()[-1 if options.short else 0 :]
     with tempfile.TemporaryDirectory(prefix="bench-files-") as directory:
         rows.make_files(Path(directory), rows.SHORT if options.short else rows.Sizes())
-        for place in places(congestion, options.uplink_delay / 1000):
-            measure(place, options, Path(directory), results)
+        try:
+            for place in places(congestion, options.uplink_delay / 1000):
+                measure(place, options, Path(directory), results)
+        finally:  # what was measured until then is worth something
+            show(results, options.plot)
+
+
+def show(results: report.Results, plot: Path | None) -> None:
+    """Print the table, and draw the plot when it is asked for."""
     for name, buckets in results.lag.items():
         late = 1000 * report.quantile(buckets, 0.99)
         results.add(name, "how late the server's event loop is during all of it: p99, at most", "ms", late, less=True)
     seen = {name for line in results.lines.values() for name in line.values}
     columns = [name for name in contenders.CONTENDERS if name in seen or name == "frp"]
     judged = [name for name in columns if name in seen and name.startswith(("frp", "pytunnel"))]
-    absent = {} if "frp" in seen else {"frp": "not found"}
+    absent = {} if "frp" in seen else {"frp": "not found" if contenders.find("frps") is None else ""}
     print(report.table(results.lines.values(), columns, judged, absent))
-    if options.plot:
+    if plot:
         title = f"Times better than {report.BASE}"
-        options.plot.write_text(report.plot(results.lines.values(), judged, title), encoding="utf-8")
+        plot.write_text(report.plot(results.lines.values(), judged, title), encoding="utf-8")
 
 
 if __name__ == "__main__":

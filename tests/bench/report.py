@@ -117,9 +117,9 @@ def plot(lines: Iterable[Line], judged: Sequence[str], title: str) -> str:
     for row, line in enumerate(drawn):
         y = top + step * row
         parts.append(_text(LABELS - 12, y + step / 2 - GAP / 2 + 4, line.label, anchor="end"))
-        for number, (name, colour) in enumerate(colours.items()):
-            if (ratio := line.ratio(name)) is None:
-                continue
+        shown = [(colours[name], ratio) for name in judged if (ratio := line.ratio(name))]
+        y += BAR * (len(judged) - len(shown)) / 2
+        for number, (colour, ratio) in enumerate(shown):
             left, right = sorted((x(1), x(ratio)))
             parts.append(_rectangle(left, y + BAR * number, max(right - left, 1), BAR - 1, colour))
             at, anchor = (right + 4, "start") if ratio >= 1 else (left - 4, "end")

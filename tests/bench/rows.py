@@ -31,7 +31,7 @@ class Sizes:
 
 
 SHORT = Sizes(
-    seconds=1, download=200 * MB, upload=100 * MB, settle=1.0, beside=3.0, json=4 * MB, text=1 * MB, clients=250
+    seconds=1, download=200 * MB, upload=100 * MB, settle=1.0, beside=2.5, json=3 * MB, text=1 * MB, clients=250
 )
 PAUSE = 0.05  # seconds before each small request: so many leave a download beside them 99 % of 20 Mbit/s
 PATIENCE = 20.0  # seconds that a contender may go on sending what nobody wants any more, or growing
