@@ -257,7 +257,8 @@ def test_frp_is_told_the_same_in_both_of_its_languages() -> None:
     assert (new["serverAddr"], new["serverPort"]) == ("10.0.0.1", 7000)
     old = configparser.ConfigParser()
     old.read_string(contenders._frpc_ini("10.0.0.1", 7000, tunnels))
-    assert dict(old["common"]) == {"server_addr": "10.0.0.1", "server_port": "7000"}
+    assert dict(old["common"]) == {"server_addr": "10.0.0.1", "server_port": "7000", "login_fail_exit": "false"}
+    assert new["loginFailExit"] is False
     for proxy in new["proxies"]:
         section = old[proxy["name"]]
         assert (proxy["type"], section["type"]) == ("http", "http")

@@ -320,7 +320,7 @@ def frp(stage: Stage) -> Running | None:
     )
     config = stage.write(f"frps.{suffix}", server)
     frps = stage.start(stage.server, find("frps") or "", "-c", config, name="frps")
-    time.sleep(0.5)  # frpc gives up when its first dial is refused
+    time.sleep(0.5)  # so that frpc's first dial is not one of those it repeats later and later
 
     def connect(name: str, tunnels: Mapping[str, int]) -> subprocess.Popen[bytes]:
         make = _frpc_toml if new else _frpc_ini
@@ -339,7 +339,7 @@ def frp(stage: Stage) -> Running | None:
 
 
 def _frpc_toml(address: str, port: int, tunnels: Mapping[str, int]) -> str:
-    text = f'serverAddr = "{address}"\nserverPort = {port}\n'
+    text = f'serverAddr = "{address}"\nserverPort = {port}\nloginFailExit = false\n'
     for name, local in tunnels.items():
         text += f'[[proxies]]\nname = "{name}"\ntype = "http"\nlocalIP = "127.0.0.1"\n'
         text += f'localPort = {local}\ncustomDomains = ["{name}.bench"]\n'
@@ -347,7 +347,7 @@ def _frpc_toml(address: str, port: int, tunnels: Mapping[str, int]) -> str:
 
 
 def _frpc_ini(address: str, port: int, tunnels: Mapping[str, int]) -> str:
-    text = f"[common]\nserver_addr = {address}\nserver_port = {port}\n"
+    text = f"[common]\nserver_addr = {address}\nserver_port = {port}\nlogin_fail_exit = false\n"
     for name, local in tunnels.items():
         text += f"[{name}]\ntype = http\nlocal_ip = 127.0.0.1\nlocal_port = {local}\ncustom_domains = {name}.bench\n"
     return text
