@@ -1305,12 +1305,12 @@ _COMPLAINT = re.compile(
 _SLOW = re.compile(r"Executing <.+ took \d+\.\d{3} seconds")  # debug mode's; it tells of a busy machine
 
 
-def with_limits(**limits: float) -> list[str]:
-    """The command of the program with other numbers in its section `Limits and defaults`."""
+def with_limits(root: Path = ROOT, **limits: float) -> list[str]:
+    """The command of the program (of the checkout `root`) with other numbers in its section `Limits and defaults`."""
     for name in limits:
         assert hasattr(pytunnel, name), name
     settings = "".join(f"pytunnel.{name} = {value!r}; " for name, value in limits.items())
-    path = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pytunnel; "
+    path = f"import sys; sys.path.insert(0, {str(root)!r}); import pytunnel; "
     return [sys.executable, "-c", f"{path}{settings}sys.exit(pytunnel.main())"]
 
 

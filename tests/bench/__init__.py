@@ -1,0 +1,1 @@
+"""The benchmark: pytunnel beside what people use instead. `python tests/bench --help` tells how to run it."""
