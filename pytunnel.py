@@ -873,7 +873,7 @@ class InFlight:
             self._is_starting = self._plateau < (2 if round_trip > aim else 4)
             is_due, self._short_at = not self._is_starting, now
             if self._is_starting:
-                factor = min(2.0, 2.5 * rate * aim / self._cap)
+                factor = min(1.0 if round_trip > aim else 2.0, 2.5 * rate * aim / self._cap)
         self._cap = max(MIN_CAP, min(round(self._cap * factor), MAX_UNACKED))
         self._set_limit(self._cap)
         if is_due:
