@@ -841,16 +841,18 @@ class InFlight:
         self._round_bytes += n
         if self.limit < self._cap and not self._is_probing:  # after a probe, and not all at once
             self._set_limit(self.limit + 2 * n)
+        sent_at = -1.0
         while self._asked and self._asked[0].frames <= frames:
             asked = self._asked.popleft()
-            round_trip = now - asked.sent_at
+            sent_at = asked.sent_at
+            round_trip = now - sent_at
             if round_trip <= self._smallest or (asked.is_probe and self._is_probing):
                 self._smallest, self._measured_at, self._is_probing = round_trip, now, False
                 self._set_limit(self.limit)
             if asked.is_full:
                 self._round_trip = min(self._round_trip, round_trip)
-            if asked.sent_at >= self._round_at and (self._is_starting or now - self._round_at >= MIN_ROUND):
-                self._end_round(now)
+        if sent_at >= self._round_at and (self._is_starting or now - self._round_at >= MIN_ROUND):
+            self._end_round(now)
 
     def _end_round(self, now: float) -> None:
         rate = self._round_bytes / max(now - self._round_at, 1e-6)
@@ -3508,7 +3510,8 @@ class Tokens:
 # ---- Link -----------------------------------------------------------------------------------------------------------
 # Runs a session over one WebSocket after another, and gives each stream asyncio's verbs. What arrives is dispatched
 # where it arrives and never waits for a consumer (windows bound what has to be kept); whatever became ready in one turn
-# of the event loop goes out as one message. No task, queue or copy stands between the transport and the session.
+# of the event loop goes out as one message. No task, queue or copy stands between the transport and the session, whose
+# clock is `time.monotonic`: uvloop's own has whole milliseconds.
 
 
 class WebSocket(asyncio.Protocol):
@@ -3840,7 +3843,7 @@ class Link:
         Raises ProtocolError, which ends the session, after the peer has been told.
         """
         loop = asyncio.get_running_loop()
-        self.session.resume(peer_received, loop.time())
+        self.session.resume(peer_received, time.monotonic())
         self._free.clear()
         self._ws, self._lost = ws, loop.create_future()
         self._between_messages = True
@@ -4001,10 +4004,11 @@ class Link:
 
     def _set_timer(self) -> None:
         self._timer_at = self.session.next_deadline()
-        self._timer = asyncio.get_running_loop().call_at(self._timer_at, self._tick)
+        delay = max(0.0, self._timer_at - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay, self._tick)
 
     def _tick(self) -> None:
-        if self.session.handle_timeout(asyncio.get_running_loop().time()):
+        if self.session.handle_timeout(time.monotonic()):
             self.lose(f"no answer for {PING_TIMEOUT:g} s")
         else:
             self.wake()
