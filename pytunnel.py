@@ -33,7 +33,7 @@ A link is a WebSocket at `GET /_pytunnel/link`, subprotocol `pytunnel.1`. The ha
     +----------------+---------+----------+---------------+----------------------+
 
     type        payload                                flags               counted
-    0 DATA      a chunk, at most 256 KiB               END, BLOCKED        yes
+    0 DATA      a chunk, at most 256 KiB               END, BLOCKED, ASK   yes
     1 HEAD      status, reason, name, value, ...       END, INTERIM        yes
     2 OPEN      tunnel index (16 bits), kind (8 bits), END                 yes
                 ms waited on the server (32 bits),
@@ -177,7 +177,15 @@ MAX_MESSAGE = 1 * MiB  # bytes of one WebSocket message: a batch and the frame t
 MAX_BATCH = 256 * KiB  # bytes that one message collects before it goes out
 MAX_WOKEN = 8  # times that something became ready to be sent before a message goes out within the turn
 MAX_FRAMES = 1000  # frames taken before others have their turn of the event loop: 5 ms, where a message may hold 80,000
-TURN = 64 * KiB  # bytes a stream sends before the next one has its turn
+TURN_TIME = 0.005  # seconds of the link that a stream has before it is the next one's turn, and that a message takes:
+MIN_TURN = 2 * KiB  # bytes at least, which 1 KB/s carries well within PING_TIMEOUT,
+MAX_TURN = MAX_DATA  # and at most
+QUEUE_TIME = 0.010  # seconds that what we have sent may wait in the queues on the way: two turns
+FIRST_CAP = 64 * KiB  # bytes in flight on a new link; five times of what TCP starts with (RFC 6928)
+MIN_CAP = 2 * MIN_TURN  # bytes in flight at least: one turn on its way while the other is acknowledged
+MIN_ROUND = 0.1  # seconds in which the smallest of several round trips is free of jitter
+PROBE_INTERVAL = 10.0  # seconds that a round trip counts as the smallest (as BBR does)
+PROBE_DELAY = 1.0  # seconds after which a queue that does not shrink with what we send is the path's own
 INITIAL_WINDOW = 256 * KiB  # bytes of credit for a new stream (yamux uses the same)
 MAX_STREAM_WINDOW = 16 * MiB  # bytes one stream's window may grow to: 1 Gbit/s over 130 ms
 MAX_WIDENED = 32 * MiB  # bytes that the windows of a session have grown by, all together; a quarter of the initial ones
@@ -580,6 +588,7 @@ class FrameType(enum.IntEnum):
 END = 0x1  # DATA, HEAD, OPEN: the sender's last frame on this stream
 INTERIM = 0x2  # HEAD: a 1xx response, another HEAD follows
 BLOCKED = 0x4  # DATA: it took the last of the sender's credit, who may have more (RFC 9000 section 4.1)
+ASK = 0x10  # DATA: an ACK is wanted at once
 
 FRAME_HEADER = struct.Struct(">IBI")  # length << 8 | type, flags, stream id (RFC 9113 section 4.1)
 FIRST_EXTENSION = 128  # types from here on are ignored, so that a newer peer may use them
@@ -593,7 +602,7 @@ class _Rule(NamedTuple):
 
 
 FRAME_RULES: dict[int, _Rule] = {
-    FrameType.DATA: _Rule(0, MAX_DATA, END | BLOCKED, True),
+    FrameType.DATA: _Rule(0, MAX_DATA, END | BLOCKED | ASK, True),
     FrameType.HEAD: _Rule(1, MAX_HEAD, END | INTERIM, True),
     FrameType.OPEN: _Rule(7, MAX_HEAD, END, True),
     FrameType.RESET: _Rule(2, MAX_CONTROL, 0, True),
@@ -727,6 +736,7 @@ class ReceiveWindow:
         self.size = self.credit = self._initial_size = size
         self._consumed = 0  # and not granted again
         self._is_blocked = False  # the peer, when it sent the last of what came
+        self._unproven = 0  # bytes that may come before the peer knows of the last widening
         self._starved_since: float | None = None
 
     @property
@@ -748,7 +758,8 @@ class ReceiveWindow:
             raise ProtocolError(f"{n} bytes past a window of {self.credit}", ErrorCode.FLOW_CONTROL)
         self.credit -= n
         starved = self._starved_since is not None and now - self._starved_since >= MIN_STARVED
-        self._is_blocked, self._starved_since = is_blocked, None
+        self._unproven -= n
+        self._is_blocked, self._starved_since = is_blocked and self._unproven < 0, None
         return starved
 
     def consume(self, n: int, now: float, *, shrink: bool = False) -> int:
@@ -769,8 +780,120 @@ class ReceiveWindow:
 
     def widen(self, n: int) -> None:
         """Grant `n` bytes on top of what is consumed."""
+        self._unproven = self.credit
         self.size += n
         self.credit += n
+
+
+class _Asked(NamedTuple):
+    frames: int  # sent so far, the last of them asks for an ACK
+    sent_at: float
+    is_full: bool  # as much was in flight as was allowed
+    is_probe: bool
+
+
+class InFlight:
+    """Congestion control: bounds the bytes on their way, so that no more than QUEUE_TIME waits in queues.
+
+    What TCP does below fills the queue of a home router; a small response behind it would take a tenth of a second.
+    A round is the time until something that was sent in it is acknowledged. From the smallest round trip of a round
+    follows how long the queue is, and how much the path holds without (as TCP Vegas and FAST reckon). It begins with
+    rounds that double, as long as that makes the link faster. Every PROBE_INTERVAL half of the path is left empty, so
+    that the smallest round trip is one without our queue. Times are seconds of any one clock.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0  # sent and not acknowledged
+        self.limit = self._cap = FIRST_CAP
+        self.turn = MIN_TURN  # so that the first round trip tells of the path, and not of what we send
+        self._unasked = 0
+        self._asked: collections.deque[_Asked] = collections.deque()
+        self._smallest = math.inf  # round trip, in seconds
+        self._measured_at = 0.0  # when that was measured
+        self._short_at = 0.0  # when the queue was last about as short as it should be
+        self._is_starting, self._is_probing = True, False
+        self._rate, self._plateau = 0.0, 0  # bytes a second of the best round so far, rounds in which it did not grow
+        self._round_at, self._round_bytes, self._round_trip = 0.0, 0, math.inf
+
+    @property
+    def has_room(self) -> bool:
+        return self.bytes < self.limit
+
+    def send(self, n: int, now: float) -> None:
+        """Count what is sent."""
+        if not self.bytes:  # a round begins after any pause
+            self._round_at, self._round_bytes, self._round_trip = now, 0, math.inf
+        self.bytes += n
+        self._unasked += n
+
+    def wants_ack(self, n: int) -> bool:
+        """Whether a frame of `n` bytes has to ask for an ACK."""
+        return self._unasked + n >= self.turn or self.bytes + n >= self.limit
+
+    def ask(self, frames: int, now: float) -> None:
+        """Note that the last of all `frames` sent asks for an ACK."""
+        self._asked.append(_Asked(frames, now, self.bytes >= self.limit - self.limit // 8, self._is_probing))
+        self._unasked = 0
+        if self._smallest == math.inf:
+            self.turn = FIRST_CAP // 4
+
+    def acknowledge(self, frames: int, n: int, now: float) -> None:
+        """Take an ACK of `frames` in all, which is for `n` bytes more than before."""
+        self.bytes = max(0, self.bytes - n)
+        self._round_bytes += n
+        if self.limit < self._cap and not self._is_probing:  # after a probe, and not all at once
+            self._set_limit(self.limit + 2 * n)
+        sent_at = -1.0
+        while self._asked and self._asked[0].frames <= frames:
+            asked = self._asked.popleft()
+            sent_at = asked.sent_at
+            round_trip = now - sent_at
+            if round_trip <= self._smallest or (asked.is_probe and self._is_probing):
+                self._smallest, self._measured_at, self._is_probing = round_trip, now, False
+                self._set_limit(self.limit)
+            if asked.is_full:
+                self._round_trip = min(self._round_trip, round_trip)
+        if sent_at >= self._round_at and (self._is_starting or now - self._round_at >= MIN_ROUND):
+            self._end_round(now)
+
+    def _end_round(self, now: float) -> None:
+        rate = self._round_bytes / max(now - self._round_at, 1e-6)
+        round_trip = max(self._round_trip, 1e-6)
+        self._round_at, self._round_bytes, self._round_trip = now, 0, math.inf
+        if round_trip == math.inf or self._is_probing:  # it does not tell what the path holds
+            return
+        smallest, aim = self._smallest, self._smallest + self._queue_time
+        path = self._cap * smallest / round_trip  # bytes that it holds without a queue
+        factor = max(0.25, min(2.0, aim / round_trip))
+        if round_trip < smallest + self._queue_time / 4:
+            factor = max(factor, 1.25)
+        if round_trip < smallest + 3 * self._queue_time:
+            self._short_at = now
+        has_changed = now - self._short_at >= max(PROBE_DELAY, 4 * smallest)
+        is_due = has_changed or now - self._measured_at >= PROBE_INTERVAL
+        if self._is_starting:
+            self._plateau = 0 if rate > 1.25 * self._rate else self._plateau + 1
+            self._rate = max(self._rate, rate)
+            self._is_starting = self._plateau < (2 if round_trip > aim else 4)
+            is_due, self._short_at = not self._is_starting, now
+            if self._is_starting:
+                factor = min(1.0 if round_trip > aim else 2.0, 2.5 * rate * aim / self._cap)
+        self._cap = max(MIN_CAP, min(round(self._cap * factor), MAX_UNACKED))
+        self._set_limit(self._cap)
+        if is_due:
+            self._short_at, self._is_probing = now, True
+            self._set_limit(path / 2 if self._cap > FIRST_CAP else 0)
+            if has_changed:
+                self._is_starting, self._rate, self._plateau = True, 0.0, 0
+
+    @property
+    def _queue_time(self) -> float:
+        return max(QUEUE_TIME, self._smallest / 8)  # or a long path would take too many rounds to see a faster link
+
+    def _set_limit(self, limit: float) -> None:
+        self.limit = max(MIN_CAP, min(round(limit), self._cap))
+        turn = min(self.limit / 2, self._cap * TURN_TIME / (self._smallest + self._queue_time))
+        self.turn = max(MIN_TURN, min(round(turn), MAX_TURN))
 
 
 # ---- Session --------------------------------------------------------------------------------------------------------
@@ -790,7 +913,9 @@ class ReceiveWindow:
 #      └──────────────▶ CLOSED ◀───────────────┘         a RESET, either way, closes at once
 #
 # Sending: link-level frames first, then what a lost link swallowed, then control frames, then DATA, where streams that
-# have data and credit take turns of TURN bytes. A small response waits for some turns at the most, never for a file.
+# have data and credit take turns of TURN_TIME. Those that had nothing to send and have less than a turn now come first,
+# up to a turn in all between two of the others (as the new queues of RFC 8290), and need not wait for an ACK: a small
+# response waits for what is in flight, and never for a file.
 
 
 StreamState = enum.Enum("StreamState", "IDLE OPEN HALF_CLOSED_LOCAL HALF_CLOSED_REMOTE CLOSED")
@@ -832,7 +957,7 @@ class _SessionStream:
         self.buffered = 0  # bytes in pending
         self.ending = False  # END goes out with the last of pending
         self.reset: bytes | None = None  # the payload of a RESET, which goes out after that
-        self.ready = False  # is in the queue of those that may send
+        self.ready = False  # is in a queue of those that may send
         self.headed = headed  # DATA may arrive
         self.interims = 0
 
@@ -887,7 +1012,10 @@ class Session:
         self._control: collections.deque[bytes] = collections.deque()
         self._control_bytes = 0
         self._credits: dict[int, int] = {}  # stream id -> bytes to grant
-        self._ready: collections.deque[_SessionStream] = collections.deque()
+        self._fresh: collections.deque[_SessionStream] = collections.deque()  # those with little to send
+        self._ready: collections.deque[_SessionStream] = collections.deque()  # all others
+        self._favour = 0  # bytes of the fresh since the last turn of the others
+        self._in_flight = InFlight()  # of this link
         self._unacked: collections.deque[bytes] = collections.deque()  # counted frames sent and not acknowledged
         self._unacked_bytes = 0
         self._acked = 0  # counted frames that the peer acknowledged
@@ -990,7 +1118,7 @@ class Session:
     def resume(self, peer_received: int, now: float) -> None:
         """Start to use a new link, whose peer has received `peer_received` counted frames in all."""
         self._acknowledge(peer_received)
-        self._replay = self._unacked.copy()
+        self._replay, self._in_flight = self._unacked.copy(), InFlight()
         self._decoder = FrameDecoder()
         self._pings.clear()
         self._bytes_to_ack, self._ack_deadline = 0, None  # the handshake has told it
@@ -1024,19 +1152,16 @@ class Session:
 
     # Bytes
 
-    def data_to_send(self, limit: int = MAX_BATCH) -> bytes:
+    def data_to_send(self, limit: int = MAX_BATCH, now: float = 0.0) -> bytes:
         """Return whole frames to send now as one message: about `limit` bytes at the most, none when nothing is due."""
         if not self.connected:
             return b""
+        now = max(now, self._heard_at)
         out, self._pings = self._pings, []
-        room = limit
-        while self._replay and room > 0:
-            frame = self._replay.popleft()
-            out.append(frame)
-            room -= len(frame)
+        self._take_replay(out, limit, now)
         if not self._replay:
-            room = self._take_control(out, room)
-            self._take_data(out, room)
+            room = self._take_control(out, limit, now)
+            self._take_data(out, min(room, self._in_flight.turn), now)
         if self._bytes_to_ack >= ACK_BYTES or (out and self._ack_deadline is not None):
             out.append(encode_frame(FrameType.ACK, 0, 0, self.received.to_bytes(8, "big")))
             self._bytes_to_ack, self._ack_deadline = 0, None
@@ -1056,6 +1181,8 @@ class Session:
                 continue
             self.received += 1
             self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
+            if frame.flags & ASK:
+                self._bytes_to_ack += ACK_BYTES
             if self._receive(frame):
                 events.append(frame)
         if 0 < self._bytes_to_ack < ACK_BYTES and self._ack_deadline is None:
@@ -1067,8 +1194,16 @@ class Session:
     @property
     def has_data_to_send(self) -> bool:
         """Whether `data_to_send` is worth a call."""
-        waiting = self._control or self._ready or self._credits or self._replay or self._pings
-        return bool(waiting) or self._bytes_to_ack >= ACK_BYTES
+        if self._pings or self._bytes_to_ack >= ACK_BYTES:
+            return True
+        if self._replay:
+            return self._in_flight.has_room
+        return bool(self._control or self._credits) or self._next_turn() is not None
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether nothing waits to be sent, not even for room in flight."""
+        return not (self._pings or self._replay or self._control or self._credits or self._fresh or self._ready)
 
     @property
     def has_more(self) -> bool:
@@ -1091,37 +1226,69 @@ class Session:
         frames = len(self._unacked) + len(self._control)
         return self._unacked_bytes + self._control_bytes > MAX_PENDING or frames > MAX_UNACKED_FRAMES // 4
 
-    def _take_control(self, out: list[bytes], room: int) -> int:
+    def _take_replay(self, out: list[bytes], room: int, now: float) -> None:
+        room = min(room, self._in_flight.turn)
+        while self._replay and room > 0 and self._in_flight.has_room:
+            frame = self._replay.popleft()
+            asks = frame[3] == FrameType.DATA and self._in_flight.wants_ack(len(frame))
+            out.append(frame[:4] + bytes([frame[4] | ASK]) + frame[5:] if asks else frame)
+            self._in_flight.send(len(frame), now)
+            if asks:
+                self._in_flight.ask(self._acked + len(self._unacked) - len(self._replay), now)
+            room -= len(frame)
+
+    def _take_control(self, out: list[bytes], room: int, now: float) -> int:
         while self._control and room > 0:
             frame = self._control.popleft()
             self._control_bytes -= len(frame)
-            room -= self._count(out, frame)
+            room -= self._count(out, frame, now)
         while self._credits and room > 0:
             stream_id, credit = self._credits.popitem()
             if stream_id in self._streams:
-                room -= self._count(out, encode_frame(FrameType.WINDOW, 0, stream_id, credit.to_bytes(4, "big")))
+                frame = encode_frame(FrameType.WINDOW, 0, stream_id, credit.to_bytes(4, "big"))
+                room -= self._count(out, frame, now)
         return room
 
-    def _take_data(self, out: list[bytes], room: int) -> None:
-        ready = self._ready
-        while ready and room > 0 and self._unacked_bytes < MAX_UNACKED and len(self._unacked) < MAX_UNACKED_FRAMES // 2:
-            stream = ready.popleft()
+    def _next_turn(self) -> collections.deque[_SessionStream] | None:
+        """Return the queue whose first stream may send DATA now."""
+        flight = self._in_flight
+        if self._unacked_bytes >= MAX_UNACKED or len(self._unacked) >= MAX_UNACKED_FRAMES // 2:
+            return None
+        is_favoured = flight.bytes < flight.limit + flight.turn and (self._favour < flight.turn or not self._ready)
+        if self._fresh and is_favoured:
+            return self._fresh
+        return self._ready if self._ready and flight.has_room else None
+
+    def _take_data(self, out: list[bytes], room: int, now: float) -> None:
+        flight = self._in_flight
+        while room > 0 and (turn := self._next_turn()) is not None:
+            stream = turn.popleft()
             stream.ready = False
             if stream.id not in self._streams:
                 continue
             was_full = stream.buffered > SEND_BUFFER
-            data = stream.take(TURN)
+            data = stream.take(flight.turn)
+            if data:
+                self._favour = self._favour + len(data) if turn is self._fresh else 0
             end = stream.ending and not stream.pending
             if data or end:
                 flags = END if end else 0 if stream.send.credit else BLOCKED
-                room -= self._count(out, encode_frame(FrameType.DATA, flags, stream.id, data))
+                if asks := flight.wants_ack(len(data)):
+                    flags |= ASK
+                room -= self._count(out, encode_frame(FrameType.DATA, flags, stream.id, data), now)
+                if asks:
+                    flight.ask(self._acked + len(self._unacked), now)
             if end:
                 stream.ending = False
                 self._transition(stream, Input.SEND_END)
             if stream.reset and not stream.pending and stream.id in self._streams:
-                room -= self._count(out, encode_frame(FrameType.RESET, 0, stream.id, stream.reset))
+                room -= self._count(out, encode_frame(FrameType.RESET, 0, stream.id, stream.reset), now)
                 self._transition(stream, Input.RESET)
-            self._make_ready(stream)
+            if turn is self._fresh and self._ready and stream.id in self._streams:
+                stream.ready = True  # it is fresh again when the others had their turn
+                self._ready.append(stream)
+            else:
+                self._make_ready(stream, turn)
             if was_full and stream.buffered <= SEND_BUFFER:
                 self.drained.append(stream.id)
 
@@ -1130,22 +1297,25 @@ class Session:
         self._control.append(frame)
         self._control_bytes += len(frame)
 
-    def _count(self, out: list[bytes], frame: bytes) -> int:
+    def _count(self, out: list[bytes], frame: bytes, now: float) -> int:
         if len(self._unacked) >= MAX_UNACKED_FRAMES:
             raise ProtocolError(f"{MAX_UNACKED_FRAMES} frames without an ACK")
         out.append(frame)
         self._unacked.append(frame)
         self._unacked_bytes += len(frame)
+        self._in_flight.send(len(frame), now)
         return len(frame)
 
     def _grant(self, stream: _SessionStream, credit: int) -> None:
         self._credits[stream.id] = self._credits.get(stream.id, 0) + credit
 
-    def _make_ready(self, stream: _SessionStream) -> None:
+    def _make_ready(self, stream: _SessionStream, turn: collections.deque[_SessionStream] | None = None) -> None:
+        """Put a stream that may send into its queue; `turn` is the one it comes from."""
         can_send = stream.send.credit > 0 if stream.pending else stream.ending or stream.reset is not None
         if can_send and not stream.ready and stream.id in self._streams:
             stream.ready = True
-            self._ready.append(stream)
+            is_fresh = turn is None and stream.buffered <= self._in_flight.turn
+            (self._fresh if is_fresh else self._ready).append(stream)
 
     # The streams' states
 
@@ -1176,9 +1346,11 @@ class Session:
     def _acknowledge(self, received: int) -> None:
         if not self.may_resume(received):
             raise ProtocolError(f"ACK of {received} frames, sent {self._acked + len(self._unacked)}")
+        before = self._unacked_bytes
         for _ in range(received - self._acked):
             self._unacked_bytes -= len(self._unacked.popleft())
         self._acked = received
+        self._in_flight.acknowledge(received, before - self._unacked_bytes, self._heard_at)
 
     # What is received
 
@@ -3344,7 +3516,8 @@ class Tokens:
 # ---- Link -----------------------------------------------------------------------------------------------------------
 # Runs a session over one WebSocket after another, and gives each stream asyncio's verbs. What arrives is dispatched
 # where it arrives and never waits for a consumer (windows bound what has to be kept); whatever became ready in one turn
-# of the event loop goes out as one message. No task, queue or copy stands between the transport and the session.
+# of the event loop goes out as one message. No task, queue or copy stands between the transport and the session, whose
+# clock is `time.monotonic`: uvloop's own has whole milliseconds.
 
 
 class WebSocket(asyncio.Protocol):
@@ -3679,7 +3852,7 @@ class Link:
         Raises ProtocolError, which ends the session, after the peer has been told.
         """
         loop = asyncio.get_running_loop()
-        self.session.resume(peer_received, loop.time())
+        self.session.resume(peer_received, time.monotonic())
         self._free.clear()
         self._ws, self._lost = ws, loop.create_future()
         self._between_messages = True
@@ -3780,7 +3953,7 @@ class Link:
                 raise ProtocolError("an empty message")
             frames = []
         else:
-            frames = session.receive_data(data, asyncio.get_running_loop().time())
+            frames = session.receive_data(data, time.monotonic())
             for frame in frames:
                 self._dispatch(frame)
         self._between_messages = end or (self._between_messages and not data)
@@ -3815,7 +3988,7 @@ class Link:
         if ws is None or not ws.writable:
             return
         try:
-            data = session.data_to_send()
+            data = session.data_to_send(now=time.monotonic())
         except ProtocolError as error:
             return self.lose(error)
         if data:
@@ -3828,7 +4001,7 @@ class Link:
             self._closed.set()
         if data and session.has_data_to_send:
             self.wake()  # the next message is for the next turn, in which others may add to it
-        elif self._finishing:
+        elif self._finishing and session.is_flushed:
             self.lose("finished")
 
     def _dispatch(self, frame: Frame) -> None:
@@ -3847,10 +4020,11 @@ class Link:
 
     def _set_timer(self) -> None:
         self._timer_at = self.session.next_deadline()
-        self._timer = asyncio.get_running_loop().call_at(self._timer_at, self._tick)
+        delay = max(0.0, self._timer_at - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay, self._tick)
 
     def _tick(self) -> None:
-        if self.session.handle_timeout(asyncio.get_running_loop().time()):
+        if self.session.handle_timeout(time.monotonic()):
             self.lose(f"no answer for {PING_TIMEOUT:g} s")
         else:
             self.wake()

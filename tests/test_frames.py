@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import pytunnel
 from pytunnel import (
+    ASK,
     BLOCKED,
     END,
     INTERIM,
@@ -35,6 +36,7 @@ WIRE = [
     (Frame(FrameType.DATA, 0, 1, b"hi"), "000002 00 00 00000001 6869"),
     (Frame(FrameType.DATA, END, 2, b""), "000000 00 01 00000002"),
     (Frame(FrameType.DATA, BLOCKED, 3, b"all"), "000003 00 04 00000003 616c6c"),
+    (Frame(FrameType.DATA, ASK, 3, b"all"), "000003 00 10 00000003 616c6c"),
     (Frame(FrameType.DATA, 0, 3, bytes(256)), "000100 00 00 00000003" + "00" * 256),
     (Frame(FrameType.HEAD, 0, 3, b"200\0OK"), "000006 01 00 00000003 323030 00 4f4b"),
     (Frame(FrameType.HEAD, END, 3, b"204"), "000003 01 01 00000003 323034"),
@@ -51,7 +53,7 @@ WIRE = [
 
 # What the header of each type may say: payload from, to, flags, whether it is about a stream.
 RULES: dict[FrameType, tuple[int, int, int, bool]] = {
-    FrameType.DATA: (0, 262_144, 0x05, True),
+    FrameType.DATA: (0, 262_144, 0x15, True),
     FrameType.HEAD: (1, 65_536, 0x03, True),
     FrameType.OPEN: (7, 65_536, 0x01, True),
     FrameType.RESET: (2, 1024, 0, True),
@@ -82,7 +84,7 @@ def sliced(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
 def frames(draw: st.DrawFn) -> Frame:
     type_ = draw(st.sampled_from(FrameType))
     low, high, allowed, on_stream = RULES[type_]
-    flags = draw(st.sampled_from([bits for bits in range(8) if not bits & ~allowed]))
+    flags = draw(st.sampled_from([bits for bits in range(32) if not bits & ~allowed]))
     stream_id = draw(st.integers(1, MAX_ID)) if on_stream else 0
     return Frame(type_, flags, stream_id, draw(st.binary(min_size=low, max_size=min(high, 300))))
 
@@ -109,7 +111,7 @@ def test_rules_are_the_documented_ones() -> None:
 def test_constants_of_the_wire_format() -> None:
     """A change of one of these is a new version of the protocol."""
     assert pytunnel.FRAME_HEADER.size == HEADER
-    assert (END, INTERIM, BLOCKED, pytunnel.FIRST_EXTENSION) == (1, 2, 4, 128)
+    assert (END, INTERIM, BLOCKED, ASK, pytunnel.FIRST_EXTENSION) == (1, 2, 4, 16, 128)
     assert pytunnel.MAX_STREAM_ID == MAX_WINDOW == MAX_ID
     assert (pytunnel.MAX_DATA, pytunnel.MAX_HEAD, pytunnel.MAX_CONTROL) == (262_144, 65_536, 1024)
     assert pytunnel.INITIAL_WINDOW == 262_144  # not announced: both sides have to agree
@@ -129,8 +131,12 @@ def test_constants_of_the_wire_format() -> None:
 
 def test_limits_fit_together() -> None:
     """What one limit promises, another one must not break."""
-    assert pytunnel.TURN <= pytunnel.MAX_DATA
-    assert pytunnel.TURN <= pytunnel.SEND_BUFFER  # a writer that may go on always leaves something to send
+    assert pytunnel.MIN_TURN < pytunnel.FIRST_CAP // 4 < pytunnel.MAX_TURN <= pytunnel.MAX_DATA
+    assert 2 * pytunnel.MIN_TURN <= pytunnel.MIN_CAP  # one turn may be on its way while the other is acknowledged
+    assert pytunnel.MAX_TURN <= pytunnel.MAX_BATCH
+    assert 2 * pytunnel.TURN_TIME <= pytunnel.QUEUE_TIME < pytunnel.ACK_DELAY
+    assert pytunnel.FIRST_CAP < pytunnel.MAX_UNACKED
+    assert 2 * (pytunnel.FIRST_CAP // 4) / 3000 < pytunnel.PING_INTERVAL + pytunnel.PING_TIMEOUT  # at 3 KB/s
     largest = max(pytunnel.MAX_DATA, pytunnel.MAX_HEAD) + HEADER
     beside = (pytunnel.MAX_PENDING_PONGS + 2) * (HEADER + 8) + pytunnel.MAX_CONTROL + HEADER
     assert pytunnel.MAX_BATCH + largest + beside <= pytunnel.MAX_MESSAGE
