@@ -3759,7 +3759,7 @@ class Stream:
         self._check()
         self._link.session.send_head(self.id, payload, interim=interim, end=end)
         self.finished = end
-        self._link.wake()
+        self._link.wake(more=not end)
 
     async def write(self, data: bytes, *, end: bool = False) -> None:
         """Send a chunk; waits while more than SEND_BUFFER bytes are queued. `end` says that it is the last one."""
@@ -3769,7 +3769,7 @@ class Stream:
         full = queued > SEND_BUFFER and not end
         if full:
             self._writer = asyncio.get_running_loop().create_future()  # before `wake`, which may make room at once
-        self._link.wake()
+        self._link.wake(more=False)
         if full and self._writer:
             await self._writer
             self._check()
@@ -3912,9 +3912,9 @@ class Link:
         """Open a stream for a request that came `waited` seconds ago. Raises StreamReset when the session is full."""
         payload = head.encode()
         id_ = self.session.open_stream(tunnel, kind, payload, end=end, waited=waited)
-        self.wake()
-        self._streams[id_] = Stream(self, id_, tunnel, kind, payload, ended=False, finished=end)
-        return self._streams[id_]
+        stream = self._streams[id_] = Stream(self, id_, tunnel, kind, payload, ended=False, finished=end)
+        self.wake(more=False)
+        return stream
 
     def forget(self, stream: Stream) -> None:
         """A stream's owner is done with it."""
@@ -3927,17 +3927,18 @@ class Link:
             self._closed.clear()
             await self._closed.wait()
 
-    def wake(self) -> None:
-        """Send what there is to send when this turn of the event loop ends; at once when that has become much.
+    def wake(self, *, more: bool = True) -> None:
+        """Send what there is to send when this turn of the event loop ends, together with what others add in it.
 
-        Else two ends that have a hundred requests between them would wait for each other, and not work side by side.
+        At once, when no `more` is to come from the caller and there are no others; and when that has become much: else
+        two ends that have a hundred requests between them would wait for each other, and not work side by side.
         """
         if self._ws and self._ws.writable:
             if not self._flushing:
                 self._flushing, self._woken = True, 0
                 asyncio.get_running_loop().call_soon(self._flush)
             self._woken += 1
-            if self._woken == MAX_WOKEN:
+            if self._woken == MAX_WOKEN or not (more or len(self._streams) > 1):
                 self._flush()
 
     # Called by the WebSocket
@@ -5362,11 +5363,15 @@ class LocalConnection(asyncio.Protocol):
         self._buffered -= len(data)
         return data
 
+    def send(self, data: bytes) -> None:
+        """Send bytes that are few, like a head; whether they could be sent is seen by who reads."""
+        self._transport.write(data)
+
     async def write(self, data: bytes) -> None:
         """Send bytes; waits while the service does not take them. Raises ConnectionError."""
         if self.closed.is_set():
             raise ConnectionResetError("the local service closed the connection")
-        self._transport.write(data)
+        self.send(data)
         if not self._writable.is_set():
             await self._writable.wait()
 
@@ -5526,25 +5531,36 @@ class Forwarding:
         self._parser = ResponseParser(head.method)
         self._has_body = stream.has_content and stream.kind is Kind.HTTP
         self._chunked = self._has_body and not field_values(head.headers, b"content-length")
+        self._idle: LocalConnection | None = None  # one that was used before, on which the request has gone out
+
+    def start(self) -> None:
+        """Send the request at once where a connection waits for it; what follows is `run`'s, who must be called."""
+        safe = self._head.method in (b"GET", b"HEAD", b"OPTIONS") and not self._has_body
+        if safe and self._stream.kind is Kind.HTTP and (connection := self._service.take_idle()):
+            connection.send(self._wire_head())
+            self._idle = connection
 
     async def run(self) -> None:
         """Carry the exchange to its end. Raises StreamReset when it has none."""
-        safe = self._head.method in (b"GET", b"HEAD", b"OPTIONS") and not self._has_body
-        connection = self._service.take_idle() if safe and self._stream.kind is Kind.HTTP else None
-        if connection:
+        if self._idle:
             try:
-                return await self._attempt(connection)
+                return await self._attempt(self._idle)
             except StreamReset:
                 if self._exchange.answered is not None:
                     raise
             # It closed the idle connection just as the request went out. Nothing was answered, and the method is safe
             # (RFC 9110 section 9.2.2): once more. Other methods never use a connection that may be about to close.
-        await self._attempt(await self._service.connect())
+        connection = await self._service.connect()
+        connection.send(self._wire_head())
+        await self._attempt(connection)
+
+    def _wire_head(self) -> bytes:
+        return self._head.to_wire(chunked=self._chunked, upgrade=self._stream.kind is Kind.UPGRADE)
 
     async def _attempt(self, connection: LocalConnection) -> None:
+        """Carry on once the head has been sent."""
         upload, kept = None, False
         try:
-            await connection.write(self._head.to_wire(chunked=self._chunked, upgrade=self._stream.kind is Kind.UPGRADE))
             if self._has_body:
                 upload = asyncio.ensure_future(self._upload(connection, chunked=self._chunked))
             await self._respond(connection)
@@ -5823,7 +5839,8 @@ class TunnelClient:
         if not target.startswith("/"):
             raise MessageError("a target begins with /")
         again = self._begin(index, head, payload, replay_of=exchange.id)
-        task = asyncio.ensure_future(self._exchange(Replay(body), index, head, again))
+        nobody = Replay(body)
+        task = asyncio.ensure_future(self._exchange(self._forward(nobody, index, head, again), nobody, again))
         self._forwarding.add(task)
         task.add_done_callback(self._forwarding.discard)
         try:
@@ -6053,6 +6070,7 @@ class TunnelClient:
             self._link.end(error)
             self._link = None
             self._session_id = ""
+        await asyncio.sleep(0)  # all of them have begun then, and end what was started for them
         await end_tasks(*self._forwarding)
 
     def _on_goaway(self, code: ErrorCode, reason: str) -> None:
@@ -6090,25 +6108,6 @@ class TunnelClient:
         if len(self._forwarding) >= MAX_STREAMS:  # those that linger, or are about to end, count as well
             with contextlib.closing(stream):
                 return stream.abort(ErrorCode.REFUSED, "no more streams")
-        task = asyncio.ensure_future(self._forward(stream))
-        self._forwarding.add(task)
-
-        def reset(code: ErrorCode) -> None:
-            # NO_ERROR: the visitor has left, but what it sent before is still to be delivered
-            if code is ErrorCode.NO_ERROR and len(self._forwarding) <= MAX_STREAMS // 2:  # leaves room for new ones
-                asyncio.get_running_loop().call_later(LINGER, task.cancel)
-            else:
-                task.cancel()
-
-        stream.on_reset = reset
-
-        def done(task: asyncio.Task[None]) -> None:  # not in `_forward`, which a RESET may cancel before it starts
-            stream.close()
-            self._forwarding.discard(task)
-
-        task.add_done_callback(done)
-
-    async def _forward(self, stream: Stream) -> None:
         try:
             head = RequestHead.decode(stream.head)
             target, _ = split_target(head.method, head.target, head.headers)
@@ -6116,8 +6115,32 @@ class TunnelClient:
                 raise ProtocolError("a request to a proxy")
             exchange = self._begin(stream.tunnel, head, stream.head, waited=stream.waited)
         except (ProtocolError, MessageError, IndexError):
-            return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
-        await self._exchange(stream, stream.tunnel, head, exchange)
+            with contextlib.closing(stream):
+                return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
+        forwarding = self._forward(stream, stream.tunnel, head, exchange)
+        forwarding.start()
+        task = asyncio.ensure_future(self._exchange(forwarding, stream, exchange))
+        self._forwarding.add(task)
+
+        def reset(code: ErrorCode) -> None:
+            loop = asyncio.get_running_loop()
+            # NO_ERROR: the visitor has left, but what it sent before is still to be delivered
+            if code is ErrorCode.NO_ERROR and len(self._forwarding) <= MAX_STREAMS // 2:  # leaves room for new ones
+                loop.call_later(LINGER, task.cancel)
+            else:
+                loop.call_soon(task.cancel)  # not before it has begun: it has to end what was started above
+
+        stream.on_reset = reset
+
+        def done(task: asyncio.Task[None]) -> None:
+            stream.close()
+            self._forwarding.discard(task)
+
+        task.add_done_callback(done)
+
+    def _forward(self, stream: Stream | Replay, tunnel: int, head: RequestHead, exchange: Exchange) -> Forwarding:
+        route = next(route for route in self._routes[tunnel] if route.takes(exchange.target))
+        return Forwarding(stream, route, head, exchange, self.log)
 
     def _begin(self, tunnel: int, head: RequestHead, payload: bytes, **fields: Any) -> Exchange:
         exchange = Exchange(
@@ -6133,10 +6156,9 @@ class TunnelClient:
         self.log.begin(exchange)
         return exchange
 
-    async def _exchange(self, stream: Stream | Replay, tunnel: int, head: RequestHead, exchange: Exchange) -> None:
-        route = next(route for route in self._routes[tunnel] if route.takes(exchange.target))
+    async def _exchange(self, forwarding: Forwarding, stream: Stream | Replay, exchange: Exchange) -> None:
         try:
-            await Forwarding(stream, route, head, exchange, self.log).run()
+            await forwarding.run()
         except StreamReset as error:
             if error.code is not ErrorCode.NO_ERROR:
                 exchange.error = error.reason or error.code.name
