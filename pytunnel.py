@@ -819,10 +819,8 @@ class InFlight:
     def has_room(self) -> bool:
         return self.bytes < self.limit
 
-    def send(self, n: int, now: float) -> None:
+    def send(self, n: int) -> None:
         """Count what is sent."""
-        if not self.bytes:  # a round begins after any pause
-            self._round_at, self._round_bytes, self._round_trip = now, 0, math.inf
         self.bytes += n
         self._unasked += n
 
@@ -833,6 +831,8 @@ class InFlight:
     def ask(self, frames: int, now: float) -> None:
         """Note that the last of all `frames` sent asks for an ACK."""
         self._asked.append(_Asked(frames, now, self.bytes >= self.limit - self.limit // 8, self._is_probing))
+        if self.bytes <= self._unasked:  # a round begins after any pause
+            self._round_at, self._round_bytes, self._round_trip = now, 0, math.inf
         self._unasked = 0
         if self._smallest == math.inf:
             self.turn = FIRST_CAP // 4
@@ -844,6 +844,8 @@ class InFlight:
         if self.limit < self._cap and not self._is_probing:  # after a probe, and not all at once
             self._set_limit(self.limit + 2 * n)
         sent_at = -1.0
+        if not self._asked:
+            return
         while self._asked and self._asked[0].frames <= frames:
             asked = self._asked.popleft()
             sent_at = asked.sent_at
@@ -918,8 +920,8 @@ class InFlight:
 # response waits for what is in flight, and never for a file.
 
 
-StreamState = enum.Enum("StreamState", "IDLE OPEN HALF_CLOSED_LOCAL HALF_CLOSED_REMOTE CLOSED")
-Input = enum.Enum("Input", "OPEN SEND SEND_END RECEIVE RECEIVE_END RESET")
+StreamState = enum.IntEnum("StreamState", "IDLE OPEN HALF_CLOSED_LOCAL HALF_CLOSED_REMOTE CLOSED")
+Input = enum.IntEnum("Input", "OPEN SEND SEND_END RECEIVE RECEIVE_END RESET")
 
 TRANSITIONS = {  # what is missing here is a protocol error
     (StreamState.IDLE, Input.OPEN): StreamState.OPEN,
@@ -1158,10 +1160,12 @@ class Session:
             return b""
         now = max(now, self._heard_at)
         out, self._pings = self._pings, []
-        self._take_replay(out, limit, now)
+        if self._replay:
+            self._take_replay(out, limit, now)
         if not self._replay:
-            room = self._take_control(out, limit, now)
-            self._take_data(out, min(room, self._in_flight.turn), now)
+            room = self._take_control(out, limit)
+            if self._fresh or self._ready:
+                self._take_data(out, min(room, self._in_flight.turn), now)
         if self._bytes_to_ack >= ACK_BYTES or (out and self._ack_deadline is not None):
             out.append(encode_frame(FrameType.ACK, 0, 0, self.received.to_bytes(8, "big")))
             self._bytes_to_ack, self._ack_deadline = 0, None
@@ -1198,7 +1202,9 @@ class Session:
             return True
         if self._replay:
             return self._in_flight.has_room
-        return bool(self._control or self._credits) or self._next_turn() is not None
+        if self._control or self._credits:
+            return True
+        return bool(self._fresh or self._ready) and self._next_turn() is not None
 
     @property
     def is_flushed(self) -> bool:
@@ -1232,21 +1238,21 @@ class Session:
             frame = self._replay.popleft()
             asks = frame[3] == FrameType.DATA and self._in_flight.wants_ack(len(frame))
             out.append(frame[:4] + bytes([frame[4] | ASK]) + frame[5:] if asks else frame)
-            self._in_flight.send(len(frame), now)
+            self._in_flight.send(len(frame))
             if asks:
                 self._in_flight.ask(self._acked + len(self._unacked) - len(self._replay), now)
             room -= len(frame)
 
-    def _take_control(self, out: list[bytes], room: int, now: float) -> int:
+    def _take_control(self, out: list[bytes], room: int) -> int:
         while self._control and room > 0:
             frame = self._control.popleft()
             self._control_bytes -= len(frame)
-            room -= self._count(out, frame, now)
+            room -= self._count(out, frame)
         while self._credits and room > 0:
             stream_id, credit = self._credits.popitem()
             if stream_id in self._streams:
                 frame = encode_frame(FrameType.WINDOW, 0, stream_id, credit.to_bytes(4, "big"))
-                room -= self._count(out, frame, now)
+                room -= self._count(out, frame)
         return room
 
     def _next_turn(self) -> collections.deque[_SessionStream] | None:
@@ -1261,7 +1267,7 @@ class Session:
 
     def _take_data(self, out: list[bytes], room: int, now: float) -> None:
         flight = self._in_flight
-        while room > 0 and (turn := self._next_turn()) is not None:
+        while room > 0 and (self._fresh or self._ready) and (turn := self._next_turn()) is not None:
             stream = turn.popleft()
             stream.ready = False
             if stream.id not in self._streams:
@@ -1275,14 +1281,14 @@ class Session:
                 flags = END if end else 0 if stream.send.credit else BLOCKED
                 if asks := flight.wants_ack(len(data)):
                     flags |= ASK
-                room -= self._count(out, encode_frame(FrameType.DATA, flags, stream.id, data), now)
+                room -= self._count(out, encode_frame(FrameType.DATA, flags, stream.id, data))
                 if asks:
                     flight.ask(self._acked + len(self._unacked), now)
             if end:
                 stream.ending = False
                 self._transition(stream, Input.SEND_END)
             if stream.reset and not stream.pending and stream.id in self._streams:
-                room -= self._count(out, encode_frame(FrameType.RESET, 0, stream.id, stream.reset), now)
+                room -= self._count(out, encode_frame(FrameType.RESET, 0, stream.id, stream.reset))
                 self._transition(stream, Input.RESET)
             if turn is self._fresh and self._ready and stream.id in self._streams:
                 stream.ready = True  # it is fresh again when the others had their turn
@@ -1297,13 +1303,13 @@ class Session:
         self._control.append(frame)
         self._control_bytes += len(frame)
 
-    def _count(self, out: list[bytes], frame: bytes, now: float) -> int:
+    def _count(self, out: list[bytes], frame: bytes) -> int:
         if len(self._unacked) >= MAX_UNACKED_FRAMES:
             raise ProtocolError(f"{MAX_UNACKED_FRAMES} frames without an ACK")
         out.append(frame)
         self._unacked.append(frame)
         self._unacked_bytes += len(frame)
-        self._in_flight.send(len(frame), now)
+        self._in_flight.send(len(frame))
         return len(frame)
 
     def _grant(self, stream: _SessionStream, credit: int) -> None:
