@@ -115,6 +115,7 @@ import enum
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
 import html
@@ -262,7 +263,7 @@ REPLAY_TIMEOUT = 30.0  # seconds a replayed request may take: an event stream wo
 LOCAL_CONNECT_TIMEOUT = 5.0  # seconds to connect to the local service
 LOCAL_IDLE = 4.0  # seconds an idle local connection is kept: Node.js closes its own after 5
 MAX_LOCAL_IDLE = 64  # idle local connections kept per target
-READ_BUFFER = 128 * KiB  # bytes a local connection reads ahead of its stream
+READ_BUFFER = 256 * KiB  # bytes a local connection reads at a time
 VISITOR_KEEPALIVE = 75.0  # seconds an idle visitor connection is kept (nginx keepalive_timeout)
 HEAD_TIMEOUT = 10.0  # seconds for a request's whole head, from its first byte or from the connection on
 BODY_TIMEOUT = 60.0  # seconds without a byte of a request's content before it counts as given up (nginx: 60)
@@ -280,6 +281,7 @@ MAX_BUFFERED = 256 * MiB  # bytes that all sessions of a server keep; at this bo
 TICK = 0.5  # seconds between two looks at that, at how late the event loop is, and at the files of tokens
 INSPECTOR_PORTS = 20  # ports from INSPECTOR_PORT on that are tried
 MAX_POLL = 25.0  # seconds the inspector's page waits for something new: below what browsers and proxies allow
+MAX_HOSTS = 256  # Host fields whose reading is remembered; a browser sends the same one again and again
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
 
 DEFAULT_PORT = 8080
@@ -1518,12 +1520,12 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
         schemes = [value for value in field_values(headers, b"x-forwarded-proto") if value in (b"http", b"https")]
         ours[b"X-Forwarded-Proto"] = [scheme.encode(), *schemes][-1]
     kept = []
-    for name, value in headers:
-        lower = name.lower()
+    for pair in headers:
+        lower = pair[0].lower()
         folded = lower.replace(b"_", b"-")
         claims = folded in FORWARDED or (folded.startswith(b"x-forwarded-") and not (trusted and folded == lower))
         if not claims and (folded == lower or folded not in FRAMING):
-            kept.append((name, value))
+            kept.append(pair)
     return [*kept, *ours.items()]
 
 
@@ -1896,6 +1898,7 @@ class ResponseEncoder:
         return b"0\r\n\r\n" if self._chunked else b""
 
 
+@functools.lru_cache(MAX_HOSTS)
 def parse_host(text: str) -> tuple[str, int | None]:
     """Return host (lower case, no dot at its end, an IPv6 address in brackets) and port. Raises MessageError."""
     match = _HOST.fullmatch(text.lower()) if text.isascii() else None
@@ -4397,7 +4400,8 @@ class Visitor:
         self.peer = request.remote or ""
         self.method = message.method.encode()
         self.target = message.path.encode("utf-8", "surrogateescape")
-        self.headers: Headers = [(name, value) for name, value in message.raw_headers]
+        self.headers: Headers = list(message.raw_headers)
+        self.names = {name.lower() for name, _ in self.headers}  # few fields are there at all
         self.address = visitor_address(self.peer, self.headers, gate.trusted)  # the peer's, or behind a proxy its own
         self.proxied = self.address != self.peer
         self.caller: Caller = gate.callers[self.address] if self.proxied else cast(Any, request.protocol).caller
@@ -4409,7 +4413,7 @@ class Visitor:
         self.problem = ""  # why its content was not read to the end
         self.version = (message.version.major, message.version.minor)
         http11 = self.version >= (1, 1)
-        asks = http11 and b"upgrade" in field_tokens(self.headers, b"connection")
+        asks = http11 and b"upgrade" in self.names and b"upgrade" in field_tokens(self.headers, b"connection")
         self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower() if asks else b""
         self.has_body = request.body_exists
         # aiohttp (3.14.5) hands the last trailer of a chunked request to the next request on the connection, as a field
@@ -4955,8 +4959,8 @@ class TunnelServer:
             raise Unserved("method")
         check_framing(visitor.headers, visitor.version)
         target, host_field = split_target(visitor.method, visitor.target, visitor.headers)
-        host, _ = parse_host(host_field.decode("latin-1"))
-        name, visitor.host = self._registry.tunnel_name(host), host
+        visitor.host = host = parse_host(host_field.decode("latin-1"))[0]
+        name = self._registry.tunnel_name(host)
         if name is not None:
             visitor.target = target
             await self._forward(visitor, name, host_field)
@@ -4976,14 +4980,14 @@ class TunnelServer:
     async def _forward(self, visitor: Visitor, name: str, host: bytes) -> None:
         if self._registry.draining:
             raise Unserved("shutting-down")
-        if any(value.lower() != b"100-continue" for value in field_values(visitor.headers, b"expect")):
+        if b"expect" in visitor.names and field_tokens(visitor.headers, b"expect") != {b"100-continue"}:
             raise Unserved("expectation")
         if b"h2c" in visitor.upgrade:
             visitor.upgrade = b""
         if visitor.upgrade and visitor.has_body:
             raise Unserved("bad-request")
         visitor.max_body = self._max_body
-        if int(b"".join(field_values(visitor.headers, b"content-length")) or 0) > self._max_body:
+        if visitor.has_body and int(b"".join(field_values(visitor.headers, b"content-length")) or 0) > self._max_body:
             raise Unserved("content-too-large")
         arrived = time.monotonic()
         self._check_load(visitor, arrived)
@@ -5332,15 +5336,22 @@ class Edits(NamedTuple):
         return [*self.put, *(pair for pair in headers if pair[0].lower() not in drop)]
 
 
-class LocalConnection(asyncio.Protocol):
-    """One connection to a local service, with back-pressure both ways; one reader, one writer."""
+class LocalConnection(asyncio.BufferedProtocol):
+    """One connection to a local service, with back-pressure both ways; one reader, one writer.
+
+    What is large comes when it is asked for; of what is small, one read at the most waits for the reader.
+    """
+
+    # One buffer for all of them: the event loop fills it and hands it over in one go. Windows' does not.
+    _shared = bytearray(READ_BUFFER)
 
     def __init__(self) -> None:
+        self._buffer = bytearray(READ_BUFFER) if sys.platform == "win32" else self._shared
         self.closed = asyncio.Event()
         self.idle_since = 0.0  # 0 while it is in use
         self._transport: asyncio.Transport
         self._chunks: collections.deque[bytes] = collections.deque()
-        self._buffered = 0
+        self._paused = False
         self._eof = False
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -5364,9 +5375,9 @@ class LocalConnection(asyncio.Protocol):
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         data = self._chunks.popleft()
-        if self._buffered > READ_BUFFER >= self._buffered - len(data):
+        if self._paused and not self._chunks:
+            self._paused = False
             self._transport.resume_reading()
-        self._buffered -= len(data)
         return data
 
     def send(self, data: bytes) -> None:
@@ -5394,11 +5405,15 @@ class LocalConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
-    def data_received(self, data: bytes) -> None:
-        self._chunks.append(data)
-        if self._buffered <= READ_BUFFER < self._buffered + len(data):
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._chunks.append(bytes(memoryview(self._buffer)[:nbytes]))
+        busy = self._reader is None or self._reader.done()  # with what came before
+        if not self._paused and (busy or nbytes > SEND_BUFFER):
+            self._paused = True
             self._transport.pause_reading()
-        self._buffered += len(data)
         _wake(self._reader)
 
     def eof_received(self) -> bool:
@@ -8473,6 +8488,8 @@ def _run(command: Coroutine[Any, Any, _T]) -> _T:
             import uvloop
 
             factory = uvloop.new_event_loop
+    gc.freeze()  # modules and classes stay; to look through them again and again takes milliseconds
+    gc.set_threshold(10_000, 20, 50)
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.get_loop().set_exception_handler(_failure_handler())
         return runner.run(command)
