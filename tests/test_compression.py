@@ -1,29 +1,62 @@
-"""Compressed chunks: what a zstd frame of a peer may be, what it costs to find out, and which types are worth it."""
+"""Compressed content: what a zstd frame of a peer may be, which chunks a session compresses, and of which types."""
 
 from __future__ import annotations
 
+import collections
+import itertools
 import random
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from test_session import REQUEST, RESPONSE, Pair, content, data, head, reset, sent, server_with_stream
 
 import pytunnel
-from pytunnel import MAX_DATA, ProtocolError, compress, content_length, decompress
+from pytunnel import (
+    ASK,
+    COMPRESS_RATE,
+    END,
+    INITIAL_WINDOW,
+    MAX_BATCH,
+    MAX_DATA,
+    MIN_COMPRESSED,
+    ZSTD,
+    ErrorCode,
+    Frame,
+    FrameType,
+    InFlight,
+    Kind,
+    ProtocolError,
+    Session,
+    compress,
+    compressible,
+    content_length,
+    decompress,
+    encode_frame,
+)
 
+TEXT = Path(pytunnel.__file__).read_bytes()[: 4 * MAX_DATA]
+TURN = pytunnel.FIRST_CAP // 4
+NOISE = random.Random(1).randbytes(MAX_DATA)
 HEAD = b"\x28\xb5\x2f\xfd"  # a zstd frame's first bytes (RFC 8878 section 3.1.1)
 SINGLE = 0xA0  # its descriptor: one segment, 4 bytes of content length
 
 
+def rle_blocks(*sizes: int) -> bytes:
+    """The blocks of a frame, of so many zeros each: 4 bytes for up to 128 KiB (RFC 8878 section 3.1.1.2)."""
+    words = [(size << 3 | 1 << 1 | (i == len(sizes) - 1)).to_bytes(3, "little") for i, size in enumerate(sizes)]
+    return b"".join(word + b"\0" for word in words)
+
+
 def rle_frame(length: int, *blocks: int) -> bytes:
-    """A frame that claims `length` bytes and has blocks of that many zeros each: 4 bytes for up to 128 KiB."""
-    words = [(size << 3 | 1 << 1 | (i == len(blocks) - 1)).to_bytes(3, "little") for i, size in enumerate(blocks)]
-    return HEAD + bytes([SINGLE]) + struct.pack("<I", length) + b"".join(word + b"\0" for word in words)
+    """A frame that claims `length` bytes and has blocks of that many zeros each."""
+    return HEAD + bytes([SINGLE]) + struct.pack("<I", length) + rle_blocks(*blocks)
 
 
 # Round trips
@@ -37,7 +70,7 @@ def test_any_content_comes_back(content: bytes) -> None:
     assert decompress(payload) == content
 
 
-@pytest.mark.parametrize("content", [b"\0", bytes(MAX_DATA), random.Random(1).randbytes(MAX_DATA)], ids=len)
+@pytest.mark.parametrize("content", [b"\0", bytes(MAX_DATA), NOISE], ids=len)
 def test_any_length_up_to_the_limit_comes_back(content: bytes) -> None:
     assert decompress(compress(content)) == content
 
@@ -50,8 +83,7 @@ def test_a_chunk_has_the_same_size_whatever_was_compressed_before(secret: bytes,
 
 
 def test_text_gets_smaller() -> None:
-    page = Path(pytunnel.__file__).read_bytes()[:65_536]
-    assert len(compress(page)) < len(page) / 2.5
+    assert len(compress(TEXT[:65_536])) < 65_536 / 2.5
 
 
 # What a peer may send
@@ -59,6 +91,7 @@ def test_text_gets_smaller() -> None:
 
 def test_the_frames_made_here_are_what_they_seem() -> None:
     assert decompress(rle_frame(200_000, 131_072, 68_928)) == bytes(200_000)
+    assert decompress(HEAD + b"\x80\0" + struct.pack("<I", 2048) + rle_blocks(1024, 1024)) == bytes(2048)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +107,13 @@ def test_the_frames_made_here_are_what_they_seem() -> None:
         compress(b""),
         compress(bytes(MAX_DATA + 1)),
         zstandard.ZstdCompressor(write_content_size=False).compress(b"of unknown length"),
-        struct.pack("<II", 0x184D2A50, 5) + b"1 2 3",  # skippable: RFC 8878 section 3.1.2
+        struct.pack("<II", 0x184D2A50, 5) + b"1 2 3",
         struct.pack("<II", 0x184D2A50, 5) + b"1 2 3" + compress(b"1 2 3"),
         rle_frame(5, 4),
         rle_frame(5, 6),
         rle_frame(2**32 - 1, 131_072),
         rle_frame(MAX_DATA, *[131_072] * 3),
+        HEAD + b"\x80\0" + struct.pack("<I", 264 * 1024) + rle_blocks(*[1024] * 264),  # small blocks, small window
         HEAD + b"\x80\x68" + struct.pack("<I", 3) + b"\x19\0\0abc",  # 3 bytes, and a window of 8 MiB
         HEAD + b"\xa3" + struct.pack("<II", 77, 3) + b"\x19\0\0abc",  # with dictionary 77
     ],
@@ -88,6 +122,12 @@ def test_the_frames_made_here_are_what_they_seem() -> None:
 def test_anything_but_one_whole_frame_of_a_known_length_is_refused(payload: bytes) -> None:
     with pytest.raises(ProtocolError):
         decompress(payload)
+
+
+def test_a_skippable_frame_has_no_content() -> None:
+    """It has a length where others have theirs (RFC 8878 section 3.1.2)."""
+    with pytest.raises(ProtocolError):
+        content_length(struct.pack("<II", 0x184D2A50, 5) + b"1 2 3")
 
 
 @given(st.binary(max_size=200), st.booleans())
@@ -134,3 +174,272 @@ def test_bombs_of_8_gib_take_no_memory() -> None:
     result = subprocess.run(command, cwd=Path(pytunnel.__file__).parent, capture_output=True, text=True, timeout=60)
     assert not result.stderr, result.stderr
     assert int(result.stdout) < 2048, "KiB"
+
+
+# Which chunks are compressed
+
+
+@pytest.fixture(autouse=True)
+def slow(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The link is known to be slow; a turn is 16 KiB of it."""
+    monkeypatch.setattr(InFlight, "rate", 1.0)
+    monkeypatch.setattr(pytunnel, "MIN_TURN", TURN)
+    monkeypatch.setattr(pytunnel, "MAX_TURN", TURN)
+    return monkeypatch
+
+
+def answering(*, agreed: bool = True, fits: bool = True) -> tuple[Pair, int]:
+    """Two sessions, and a stream whose response has begun."""
+    pair = Pair(compress=agreed)
+    stream = pair.server.open_stream(0, Kind.HTTP, REQUEST, compress=fits)
+    pair.exchange()
+    pair.client.send_head(stream, RESPONSE, compress=fits)
+    pair.exchange()
+    return pair, stream
+
+
+def chunks(session: Session, limit: int = MAX_BATCH) -> list[Frame]:
+    return [frame for frame in sent(session, limit) if frame.type == FrameType.DATA]
+
+
+@pytest.mark.parametrize(
+    ("agreed", "fits", "rate", "compressed"),
+    [
+        (True, True, 1.0, True),
+        (True, True, COMPRESS_RATE - 1, True),
+        (True, True, COMPRESS_RATE, False),
+        (True, True, float("inf"), False),
+        (False, True, 1.0, False),
+        (True, False, 1.0, False),
+    ],
+)
+@pytest.mark.parametrize("upload", [False, True])
+def test_what_is_compressed(
+    slow: pytest.MonkeyPatch, agreed: bool, fits: bool, rate: float, compressed: bool, upload: bool
+) -> None:
+    slow.setattr(InFlight, "rate", rate)
+    pair, stream = answering(agreed=agreed, fits=fits)
+    sender = pair.server if upload else pair.client
+    sender.send_data(stream, TEXT[: TURN + 1])
+    frame = chunks(sender)[0]
+    assert bool(frame.flags & ZSTD) is compressed
+    length = TURN + compressed
+    assert (decompress(frame.payload) if compressed else frame.payload) == TEXT[:length]
+    assert sender.saved == length - len(frame.payload)
+
+
+@pytest.mark.parametrize(("size", "compressed"), [(MIN_COMPRESSED, True), (MIN_COMPRESSED - 1, False)])
+def test_a_short_chunk_is_compressed_when_it_has_to_wait(size: int, compressed: bool) -> None:
+    pair, stream = answering()
+    other = pair.server.open_stream(0, Kind.HTTP, REQUEST)
+    pair.exchange()
+    pair.client.send_head(other, RESPONSE)
+    pair.client.send_data(stream, TEXT[:size])
+    assert not chunks(pair.client)[0].flags & ZSTD, "the link has nothing else to do"
+    pair.client.send_data(other, NOISE[:TURN])
+    assert len(pair.client.data_to_send()) > TURN
+    pair.client.send_data(stream, TEXT[:size])
+    assert bool(chunks(pair.client)[0].flags & ZSTD) is compressed
+
+
+def test_a_link_is_slow_once_it_is_known(slow: pytest.MonkeyPatch) -> None:
+    slow.undo()
+    flight, now, sent, acked, idle_at = InFlight(), 0.0, 0, 0, 0.0
+    acks: collections.deque[tuple[float, int]] = collections.deque()
+    while flight.rate == float("inf"):
+        while flight.has_room:  # frames of 1 KB over a link of 1 MB/s; 20 ms to the other end and back
+            asks = flight.wants_ack(1000)
+            flight.send(1000, now)
+            sent, idle_at = sent + 1, max(now, idle_at) + 0.001
+            if asks:
+                flight.ask(sent, now)
+                acks.append((idle_at + 0.02, sent))
+        now, frames = acks.popleft()
+        flight.acknowledge(frames, 1000 * (frames - acked), now)
+        acked = frames
+        assert now < 5.0
+    assert 0.7e6 < flight.rate < 1.3e6
+
+
+def test_the_other_end_gets_what_was_sent() -> None:
+    pair, stream = answering()
+    for sender in pair.wires:
+        sender.send_data(stream, TEXT[:100_000])
+        sender.send_data(stream, b"short", end=True)
+    events = pair.exchange()
+    assert [content(got) for got in events] == [TEXT[:100_000] + b"short"] * 2
+    assert not any(frame.flags & ZSTD for got in events for frame in got)
+    assert pair.server.saved == pair.client.saved > 100_000
+
+
+def test_plain_and_compressed_chunks_take_turns(slow: pytest.MonkeyPatch) -> None:
+    pair, stream = answering()
+    saved, got = [0], b""
+    for start in range(0, 200_000, 20_000):
+        slow.setattr(InFlight, "rate", start % 40_000 * COMPRESS_RATE)
+        pair.client.send_data(stream, TEXT[start : start + 20_000])
+        got += content(pair.exchange()[0])
+        saved.append(pair.client.saved)
+        pair.server.acknowledge_received_data(stream, 20_000)
+    assert [after > before for before, after in itertools.pairwise(saved)] == [True, False] * 5
+    assert got == TEXT[:200_000]
+
+
+def test_credit_is_for_content() -> None:
+    pair, stream = answering()
+    pair.client.send_data(stream, bytes(INITIAL_WINDOW + 1))
+    events, _ = pair.exchange()
+    assert content(events) == bytes(INITIAL_WINDOW)
+    assert pair.client._streams[stream].send.credit == pair.server._streams[stream].receive.credit == 0
+    assert pair.server.buffered == INITIAL_WINDOW
+    pair.server.acknowledge_received_data(stream, INITIAL_WINDOW)
+    events, _ = pair.exchange()
+    assert content(events) == bytes(1)
+
+
+def test_a_chunk_is_as_long_as_it_may_be_for_a_turn_of_the_link() -> None:
+    """What the last one was compressed to tells how much the next one takes."""
+    pair, stream = answering()
+    pair.client.send_data(stream, TEXT[:200_000])
+    first, second = (chunks(pair.client, 1)[0] for _ in range(2))
+    assert content_length(first.payload) == 2 * TURN
+    assert len(first.payload) < TURN and not first.flags & ASK, "what counts on the link is what it carries"
+    ratio = content_length(first.payload) / len(first.payload)
+    assert content_length(second.payload) == min(200_000 - 2 * TURN, int(TURN * ratio)) > TURN
+    assert len(second.payload) < 1.2 * TURN
+    pair, stream = answering()
+    pair.client.send_data(stream, bytes(TURN))
+    assert len(chunks(pair.client)) == 1
+    pair.client._streams[stream].send.add(MAX_DATA)
+    pair.client.send_data(stream, bytes(2 * MAX_DATA))
+    assert content_length(chunks(pair.client, 1)[0].payload) == MAX_DATA
+
+
+def test_a_message_holds_the_event_loop_no_longer_than_plain_ones() -> None:
+    pair, _ = answering()
+    streams = [pair.server.open_stream(0, Kind.HTTP, REQUEST) for _ in range(9)]
+    pair.exchange()
+    for stream in streams:
+        pair.client.send_head(stream, RESPONSE, compress=True)
+    pair.exchange()
+    for stream in streams:
+        pair.client.send_data(stream, bytes(INITIAL_WINDOW))
+    for _ in streams:
+        assert [content_length(frame.payload) for frame in chunks(pair.client)] == [2 * TURN]
+
+
+def test_what_is_encoded_already_is_tried_once() -> None:
+    pair, stream = answering()
+    pair.client.send_data(stream, NOISE)
+    with mock.patch.object(pytunnel, "compress", wraps=compress) as tried:
+        events, _ = pair.exchange()
+    assert content(events) == NOISE and tried.call_count == 1
+    assert pair.client.saved == pair.server.saved == 0
+
+
+def test_an_end_without_content_is_plain() -> None:
+    pair, stream = answering()
+    pair.client.send_data(stream, b"", end=True)
+    assert chunks(pair.client) == [Frame(FrameType.DATA, END, stream, b"")]
+
+
+def test_a_chunk_that_is_sent_again_has_the_same_bytes(slow: pytest.MonkeyPatch) -> None:
+    pair, stream = answering()
+    pair.client.send_data(stream, TEXT[:100_000], end=True)
+    lost = pair.client.data_to_send()
+    pair.cut()
+    slow.setattr(InFlight, "rate", float("inf"))  # the next link is fast
+    pair.link()
+    assert pair.client.data_to_send().startswith(lost)
+    assert pair.client._streams[stream].ratio > 1
+    pair.cut()
+    pair.link()
+    events, _ = pair.exchange()
+    assert content(events) == TEXT[:100_000]
+
+
+# What a session takes
+
+
+def zstd(payload: bytes, flags: int = 0) -> bytes:
+    return data(1, payload, ZSTD | flags)
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"plain", compress(b""), compress(bytes(MAX_DATA + 1)), compress(b"whole")[:-1], rle_frame(5, 6)]
+)
+@pytest.mark.parametrize("flags", [0, END])
+def test_a_broken_chunk_is_a_protocol_error(payload: bytes, flags: int) -> None:
+    session = server_with_stream()
+    with pytest.raises(ProtocolError):
+        session.receive_data(head() + zstd(payload, flags), 0.0)
+
+
+def test_a_broken_chunk_for_a_closed_stream_is_ignored() -> None:
+    session = server_with_stream()
+    assert len(session.receive_data(head() + reset() + zstd(b"broken"), 0.0)) == 2
+
+
+def test_nothing_is_unpacked_that_is_past_the_window() -> None:
+    session = server_with_stream(size=1000)
+    assert content(session.receive_data(head() + zstd(compress(bytes(600))), 0.0)) == bytes(600)
+    with mock.patch.object(pytunnel, "decompress") as unpacked, pytest.raises(ProtocolError) as caught:
+        session.receive_data(zstd(compress(bytes(401))), 0.0)
+    assert caught.value.code is ErrorCode.FLOW_CONTROL
+    assert not unpacked.called
+
+
+def test_many_compressed_chunks_leave_others_their_turn() -> None:
+    """Unpacking takes longer than what the bytes of a message let expect."""
+    session = server_with_stream()
+    session.receive_data(head(), 0.0)
+    before, got = session.work, [len(session.receive_data(zstd(compress(bytes(1000))) * 200, 0.0))]
+    while session.has_more:
+        got.append(len(session.receive_data(b"", 0.0)))
+    assert sum(got) == 200 and max(got) <= pytunnel.MAX_FRAMES / 30 + 1
+    assert session.work - before > 5 * pytunnel.MAX_FRAMES
+
+
+@given(st.binary(max_size=60), st.booleans(), st.integers(0, 15))
+def test_any_bytes_of_a_chunk_raise_only_protocol_error(payload: bytes, with_head: bool, flags: int) -> None:
+    session = server_with_stream()
+    try:
+        session.receive_data(head() + encode_frame(FrameType.DATA, ZSTD | flags, 1, HEAD * with_head + payload), 0.0)
+    except ProtocolError:
+        pass
+
+
+# Types
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ("Content-Type: text/html; charset=utf-8", True),
+        ("Content-Type: TEXT/CSS", True),
+        ("content-type: text/event-stream", True),
+        ("Content-Type: application/json", True),
+        ("Content-Type:  application/json ;charset=utf-8", True),
+        ("Content-Type: application/problem+json", True),
+        ("Content-Type: image/svg+xml", True),
+        ("Content-Type: application/wasm", True),
+        ("Content-Type: application/x-ndjson", True),
+        ("Content-Type: application/x-www-form-urlencoded", True),
+        ("Content-Type: application/json\nContent-Encoding: identity", True),
+        ("Content-Type: application/json\nCache-Control: no-transform", True),
+        ("Content-Type: application/json\nContent-Encoding: gzip", False),
+        ("Content-Type: application/json\ncontent-encoding: identity, BR", False),
+        ("Content-Type: text/html\nContent-Type: image/png", False),
+        ("Content-Type: image/png", False),
+        ("Content-Type: application/jsonx", False),
+        ("Content-Type: application/octet-stream", False),
+        ("Content-Type: application/zip", False),
+        ("Content-Type: multipart/form-data; boundary=text/html", False),
+        ("Content-Type: ", False),
+        ("X-Content-Type: text/html", False),
+        ("", False),
+    ],
+)
+def test_types_that_compress(fields: str, expected: bool) -> None:
+    pairs = [line.encode().split(b": ", 1) for line in fields.splitlines()]
+    assert compressible([(name, value) for name, value in pairs]) is expected
