@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
+import contextlib
 import itertools
 import random
+import re
 import struct
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +19,7 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from support import TIMEOUT, Handler, RawOrigin, RawRequest, Relay, Tunnel, chunk, request, response
 from test_session import REQUEST, RESPONSE, Pair, content, data, head, reset, sent, server_with_stream
 
 import pytunnel
@@ -443,3 +448,148 @@ def test_any_bytes_of_a_chunk_raise_only_protocol_error(payload: bytes, with_hea
 def test_types_that_compress(fields: str, expected: bool) -> None:
     pairs = [line.encode().split(b": ", 1) for line in fields.splitlines()]
     assert compressible([(name, value) for name, value in pairs]) is expected
+
+
+# Real processes and a slow link
+
+Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
+RATE = 2e6  # bytes a second
+PAGE = TEXT[:400_000]
+
+
+@contextlib.asynccontextmanager
+async def slow_link(handler: Handler, *args: str) -> AsyncIterator[Tunnel]:
+    """A tunnel over a link that is known to be slow, both ways."""
+
+    async def answer(asked: RawRequest, reader: Reader, writer: Writer) -> None:
+        if asked.target == b"/warm-up":
+            writer.write(response(NOISE * 3))
+        else:
+            await handler(asked, reader, writer)
+
+    async with (
+        RawOrigin(answer, read_body=True) as origin,
+        Tunnel(origin.port, relay=Relay(0, rate_up=RATE, rate_down=RATE, buffer=65536), connect_args=args) as tunnel,
+    ):
+        assert (await tunnel.fetch("POST", b"/warm-up", body=NOISE * 3)).body == NOISE * 3
+        yield tunnel
+
+
+async def page(asked: RawRequest, reader: Reader, writer: Writer) -> None:
+    """Answer with the page; the target names its type, its coding if it has one, and how often it comes."""
+    type_, coding, times = asked.target[1:].split(b"?")
+    fields = [(b"Content-Type", type_), *([(b"Content-Encoding", coding)] if coding else [])]
+    writer.write(response(PAGE * int(times), headers=fields))
+
+
+async def saved(tunnel: Tunnel) -> float:
+    """The bytes that compression has saved, as the server says."""
+    async with tunnel.visitor() as visitor:
+        await visitor.send(request("GET", b"/metrics", b"127.0.0.1:%d" % tunnel.port))
+        text = (await visitor.read_response()).body.decode()
+    return float(re.search(r"^pytunnel_saved_bytes_total (.*)", text, re.MULTILINE)[1])
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "smaller"),
+    [
+        (b"/text/html??1", [], True),
+        (b"/application/json?identity?1", [], True),
+        (b"/image/png??1", [], False),
+        (b"/text/html?gzip?1", [], False),
+        (b"/text/html??1", ["--no-compress"], False),
+    ],
+)
+async def test_a_download(target: bytes, args: list[str], smaller: bool) -> None:
+    async with slow_link(page, *args) as tunnel:
+        before = tunnel.relay.bytes_up
+        assert (await tunnel.get(target)).body == PAGE
+        assert (tunnel.relay.bytes_up - before < len(PAGE) / 2) is smaller
+        assert (await saved(tunnel) > len(PAGE) / 2) is smaller
+
+
+@pytest.mark.parametrize(
+    ("type_", "args", "smaller"),
+    [
+        (b"application/json", [], True),
+        (b"image/png", [], False),
+        (b"application/json", ["--no-compress"], False),
+    ],
+)
+async def test_an_upload(type_: bytes, args: list[str], smaller: bool) -> None:
+    got: list[bytes] = []
+
+    async def take(asked: RawRequest, reader: Reader, writer: Writer) -> None:
+        got.append(asked.body)
+        writer.write(response())
+
+    async with slow_link(take, *args) as tunnel:
+        before = tunnel.relay.bytes_down
+        await tunnel.fetch("POST", b"/", [(b"Content-Type", type_)], PAGE)
+        assert got == [PAGE]
+        assert (tunnel.relay.bytes_down - before < len(PAGE) / 2) is smaller
+
+
+async def test_what_is_no_text_arrives_as_it_was_whatever_its_type_says() -> None:
+    async def noise(asked: RawRequest, reader: Reader, writer: Writer) -> None:
+        writer.write(response(NOISE, headers=[(b"Content-Type", b"text/plain")]))
+
+    async with slow_link(noise) as tunnel:
+        assert (await tunnel.get()).body == NOISE
+
+
+async def test_events_arrive_at_once_although_they_are_compressed() -> None:
+    events = [b"data: %d " % n + TEXT[n * 30_000 :][:30_000].replace(b"\n", b" ") + b"\n\n" for n in range(20)]
+    arrived = asyncio.Semaphore(0)
+
+    async def stream(asked: RawRequest, reader: Reader, writer: Writer) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for event in events:
+            writer.write(chunk(event))
+            async with asyncio.timeout(TIMEOUT):
+                await arrived.acquire()
+        writer.write(chunk(b""))
+
+    async with slow_link(stream) as tunnel, tunnel.visitor() as visitor:
+        before = tunnel.relay.bytes_up
+        await visitor.send(tunnel.request())
+        body = visitor.iter_body(await visitor.read_head())
+        for event in events:
+            got = b""
+            while len(got) < len(event):
+                got += await anext(body)
+            assert got == event
+            arrived.release()
+        assert [piece async for piece in body] == []
+        assert tunnel.relay.bytes_up - before < sum(map(len, events)) / 2
+
+
+async def test_cuts_in_the_middle_of_what_is_compressed() -> None:
+    """The frames that are sent again are the same; and what follows does not depend on them."""
+    async with slow_link(page) as tunnel:
+        relay = tunnel.relay
+        before, fetched = relay.bytes_up, asyncio.ensure_future(tunnel.get(b"/text/html??20"))
+        for cut in range(1, 5):
+            await relay.wait_for(lambda at=before + cut * 500_000: relay.bytes_up > at)
+            accepted = relay.accepted
+            await relay.cut("reset")
+            await relay.wait_accepted(accepted + 1)
+        assert (await fetched).body == PAGE * 20
+        assert await saved(tunnel) > 5 * len(PAGE)
+
+
+async def test_a_pipe_is_not_compressed() -> None:
+    async def switch(asked: RawRequest, reader: Reader, writer: Writer) -> None:
+        writer.write(
+            b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\nContent-Type: text/html\r\n\r\n"
+        )
+        writer.write(PAGE)
+        await writer.drain()
+        writer.close()
+
+    async with slow_link(switch) as tunnel, tunnel.visitor() as visitor:
+        before = tunnel.relay.bytes_up
+        await visitor.send(tunnel.request(headers=[(b"Connection", b"Upgrade"), (b"Upgrade", b"x")]))
+        assert (await visitor.read_head()).status == 101
+        assert await visitor.read_until_close() == PAGE
+        assert tunnel.relay.bytes_up - before > len(PAGE)
