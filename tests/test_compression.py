@@ -27,6 +27,7 @@ from pytunnel import (
     ASK,
     COMPRESS_RATE,
     END,
+    HISTORY,
     INITIAL_WINDOW,
     MAX_BATCH,
     MAX_DATA,
@@ -44,11 +45,20 @@ from pytunnel import (
     content_length,
     decompress,
     encode_frame,
+    next_history,
 )
 
 TEXT = Path(pytunnel.__file__).read_bytes()[: 4 * MAX_DATA]
 TURN = pytunnel.FIRST_CAP // 4
 NOISE = random.Random(1).randbytes(MAX_DATA)
+HISTORIES = [
+    b"",
+    b"x",
+    TEXT[:HISTORY],
+    NOISE[:1000],
+    b"\x37\xa4\x30\xec" + NOISE[:1000],  # as dictionaries of zstd begin (RFC 8878 section 5)
+    zstandard.train_dictionary(2000, [TEXT[at : at + 500] for at in range(0, 200_000, 500)]).as_bytes(),
+]
 HEAD = b"\x28\xb5\x2f\xfd"  # a zstd frame's first bytes (RFC 8878 section 3.1.1)
 SINGLE = 0xA0  # its descriptor: one segment, 4 bytes of content length
 
@@ -78,6 +88,21 @@ def test_any_content_comes_back(content: bytes) -> None:
 @pytest.mark.parametrize("content", [b"\0", bytes(MAX_DATA), NOISE], ids=len)
 def test_any_length_up_to_the_limit_comes_back(content: bytes) -> None:
     assert decompress(compress(content)) == content
+
+
+@given(st.lists(st.binary(min_size=1, max_size=200).map(lambda part: part * 7), max_size=8), st.sampled_from(HISTORIES))
+def test_any_chunks_come_back_with_their_history(parts: list[bytes], history: bytes) -> None:
+    sent = got = history
+    for part in parts:
+        payload = compress(memoryview(part), sent)
+        assert decompress(payload, got) == part
+        sent, got = next_history(sent, memoryview(part)), next_history(got, part)
+    assert sent == got == (history + b"".join(parts))[-HISTORY:]
+
+
+def test_a_chunk_may_refer_to_its_history() -> None:
+    words, more = TEXT[:50_000], TEXT[40_000:60_000]
+    assert len(compress(more, words)) < 0.7 * len(compress(more))
 
 
 @given(st.binary(min_size=1, max_size=500), st.binary(min_size=1, max_size=500))
@@ -125,8 +150,9 @@ def test_the_frames_made_here_are_what_they_seem() -> None:
     ids=lambda payload: payload[:12].hex(),
 )
 def test_anything_but_one_whole_frame_of_a_known_length_is_refused(payload: bytes) -> None:
-    with pytest.raises(ProtocolError):
-        decompress(payload)
+    for history in HISTORIES:
+        with pytest.raises(ProtocolError):
+            decompress(payload, history)
 
 
 def test_a_skippable_frame_has_no_content() -> None:
@@ -135,21 +161,23 @@ def test_a_skippable_frame_has_no_content() -> None:
         content_length(struct.pack("<II", 0x184D2A50, 5) + b"1 2 3")
 
 
-@given(st.binary(max_size=200), st.booleans())
-def test_any_bytes_are_refused_or_short(data: bytes, with_head: bool) -> None:
+@given(st.binary(max_size=200), st.booleans(), st.sampled_from(HISTORIES))
+def test_any_bytes_are_refused_or_short(data: bytes, with_head: bool, history: bytes) -> None:
     try:
-        assert len(decompress(HEAD * with_head + data)) <= MAX_DATA
+        assert len(decompress(HEAD * with_head + data, history)) <= MAX_DATA
     except ProtocolError:
         pass
 
 
-@given(st.binary(min_size=1, max_size=2000), st.data())
-def test_a_frame_with_wrong_bytes_is_refused_or_as_long_as_it_says(content: bytes, data: st.DataObject) -> None:
-    payload = bytearray(compress(content))
+@given(st.binary(min_size=1, max_size=2000), st.sampled_from(HISTORIES), st.sampled_from(HISTORIES), st.data())
+def test_a_frame_with_wrong_bytes_is_refused_or_as_long_as_it_says(
+    content: bytes, one: bytes, other: bytes, data: st.DataObject
+) -> None:
+    payload = bytearray(compress(content, one))
     for place in data.draw(st.lists(st.integers(0, len(payload) - 1), min_size=1, max_size=4)):
         payload[place] = data.draw(st.integers(0, 255))
     try:
-        assert len(decompress(bytes(payload))) == content_length(bytes(payload))
+        assert len(decompress(bytes(payload), other)) == content_length(bytes(payload))
     except ProtocolError:
         pass
 
@@ -164,11 +192,12 @@ pytunnel.decompress(pytunnel.compress(bytes(pytunnel.MAX_DATA)))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for bomb in bombs:
     for payload in (bomb, bomb[:-1], bomb + pytunnel.compress(b"more")):
-        try:
-            pytunnel.decompress(payload)
-        except pytunnel.ProtocolError:
-            continue
-        raise SystemExit("not refused")
+        for history in (b"", bytes(range(256)) * 256):
+            try:
+                pytunnel.decompress(payload, history)
+            except pytunnel.ProtocolError:
+                continue
+            raise SystemExit("not refused")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -277,6 +306,31 @@ def test_the_other_end_gets_what_was_sent() -> None:
     assert pair.server.saved == pair.client.saved > 100_000
 
 
+def test_a_stream_does_not_tell_by_its_sizes_what_another_one_carried() -> None:
+    sizes = []
+    for before in (NOISE, TEXT):
+        pair, stream = answering()
+        pair.client.send_data(stream, before[:30_000], end=True)
+        other = pair.server.open_stream(0, Kind.HTTP, REQUEST)
+        pair.exchange()
+        pair.client.send_head(other, RESPONSE, compress=True)
+        pair.client.send_data(other, TEXT[:20_000])
+        sizes.append(len(chunks(pair.client)[0].payload))
+    assert sizes[0] == sizes[1] < 10_000
+
+
+def test_a_history_ends_with_its_direction() -> None:
+    pair, stream = answering()
+    for sender in pair.wires:
+        sender.send_data(stream, TEXT[:30_000])
+    pair.exchange()
+    pair.client.send_data(stream, b"the end", end=True)
+    pair.exchange()
+    client, server = (session._streams[stream] for session in (pair.client, pair.server))
+    assert client.packed_history == server.unpacked_history == b""
+    assert server.packed_history == client.unpacked_history == TEXT[:30_000]
+
+
 def test_plain_and_compressed_chunks_take_turns(slow: pytest.MonkeyPatch) -> None:
     pair, stream = answering()
     saved, got = [0], b""
@@ -296,7 +350,7 @@ def test_credit_is_for_content() -> None:
     events, _ = pair.exchange()
     assert content(events) == bytes(INITIAL_WINDOW)
     assert pair.client._streams[stream].send.credit == pair.server._streams[stream].receive.credit == 0
-    assert pair.server.buffered == INITIAL_WINDOW
+    assert pair.server.buffered == INITIAL_WINDOW + HISTORY
     pair.server.acknowledge_received_data(stream, INITIAL_WINDOW)
     events, _ = pair.exchange()
     assert content(events) == bytes(1)
@@ -335,10 +389,12 @@ def test_a_message_holds_the_event_loop_no_longer_than_plain_ones() -> None:
 
 def test_what_is_encoded_already_is_tried_once() -> None:
     pair, stream = answering()
+    pair.client._streams[stream].packed_history = TEXT[:100]
     pair.client.send_data(stream, NOISE)
     with mock.patch.object(pytunnel, "compress", wraps=compress) as tried:
         events, _ = pair.exchange()
     assert content(events) == NOISE and tried.call_count == 1
+    assert pair.client._streams[stream].packed_history == b""
     assert pair.client.saved == pair.server.saved == 0
 
 
