@@ -827,6 +827,7 @@ class InFlight:
         self._is_starting, self._is_probing = True, False
         self._rate, self._plateau = 0.0, 0  # bytes a second of the best round so far, rounds in which it did not grow
         self._round_at, self._round_bytes, self._round_trip = 0.0, 0, math.inf
+        self._path_rate = math.inf
 
     @property
     def has_room(self) -> bool:
@@ -834,8 +835,8 @@ class InFlight:
 
     @property
     def rate(self) -> float:
-        """Bytes a second that the path carries; infinity until that is known."""
-        return math.inf if self._is_starting else self._cap / (self._smallest + self._queue_time)
+        """Bytes a second that the path carries; infinity until a queue shows that it carries no more."""
+        return self._path_rate
 
     def send(self, n: int) -> None:
         """Count what is sent."""
@@ -884,6 +885,7 @@ class InFlight:
             return
         smallest, aim = self._smallest, self._smallest + self._queue_time
         path = self._cap * smallest / round_trip  # bytes that it holds without a queue
+        self._path_rate = rate if round_trip > aim else max(rate, self._path_rate)
         factor = max(0.25, min(2.0, aim / round_trip))
         if round_trip < smallest + self._queue_time / 4:
             factor = max(factor, 1.25)

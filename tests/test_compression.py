@@ -276,23 +276,45 @@ def test_a_short_chunk_is_compressed_when_it_has_to_wait(size: int, compressed: 
     assert bool(chunks(pair.client)[0].flags & ZSTD) is compressed
 
 
-def test_a_link_is_slow_once_it_is_known(slow: pytest.MonkeyPatch) -> None:
-    slow.undo()
-    flight, now, sent, acked, idle_at = InFlight(), 0.0, 0, 0, 0.0
-    acks: collections.deque[tuple[float, int]] = collections.deque()
-    while flight.rate == float("inf"):
-        while flight.has_room:  # frames of 1 KB over a link of 1 MB/s; 20 ms to the other end and back
+class Route:
+    """Frames of 1 KB on their way, 20 ms there and back, and what is in flight among them."""
+
+    def __init__(self) -> None:
+        self.flight, self.now, self.sent, self.acked, self.idle_at = InFlight(), 0.0, 0, 0, 0.0
+        self.acks: collections.deque[tuple[float, int]] = collections.deque()
+
+    def carry(self, rate: float) -> float:
+        """Send what may be sent at that many bytes a second, take an ACK, and return the rate that is known then."""
+        flight = self.flight
+        while flight.has_room:
             asks = flight.wants_ack(1000)
-            flight.send(1000, now)
-            sent, idle_at = sent + 1, max(now, idle_at) + 0.001
+            flight.send(1000, self.now)
+            self.sent, self.idle_at = self.sent + 1, max(self.now, self.idle_at) + 1000 / rate
             if asks:
-                flight.ask(sent, now)
-                acks.append((idle_at + 0.02, sent))
-        now, frames = acks.popleft()
-        flight.acknowledge(frames, 1000 * (frames - acked), now)
-        acked = frames
-        assert now < 5.0
-    assert 0.7e6 < flight.rate < 1.3e6
+                flight.ask(self.sent, self.now)
+                self.acks.append((self.idle_at + 0.02, self.sent))
+        self.now, frames = self.acks.popleft()
+        flight.acknowledge(frames, 1000 * (frames - self.acked), self.now)
+        self.acked = frames
+        return flight.rate
+
+
+def test_a_link_is_slow_once_it_has_a_queue_and_until_it_carries_more(slow: pytest.MonkeyPatch) -> None:
+    slow.undo()
+    path = Route()
+    while path.carry(1e6) == float("inf"):
+        assert path.now < 0.5
+    while path.now < 1.0:
+        assert 0.7e6 < path.carry(1e6) < 1.3e6
+    while path.carry(200e6) < COMPRESS_RATE:
+        assert path.now < 5.0
+
+
+def test_a_fast_link_is_never_taken_for_a_slow_one(slow: pytest.MonkeyPatch) -> None:
+    slow.undo()
+    path = Route()
+    while path.now < 2.0:
+        assert path.carry(50e6) > COMPRESS_RATE
 
 
 def test_the_other_end_gets_what_was_sent() -> None:
