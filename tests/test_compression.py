@@ -288,7 +288,7 @@ class Route:
         flight = self.flight
         while flight.has_room:
             asks = flight.wants_ack(1000)
-            flight.send(1000, self.now)
+            flight.send(1000)
             self.sent, self.idle_at = self.sent + 1, max(self.now, self.idle_at) + 1000 / rate
             if asks:
                 flight.ask(self.sent, self.now)
@@ -513,6 +513,8 @@ def test_any_bytes_of_a_chunk_raise_only_protocol_error(payload: bytes, with_hea
         ("Content-Type: application/json\nContent-Encoding: gzip", False),
         ("Content-Type: application/json\ncontent-encoding: identity, BR", False),
         ("Content-Type: text/html\nContent-Type: image/png", False),
+        ("Content-Type: image/png\nContent-Type: text/html", False),
+        ("Content-Type: text/html\nContent-Type: text/html\nContent-Type: text/html", False),
         ("Content-Type: image/png", False),
         ("Content-Type: application/jsonx", False),
         ("Content-Type: application/octet-stream", False),
