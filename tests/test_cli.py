@@ -60,7 +60,7 @@ OTHER_TOKEN = "another-token-0123456789abcdef0123456789ab"
 COMMON_FLAGS = ["--help", "--json", "--verbose", "--debug"]
 TOKEN_FLAGS = ["--token", "--token-file"]
 LINK_FLAGS = ["--server", *TOKEN_FLAGS]
-CLIENT_FLAGS = ["--detach", "--no-tui", "--wait-local", "--max-retries", "--url-file", "--format"]
+CLIENT_FLAGS = ["--detach", "--no-tui", "--wait-local", "--max-retries", "--no-compress", "--url-file", "--format"]
 EDIT_FLAGS = ["--header", "--remove-header", "--response-header", "--remove-response-header"]
 FLAGS = {
     "serve": [
@@ -625,7 +625,7 @@ async def test_address_that_is_not_this_machines_is_one_line(host: str) -> None:
 
 
 @pytest.mark.parametrize("command", [["serve", "--listen", "127.0.0.1:0"], ["connect", "3000"], ["demo"]])
-@pytest.mark.parametrize("package", ["aiohttp", "platformdirs"])
+@pytest.mark.parametrize("package", ["aiohttp", "zstandard", "platformdirs"])
 async def test_a_missing_package_is_one_line(package: str, command: list[str]) -> None:
     script = (
         f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['pytunnel', *sys.argv[1:]];"

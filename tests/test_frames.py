@@ -16,6 +16,7 @@ from pytunnel import (
     END,
     INTERIM,
     MAX_WINDOW,
+    ZSTD,
     ErrorCode,
     Frame,
     FrameDecoder,
@@ -38,6 +39,7 @@ WIRE = [
     (Frame(FrameType.DATA, BLOCKED, 3, b"all"), "000003 00 04 00000003 616c6c"),
     (Frame(FrameType.DATA, ASK, 3, b"all"), "000003 00 10 00000003 616c6c"),
     (Frame(FrameType.DATA, 0, 3, bytes(256)), "000100 00 00 00000003" + "00" * 256),
+    (Frame(FrameType.DATA, ZSTD | END, 3, bytes(9)), "000009 00 09 00000003" + "00" * 9),
     (Frame(FrameType.HEAD, 0, 3, b"200\0OK"), "000006 01 00 00000003 323030 00 4f4b"),
     (Frame(FrameType.HEAD, END, 3, b"204"), "000003 01 01 00000003 323034"),
     (Frame(FrameType.HEAD, INTERIM, 3, b"103"), "000003 01 02 00000003 313033"),
@@ -53,7 +55,7 @@ WIRE = [
 
 # What the header of each type may say: payload from, to, flags, whether it is about a stream.
 RULES: dict[FrameType, tuple[int, int, int, bool]] = {
-    FrameType.DATA: (0, 262_144, 0x15, True),
+    FrameType.DATA: (0, 262_144, 0x1D, True),
     FrameType.HEAD: (1, 65_536, 0x03, True),
     FrameType.OPEN: (7, 65_536, 0x01, True),
     FrameType.RESET: (2, 1024, 0, True),
@@ -111,7 +113,7 @@ def test_rules_are_the_documented_ones() -> None:
 def test_constants_of_the_wire_format() -> None:
     """A change of one of these is a new version of the protocol."""
     assert pytunnel.FRAME_HEADER.size == HEADER
-    assert (END, INTERIM, BLOCKED, ASK, pytunnel.FIRST_EXTENSION) == (1, 2, 4, 16, 128)
+    assert (END, INTERIM, BLOCKED, ZSTD, ASK, pytunnel.FIRST_EXTENSION) == (1, 2, 4, 8, 16, 128)
     assert pytunnel.MAX_STREAM_ID == MAX_WINDOW == MAX_ID
     assert (pytunnel.MAX_DATA, pytunnel.MAX_HEAD, pytunnel.MAX_CONTROL) == (262_144, 65_536, 1024)
     assert pytunnel.INITIAL_WINDOW == 262_144  # not announced: both sides have to agree

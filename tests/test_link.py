@@ -113,6 +113,16 @@ async def test_a_name_goes_to_the_newest_session_even_after_the_older_one_is_ove
     assert newer.id not in names.replaced["key"], "the same client, whose session could not be resumed"
 
 
+async def test_what_a_session_saved_is_counted_once_when_it_is_over(tmp_path: Path) -> None:
+    names = await registry(tmp_path)
+    session = pytunnel.Registration("key", ["web"], Session(is_server=True))
+    names.bind(session, previous="")
+    session.link.session.saved = 5
+    for _ in range(2):
+        names.end(session, pytunnel.StreamReset(pytunnel.ErrorCode.LINK_LOST))
+    assert names.saved == 5
+
+
 async def test_names_that_are_unused_the_longest_make_room(tmp_path: Path) -> None:
     names = await registry(tmp_path)
     for number in range(pytunnel.MAX_NAMES):

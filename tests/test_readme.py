@@ -171,6 +171,10 @@ def test_keys() -> None:
         f"at most {(pytunnel.MAX_STREAMS * pytunnel.INITIAL_WINDOW + pytunnel.MAX_WIDENED) // pytunnel.MiB} MiB "
         f"of unread bodies and {pytunnel.MAX_PENDING // pytunnel.MiB} MiB of frames",
         f"a stalled link holds {pytunnel.MAX_PENDING // pytunnel.MiB} MiB",
+        f"| {pytunnel.MAX_DATA // pytunnel.KiB} KiB of content, known before it is unpacked; "
+        f"{pytunnel.MIN_COMPRESSED // pytunnel.KiB} KiB or more, and a tenth smaller",
+        f"both ends keep {pytunnel.HISTORY // pytunnel.KiB} KiB of the content",
+        f"less than {pytunnel.COMPRESS_RATE * 8 / 1e6:g} Mbit/s",
         f"| {pytunnel.MAX_BUFFERED // pytunnel.MiB} MiB, then 503",
         f"or keeps {pytunnel.MAX_BUFFERED // pytunnel.MiB} MiB",
         f"for all sessions together by {pytunnel.MAX_BUFFERED // pytunnel.MiB} MiB",

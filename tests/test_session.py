@@ -1376,8 +1376,10 @@ def test_the_recorded_conversation_itself_is_fine() -> None:
 SCALED = {
     "MIN_TURN": 32, "MAX_TURN": 64, "FIRST_CAP": 256, "MIN_CAP": 64, "SEND_BUFFER": 100, "MAX_BATCH": 256,
     "MAX_UNACKED": 2000, "MAX_PENDING": 4000, "ACK_BYTES": 300, "MAX_STREAM_WINDOW": 1500, "MAX_WIDENED": 2000,
+    "MIN_COMPRESSED": 1, "MAX_DATA": 500,
 }  # fmt: skip
 BLOCK = random.Random(0).randbytes(4096)
+TEXT = BLOCK.translate(b"ab" * 128)  # compresses
 
 
 class Half:
@@ -1398,9 +1400,10 @@ class Conversation:
     stream may be raised.
     """
 
-    def __init__(self, window: int, max_streams: int = 6) -> None:
-        self.window, self.largest = window, max(window, SCALED["MAX_STREAM_WINDOW"])
-        self.pair = Pair(send_window=window, receive_window=window, max_streams=max_streams)
+    def __init__(self, window: int, max_streams: int = 6, *, compress: bool = False) -> None:
+        self.window, self.largest, self.compress = window, max(window, SCALED["MAX_STREAM_WINDOW"]), compress
+        self.turn = SCALED["MAX_DATA"] if compress else SCALED["MAX_TURN"]
+        self.pair = Pair(send_window=window, receive_window=window, max_streams=max_streams, compress=compress)
         self.halves: dict[tuple[Session, int], Half] = {}  # by who reads
         self.at_client: set[int] = set()  # streams whose OPEN has arrived
         self.headed: set[int] = set()  # streams whose final HEAD has been sent
@@ -1417,7 +1420,7 @@ class Conversation:
         if server.streams >= server.max_streams:
             return
         try:
-            stream_id = server.open_stream(0, Kind.HTTP, REQUEST, end=end)
+            stream_id = server.open_stream(0, Kind.HTTP, REQUEST, end=end, compress=True)
         except StreamReset as error:
             assert error.code is ErrorCode.REFUSED and "congested" in error.reason
             return
@@ -1434,7 +1437,7 @@ class Conversation:
         if interim and len(puts) >= MAX_INTERIM:
             return
         puts.append(b"%d\0%d" % (103 if interim else 200, len(puts)))
-        client.send_head(stream_id, puts[-1], interim=interim, end=end and not interim)
+        client.send_head(stream_id, puts[-1], interim=interim, end=end and not interim, compress=True)
         if not interim:
             self.headed.add(stream_id)
             self.halves[self.pair.server, stream_id].ended = end
@@ -1445,7 +1448,7 @@ class Conversation:
         if half is None or half.ended or (writer is self.pair.client and stream_id not in self.headed):
             return
         start = len(half.put) % 1000 + stream_id
-        piece = BLOCK[start : start + min(size, 20 * self.window)]
+        piece = (TEXT if self.compress and stream_id % 3 else BLOCK)[start : start + min(size, 20 * self.window)]
         try:
             queued = writer.send_data(stream_id, piece, end=end)
         except StreamReset:
@@ -1472,7 +1475,7 @@ class Conversation:
     def send(self, session: Session, limit: int) -> None:
         worth_it = session.has_data_to_send
         size = self.pair.send(session, limit)
-        assert size <= limit + SCALED["MAX_TURN"] + 400  # a turn, and the link's own small frames
+        assert size <= limit + self.turn + 400  # a turn, and the link's own small frames
         assert worth_it or not size
 
     def deliver(self, reader: Session, n: int | None) -> None:
@@ -1525,7 +1528,7 @@ class Conversation:
             # DATA stops at the bound; OPENs, HEADs, RESETs and WINDOWs of six streams may come on top.
             assert session._unacked_bytes == sum(map(len, session._unacked))
             others = 40 * (len(self.heads_put) + 6)
-            assert session._unacked_bytes <= SCALED["MAX_UNACKED"] + SCALED["MAX_TURN"] + others
+            assert session._unacked_bytes <= SCALED["MAX_UNACKED"] + self.turn + others
             assert session._control_bytes == sum(map(len, session._control))
             assert set(session._credits) <= set(session._streams)
             assert session.streams <= session.max_streams
@@ -1567,6 +1570,7 @@ class Conversation:
             leftovers = session._unacked, session._replay, session._control, session._credits, session._ready
             assert not any(leftovers), leftovers
             assert session._unacked_bytes == session._control_bytes == 0
+            assert self.compress or not session.saved
 
 
 class TwoSessions(RuleBasedStateMachine):
@@ -1575,12 +1579,14 @@ class TwoSessions(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scaled = mock.patch.multiple(pytunnel, **SCALED)
+        self.slow = mock.patch.object(pytunnel.InFlight, "rate", 1.0)  # so that what may be compressed is
         self.scaled.start()
+        self.slow.start()
         self.talk: Conversation
 
-    @initialize(window=st.sampled_from([2, 7, 50, 200, 1000]))
-    def begin(self, window: int) -> None:
-        self.talk = Conversation(window)
+    @initialize(window=st.sampled_from([2, 7, 50, 200, 1000]), compress=st.booleans())
+    def begin(self, window: int, compress: bool) -> None:
+        self.talk = Conversation(window, compress=compress)
 
     def side(self, server: bool) -> Session:
         return self.talk.sessions[not server]
@@ -1655,6 +1661,7 @@ class TwoSessions(RuleBasedStateMachine):
             if hasattr(self, "talk") and sys.exc_info()[0] is None:  # else a step has failed already
                 self.talk.settle()
         finally:
+            self.slow.stop()
             self.scaled.stop()
 
 

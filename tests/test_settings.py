@@ -628,5 +628,5 @@ def test_settings_know_all_flags_of_a_tunnel() -> None:
     flags = {name.replace("_", "-") for name in vars(options)}
     assert set(pytunnel.TUNNEL_SETTINGS) - {"target"} <= flags
     others = {"command", "server", "token", "token-file", "name", "targets", "json", "verbose", "debug", "no-tui"}
-    client = {"detach", "detached", "wait-local", "max-retries", "url-file", "format"}
+    client = {"detach", "detached", "wait-local", "max-retries", "no-compress", "url-file", "format"}
     assert flags - set(pytunnel.TUNNEL_SETTINGS) == others | client
