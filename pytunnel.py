@@ -168,7 +168,7 @@ log = logging.getLogger("pytunnel")
 
 # ---- Limits and defaults --------------------------------------------------------------------------------------------
 # Every number that a peer or a visitor could push is bounded here, once, with its unit and its reason.
-# A session's worst case on either side is MAX_STREAMS x INITIAL_WINDOW + MAX_WIDENED of unread bodies (160 MiB),
+# A session's worst case on either side is MAX_STREAMS x INITIAL_WINDOW + MAX_WIDENED of unread bodies (144 MiB),
 # MAX_INTERIM + 1 heads and twice HISTORY of each of these streams, and MAX_PENDING of other frames; it takes that many
 # stopped readers.
 
@@ -201,7 +201,7 @@ PROBE_INTERVAL = 10.0  # seconds that a round trip counts as the smallest (as BB
 PROBE_DELAY = 1.0  # seconds after which a queue that does not shrink with what we send is the path's own
 INITIAL_WINDOW = 256 * KiB  # bytes of credit for a new stream (yamux uses the same)
 MAX_STREAM_WINDOW = 16 * MiB  # bytes one stream's window may grow to: 1 Gbit/s over 130 ms
-MAX_WIDENED = 32 * MiB  # bytes that the windows of a session have grown by, all together; a quarter of the initial ones
+MAX_WIDENED = 16 * MiB  # bytes that the windows of a session have grown by, all together; an eighth of the initial ones
 MIN_STARVED = 0.001  # seconds without anything to read before a window counts as too small, and not the loop as busy
 MAX_WINDOW = 2**31 - 1  # bytes of credit a peer may ever add up to (RFC 9113 section 6.9.1)
 SEND_BUFFER = 64 * KiB  # bytes a stream may queue before its writer waits
@@ -1034,6 +1034,7 @@ class _SessionStream:
         self.pending: collections.deque[bytes | memoryview] = collections.deque()
         self.buffered = 0  # bytes in pending
         self.ending = False  # END goes out with the last of pending
+        self.full = False  # its writer waits until pending is empty
         self.reset: bytes | None = None  # the payload of a RESET, which goes out after that
         self.ready = False  # is in a queue of those that may send
         self.headed = headed  # DATA may arrive
@@ -1164,13 +1165,23 @@ class Session:
         flags = (END if end else 0) | (INTERIM if interim else 0)
         self._send_control(FrameType.HEAD, flags, stream_id, head)
 
+    def credit(self, stream_id: int) -> int:
+        """Return how many bytes the peer takes now, those included that are queued; 0 when the stream is closed."""
+        stream = self._streams.get(stream_id)
+        return stream.send.credit if stream else 0
+
     def send_data(self, stream_id: int, data: bytes, *, end: bool = False) -> int:
-        """Queue body bytes; return how many are queued now. The caller waits while that is more than SEND_BUFFER."""
+        """Queue body bytes; return how many are queued now.
+
+        When that is more than SEND_BUFFER the caller waits until the stream is `drained`, which is when all went out:
+        what is left of a chunk would keep all of it in memory.
+        """
         stream = self._stream(stream_id)
         assert not stream.ending and (stream.state, Input.SEND) in TRANSITIONS
         if data:
             stream.pending.append(data)
             stream.buffered += len(data)
+            stream.full = stream.buffered > SEND_BUFFER
         stream.ending = end
         self._make_ready(stream)
         return stream.buffered
@@ -1363,7 +1374,6 @@ class Session:
             stream.ready = False
             if stream.id not in self._streams:
                 continue
-            was_full = stream.buffered > SEND_BUFFER
             compresses = self._should_compress(stream)
             data = stream.take(min(int(flight.turn * stream.ratio), MAX_DATA) if compresses else flight.turn)
             end = stream.ending and not stream.pending
@@ -1391,7 +1401,8 @@ class Session:
                 self._ready.append(stream)
             else:
                 self._make_ready(stream, turn)
-            if was_full and stream.buffered <= SEND_BUFFER:
+            if stream.full and not stream.buffered:
+                stream.full = False
                 self.drained.append(stream.id)
 
     def _should_compress(self, stream: _SessionStream) -> bool:
@@ -3864,6 +3875,7 @@ class Stream:
         self._error: StreamReset | None = None
         self._heads: collections.deque[bytes] = collections.deque()
         self._chunks: collections.deque[bytes | bytearray] = collections.deque()
+        self._taken = 0  # bytes that were read and may still be in the reader's hands
         self._reader: asyncio.Future[None] | None = None  # who waits for something to read
         self._writer: asyncio.Future[None] | None = None  # and for room in the queue
 
@@ -3897,15 +3909,21 @@ class Stream:
         return self._heads.popleft()
 
     async def read(self) -> bytes:
-        """Return the next chunk, or b"" after the last one. Reading is what gives the peer new credit."""
+        """Return the next chunk, or b"" after the last one.
+
+        To read on is what gives the peer new credit: whoever does that is done with what it read before.
+        """
+        if self._taken:
+            if self._link.session.acknowledge_received_data(self.id, self._taken):
+                self._link.wake()
+            self._taken = 0
         while not self._chunks:
             if self._ended:
                 return b""
             self._check()
             await self._wait_readable()
         data = bytes(self._chunks.popleft())  # no copy of what is bytes already
-        if self._link.session.acknowledge_received_data(self.id, len(data)):
-            self._link.wake()
+        self._taken = len(data)
         return data
 
     # Writing
@@ -3929,6 +3947,11 @@ class Stream:
         if full and self._writer:
             await self._writer
             self._check()
+
+    @property
+    def room(self) -> int:
+        """How many bytes are worth reading for the next `write`: little, when they would wait for a peer that stops."""
+        return max(SEND_BUFFER, min(READ_BUFFER, self._link.session.credit(self.id)))
 
     def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None:
         """End both directions: at once, or with `flush` after what is queued. No effect on a finished stream."""
@@ -5506,6 +5529,7 @@ class LocalConnection(asyncio.BufferedProtocol):
         self.idle_since = 0.0  # 0 while it is in use
         self._transport: asyncio.Transport
         self._chunks: collections.deque[bytes] = collections.deque()
+        self._limit = SEND_BUFFER
         self._paused = False
         self._eof = False
         self._error: Exception | None = None
@@ -5520,8 +5544,9 @@ class LocalConnection(asyncio.BufferedProtocol):
         """Whether nothing has come, not even an end, since the last response."""
         return not (self._eof or self._chunks or self.closed.is_set())
 
-    async def read(self) -> bytes:
-        """Return the next bytes, b"" at the end. Raises ConnectionError."""
+    async def read(self, limit: int = SEND_BUFFER) -> bytes:
+        """Return the next bytes, about `limit` of them at the most, b"" at the end. Raises ConnectionError."""
+        self._limit = limit
         while not self._chunks:
             if self._error:
                 raise ConnectionResetError(str(self._error))
@@ -5560,13 +5585,13 @@ class LocalConnection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
-    def get_buffer(self, sizehint: int) -> bytearray:
-        return self._buffer
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return memoryview(self._buffer)[: self._limit]
 
     def buffer_updated(self, nbytes: int) -> None:
         self._chunks.append(bytes(memoryview(self._buffer)[:nbytes]))
         busy = self._reader is None or self._reader.done()  # with what came before
-        if not self._paused and (busy or nbytes > SEND_BUFFER):
+        if not self._paused and (busy or nbytes >= SEND_BUFFER):
             self._paused = True
             self._transport.pause_reading()
         _wake(self._reader)
@@ -5682,7 +5707,7 @@ class Route(NamedTuple):
 class Replay:
     """Stands in for the stream when a recorded request is sent again: nobody gets the answer, but the log has it."""
 
-    kind, finished, problem = Kind.HTTP, False, ""
+    kind, finished, problem, room = Kind.HTTP, False, "", READ_BUFFER
 
     def __init__(self, content: bytes) -> None:
         self.has_content = bool(content)
@@ -5767,7 +5792,7 @@ class Forwarding:
         parser = self._parser
         while not parser.done:
             events: list[ResponseHead | bytes] = []
-            if data := await connection.read():
+            if data := await connection.read(self._stream.room):
                 if self._exchange.answered is None:
                     self._exchange.answered = self._time()
                 events = parser.receive_data(data)
@@ -5825,7 +5850,7 @@ class Forwarding:
     async def _pipe(self, connection: LocalConnection) -> None:
         """Move the local service's bytes after a 101, whatever they are, until it ends."""
         data = self._parser.excess
-        while data or (data := await connection.read()):
+        while data or (data := await connection.read(self._stream.room)):
             self._log.send(self._exchange, data, self._time())
             await self._stream.write(data)
             data = b""
