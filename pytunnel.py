@@ -190,10 +190,10 @@ MAX_BATCH = 256 * KiB  # bytes that one message collects before it goes out
 MAX_WOKEN = 8  # times that something became ready to be sent before a message goes out within the turn
 MAX_FRAMES = 1000  # frames taken before others have their turn of the event loop: 5 ms, where a message may hold 80,000
 ZSTD_FRAMES = 30  # of these that a compressed one counts for: its content takes up to 0.3 ms to unpack
-TURN_TIME = 0.005  # seconds of the link that a stream has before it is the next one's turn, and that a message takes:
+TURN_TIME = 0.0025  # seconds of the link that a stream has before it is the next one's turn, and that a message takes:
 MIN_TURN = 2 * KiB  # bytes at least, which 1 KB/s carries well within PING_TIMEOUT,
 MAX_TURN = MAX_DATA  # and at most
-QUEUE_TIME = 0.010  # seconds that what we have sent may wait in the queues on the way: two turns
+QUEUE_TIME = 0.005  # seconds that what we have sent may wait in the queues on the way: two turns
 FIRST_CAP = 64 * KiB  # bytes in flight on a new link; five times of what TCP starts with (RFC 6928)
 MIN_CAP = 2 * MIN_TURN  # bytes in flight at least: one turn on its way while the other is acknowledged
 MIN_ROUND = 0.1  # seconds in which the smallest of several round trips is free of jitter
@@ -813,7 +813,7 @@ class InFlight:
     What TCP does below fills the queue of a home router; a small response behind it would take a tenth of a second.
     A round is the time until something that was sent in it is acknowledged. From the smallest round trip of a round
     follows how long the queue is, and how much the path holds without (as TCP Vegas and FAST reckon). It begins with
-    rounds that double, as long as that makes the link faster. Every PROBE_INTERVAL half of the path is left empty, so
+    rounds that double, as long as that makes the link faster. Every PROBE_INTERVAL a part of the path is left empty, so
     that the smallest round trip is one without our queue. Times are seconds of any one clock.
     """
 
@@ -825,10 +825,13 @@ class InFlight:
         self._asked: collections.deque[_Asked] = collections.deque()
         self._smallest = math.inf  # round trip, in seconds
         self._measured_at = 0.0  # when that was measured
+        self._jitter = 0.0  # seconds that a round trip takes longer than the smallest of its round, as a rule
         self._short_at = 0.0  # when the queue was last about as short as it should be
         self._is_starting, self._is_probing = True, False
+        self._settled_at = 0.0  # when the path was filled again after a probe
         self._rate, self._plateau = 0.0, 0  # bytes a second of the best round so far, rounds in which it did not grow
-        self._round_at, self._round_bytes, self._round_trip = 0.0, 0, math.inf
+        self._round_at, self._round_bytes = 0.0, 0
+        self._round_trips: list[float] = []  # of what was sent while the link was full
         self._path_rate = math.inf
 
     @property
@@ -853,7 +856,7 @@ class InFlight:
         """Note that the last of all `frames` sent asks for an ACK."""
         self._asked.append(_Asked(frames, now, self.bytes >= self.limit - self.limit // 8, self._is_probing))
         if self.bytes <= self._unasked:  # a round begins after any pause
-            self._round_at, self._round_bytes, self._round_trip = now, 0, math.inf
+            self._round_at, self._round_bytes, self._round_trips = now, 0, []
         self._unasked = 0
         if self._smallest == math.inf:
             self.turn = FIRST_CAP // 4
@@ -862,8 +865,6 @@ class InFlight:
         """Take an ACK of `frames` in all, which is for `n` bytes more than before."""
         self.bytes = max(0, self.bytes - n)
         self._round_bytes += n
-        if self.limit < self._cap and not self._is_probing:  # after a probe, and not all at once
-            self._set_limit(self.limit + 2 * n)
         sent_at = -1.0
         if not self._asked:
             return
@@ -872,19 +873,22 @@ class InFlight:
             sent_at = asked.sent_at
             round_trip = now - sent_at
             if round_trip <= self._smallest or (asked.is_probe and self._is_probing):
+                if self._is_probing:
+                    self._settled_at = now + round_trip
                 self._smallest, self._measured_at, self._is_probing = round_trip, now, False
-                self._set_limit(self.limit)
-            if asked.is_full:
-                self._round_trip = min(self._round_trip, round_trip)
+                self._set_limit(self._cap)
+            if asked.is_full and sent_at >= self._settled_at:
+                self._round_trips.append(round_trip)
         if sent_at >= self._round_at and (self._is_starting or now - self._round_at >= MIN_ROUND):
             self._end_round(now)
 
     def _end_round(self, now: float) -> None:
         rate = self._round_bytes / max(now - self._round_at, 1e-6)
-        round_trip = max(self._round_trip, 1e-6)
-        self._round_at, self._round_bytes, self._round_trip = now, 0, math.inf
-        if round_trip == math.inf or self._is_probing:  # it does not tell what the path holds
+        round_trips = self._round_trips
+        self._round_at, self._round_bytes, self._round_trips = now, 0, []
+        if not round_trips or self._is_probing:  # it does not tell what the path holds
             return
+        round_trip = max(min(round_trips), 1e-6)
         smallest, aim = self._smallest, self._smallest + self._queue_time
         path = self._cap * smallest / round_trip  # bytes that it holds without a queue
         self._path_rate = rate if round_trip > aim else max(rate, self._path_rate)
@@ -893,6 +897,8 @@ class InFlight:
             factor = max(factor, 1.25)
         if round_trip < smallest + 3 * self._queue_time:
             self._short_at = now
+            if not self._is_starting:
+                self._jitter += (sum(round_trips) / len(round_trips) - round_trip - self._jitter) / 4
         has_changed = now - self._short_at >= max(PROBE_DELAY, 4 * smallest)
         is_due = has_changed or now - self._measured_at >= PROBE_INTERVAL
         if self._is_starting:
@@ -906,13 +912,14 @@ class InFlight:
         self._set_limit(self._cap)
         if is_due:
             self._short_at, self._is_probing = now, True
-            self._set_limit(path / 2 if self._cap > FIRST_CAP else 0)
+            self._set_limit(0.8 * path if self._cap > FIRST_CAP else 0)
             if has_changed:
                 self._is_starting, self._rate, self._plateau = True, 0.0, 0
 
     @property
     def _queue_time(self) -> float:
-        return max(QUEUE_TIME, self._smallest / 8)  # or a long path would take too many rounds to see a faster link
+        """Seconds of queue to aim at: on a long path so many that a faster link is seen in some rounds."""
+        return max(QUEUE_TIME, self._smallest / 8, self._jitter)
 
     def _set_limit(self, limit: float) -> None:
         self.limit = max(MIN_CAP, min(round(limit), self._cap))
@@ -3705,7 +3712,14 @@ class WebSocket(asyncio.Protocol):
         self._error: ProtocolError | None = None  # what the peer did wrong
         self._link: Link | None = None
         self._changed = asyncio.Event()
+        self._tune(transport.get_extra_info("socket"))
         transport.set_protocol(self)
+
+    @staticmethod
+    def _tune(sock: socket.socket | None) -> None:
+        """Ask for BBR, to which a loss is no congestion; a kernel that has none, or does not let us, has its own."""
+        with contextlib.suppress(OSError, AttributeError):
+            cast(Any, sock).setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
 
     async def receive_message(self) -> Message:
         """Return the peer's next handshake message. Raises ProtocolError, or ConnectionError when there is none."""
