@@ -18,8 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from aiohttp import WSMessage, WSMsgType
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -206,12 +204,12 @@ class Said:
     def __init__(self, texts: list[str]) -> None:
         self._texts = texts[::-1]
 
-    async def receive(self) -> WSMessage:
+    async def receive_message(self) -> pytunnel.Message:
         if not self._texts:
-            return WSMessage(WSMsgType.CLOSED, None, None)
-        return WSMessage(WSMsgType.TEXT, self._texts.pop(), None)
+            raise ConnectionResetError
+        return pytunnel.Message(self._texts.pop())
 
-    async def send_str(self, text: str) -> None:
+    def send_message(self, text: str) -> None:
         assert text.isascii()
 
 
