@@ -824,7 +824,6 @@ class InFlight:
         self.turn = MIN_TURN  # so that the first round trip tells of the path, and not of what we send
         self._unasked = 0
         self._asked: collections.deque[_Asked] = collections.deque()
-        self._acked_at = 0.0
         self._smallest = math.inf  # round trip, in seconds
         self._measured_at = 0.0  # when that was measured
         self._jitter = 0.0  # seconds that a round trip takes longer than the smallest of its round, as a rule
@@ -839,11 +838,6 @@ class InFlight:
     @property
     def has_room(self) -> bool:
         return self.bytes < self.limit
-
-    @property
-    def waits_since(self) -> float:
-        """When the wait for an ACK that was asked for began, or went on after another one; infinity without any."""
-        return max(self._asked[0].sent_at, self._acked_at) if self._asked else math.inf
 
     @property
     def rate(self) -> float:
@@ -871,7 +865,6 @@ class InFlight:
     def acknowledge(self, frames: int, n: int, now: float) -> None:
         """Take an ACK of `frames` in all, which is for `n` bytes more than before."""
         self.bytes = max(0, self.bytes - n)
-        self._acked_at = now
         self._round_bytes += n
         sent_at = -1.0
         if not self._asked:
@@ -1254,12 +1247,7 @@ class Session:
             return float("inf")
         asked = self._pinged_at > self._heard_at
         silence = self._pinged_at + PING_TIMEOUT if asked else self._heard_at + PING_INTERVAL
-        deadline = min(silence, self._in_flight.waits_since + WRITE_TIMEOUT)
-        return deadline if self._ack_deadline is None else min(deadline, self._ack_deadline)
-
-    def is_stuck(self, now: float) -> bool:
-        """Whether the peer has taken nothing for WRITE_TIMEOUT of what waits for it, although it may be heard."""
-        return self.connected and now >= self._in_flight.waits_since + WRITE_TIMEOUT
+        return silence if self._ack_deadline is None else min(silence, self._ack_deadline)
 
     def handle_timeout(self, now: float) -> bool:
         """Do what is due; True says that the link is dead. A call too early does nothing."""
@@ -3877,9 +3865,6 @@ async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-STUCK = "nothing could be written for {:g} s"
-
-
 def _wake(waiter: asyncio.Future[None] | None) -> None:
     if waiter and not waiter.done():
         waiter.set_result(None)
@@ -4174,7 +4159,9 @@ class Link:
             raise ProtocolError("a message that ends inside a frame")
         if session.has_data_to_send:
             self.wake()
-        self._rearm()
+        if session.next_deadline() < self._timer_at:
+            self._timer.cancel()
+            self._set_timer()
         return len(frames)
 
     def watch_room(self) -> None:
@@ -4185,7 +4172,7 @@ class Link:
             if self._ws and not self._ws.writable:
                 unsent = self._ws.transport.get_write_buffer_size()
                 if unsent >= before:
-                    return self.lose(STUCK.format(WRITE_TIMEOUT))
+                    return self.lose(f"nothing could be written for {WRITE_TIMEOUT:g} s")
                 self._stalled = loop.call_later(WRITE_TIMEOUT, look, unsent)
 
         if self._stalled:
@@ -4204,7 +4191,6 @@ class Link:
             return self.lose(error)
         if data:
             ws.send(Opcode.BINARY, data)
-            self._rearm()
         for stream_id in session.drained:
             if stream_id in self._streams:
                 self._streams[stream_id].drained()
@@ -4235,17 +4221,8 @@ class Link:
         delay = max(0.0, self._timer_at - time.monotonic())
         self._timer = asyncio.get_running_loop().call_later(delay, self._tick)
 
-    def _rearm(self) -> None:
-        """Let the timer fire earlier, if there is an earlier deadline now."""
-        if self.session.next_deadline() < self._timer_at:
-            self._timer.cancel()
-            self._set_timer()
-
     def _tick(self) -> None:
-        now = time.monotonic()
-        if self.session.is_stuck(now):
-            self.lose(STUCK.format(WRITE_TIMEOUT))
-        elif self.session.handle_timeout(now):
+        if self.session.handle_timeout(time.monotonic()):
             self.lose(f"no answer for {PING_TIMEOUT:g} s")
         else:
             self.wake()
