@@ -218,7 +218,7 @@ MAX_PENDING_PONGS = 16  # PINGs not yet answered; more is a flood
 
 PING_INTERVAL = 15.0  # seconds of silence before a PING: below nginx's 60 s and Cloudflare's 100 s
 PING_TIMEOUT = 10.0  # seconds to answer; a dead link is noticed within the sum of both
-WRITE_TIMEOUT = 10.0  # seconds one message may wait for room in the transport before the link counts as lost
+WRITE_TIMEOUT = 10.0  # seconds without room in the transport, or an ACK that was asked for; then the link is lost
 HANDSHAKE_TIMEOUT = 10.0  # seconds for the whole handshake
 MAX_HANDSHAKES = 1024  # links at a time that have not shown their token yet,
 MAX_HANDSHAKES_EACH = 32  # and of these, of one address
@@ -824,6 +824,7 @@ class InFlight:
         self.turn = MIN_TURN  # so that the first round trip tells of the path, and not of what we send
         self._unasked = 0
         self._asked: collections.deque[_Asked] = collections.deque()
+        self._progress_at = 0.0  # when something was acknowledged, or asked for
         self._smallest = math.inf  # round trip, in seconds
         self._measured_at = 0.0  # when that was measured
         self._jitter = 0.0  # seconds that a round trip takes longer than the smallest of its round, as a rule
@@ -844,6 +845,11 @@ class InFlight:
         """Bytes a second that the path carries; infinity until a queue shows that it carries no more."""
         return self._path_rate
 
+    @property
+    def ack_deadline(self) -> float:
+        """When the peer must have acknowledged something; infinity when it was not asked to."""
+        return self._progress_at + WRITE_TIMEOUT if self._asked else math.inf
+
     def send(self, n: int) -> None:
         """Count what is sent."""
         self.bytes += n
@@ -855,6 +861,8 @@ class InFlight:
 
     def ask(self, frames: int, now: float) -> None:
         """Note that the last of all `frames` sent asks for an ACK."""
+        if not self._asked:
+            self._progress_at = now
         self._asked.append(_Asked(frames, now, self.bytes >= self.limit - self.limit // 8, self._is_probing))
         if self.bytes <= self._unasked:  # a round begins after any pause
             self._round_at, self._round_bytes, self._round_trips = now, 0, []
@@ -866,6 +874,8 @@ class InFlight:
         """Take an ACK of `frames` in all, which is for `n` bytes more than before."""
         self.bytes = max(0, self.bytes - n)
         self._round_bytes += n
+        if n:
+            self._progress_at = now
         sent_at = -1.0
         if not self._asked:
             return
@@ -1247,20 +1257,23 @@ class Session:
             return float("inf")
         asked = self._pinged_at > self._heard_at
         silence = self._pinged_at + PING_TIMEOUT if asked else self._heard_at + PING_INTERVAL
+        silence = min(silence, self._in_flight.ack_deadline)
         return silence if self._ack_deadline is None else min(silence, self._ack_deadline)
 
-    def handle_timeout(self, now: float) -> bool:
-        """Do what is due; True says that the link is dead. A call too early does nothing."""
+    def handle_timeout(self, now: float) -> str:
+        """Do what is due; return why the link is dead, mostly nothing. A call too early does nothing."""
         if not self.connected:
-            return False
+            return ""
         if self._ack_deadline is not None and now >= self._ack_deadline:
             self._bytes_to_ack, self._ack_deadline = ACK_BYTES, None
+        if now >= self._in_flight.ack_deadline:
+            return f"nothing was acknowledged for {WRITE_TIMEOUT:g} s"
         if self._pinged_at > self._heard_at:
-            return now >= self._pinged_at + PING_TIMEOUT
+            return f"no answer for {PING_TIMEOUT:g} s" if now >= self._pinged_at + PING_TIMEOUT else ""
         if now >= self._heard_at + PING_INTERVAL:
             self._pings.append(encode_frame(FrameType.PING, 0, 0, bytes(8)))
             self._pinged_at = now
-        return False
+        return ""
 
     # Bytes
 
@@ -4159,9 +4172,7 @@ class Link:
             raise ProtocolError("a message that ends inside a frame")
         if session.has_data_to_send:
             self.wake()
-        if session.next_deadline() < self._timer_at:
-            self._timer.cancel()
-            self._set_timer()
+        self._check_timer()
         return len(frames)
 
     def watch_room(self) -> None:
@@ -4191,6 +4202,7 @@ class Link:
             return self.lose(error)
         if data:
             ws.send(Opcode.BINARY, data)
+            self._check_timer()
         for stream_id in session.drained:
             if stream_id in self._streams:
                 self._streams[stream_id].drained()
@@ -4216,14 +4228,19 @@ class Link:
         elif frame.stream_id in self._streams:
             self._streams[frame.stream_id].feed(frame)
 
+    def _check_timer(self) -> None:
+        if self.session.next_deadline() < self._timer_at:
+            self._timer.cancel()
+            self._set_timer()
+
     def _set_timer(self) -> None:
         self._timer_at = self.session.next_deadline()
         delay = max(0.0, self._timer_at - time.monotonic())
         self._timer = asyncio.get_running_loop().call_later(delay, self._tick)
 
     def _tick(self) -> None:
-        if self.session.handle_timeout(time.monotonic()):
-            self.lose(f"no answer for {PING_TIMEOUT:g} s")
+        if reason := self.session.handle_timeout(time.monotonic()):
+            self.lose(reason)
         else:
             self.wake()
             self._set_timer()

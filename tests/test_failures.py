@@ -149,7 +149,7 @@ async def test_both_sides_notice_a_link_that_has_fallen_silent(hole: str) -> Non
 
 @pytest.mark.parametrize("stuck", ["client", "server"])
 async def test_a_peer_that_takes_nothing_more_loses_its_link(stuck: str) -> None:
-    """The keepalive is out of the way here: what notices is that nothing can be written."""
+    """The keepalive is out of the way here: what notices is that nothing is acknowledged."""
     streams, size = 28, 400 * KIB  # 7 MiB of windows: more than the sockets on the way hold
 
     async def serve(asked: RawRequest, reader: Reader, writer: Writer) -> None:
@@ -164,9 +164,9 @@ async def test_a_peer_that_takes_nothing_more_loses_its_link(stuck: str) -> None
         fetches = [asyncio.create_task(tunnel.fetch("PUT", body=body, timeout=AWAY)) for _ in range(streams)]
         if stuck == "client":
             line = await tunnel.client.event("disconnected", timeout=NOTICED)
-            assert line["reason"] == "nothing could be written for 0.5 s"
+            assert line["reason"] == "nothing was acknowledged for 0.5 s"
         else:
-            await tunnel.server.stderr_line("web: nothing could be written for 0.5 s", timeout=NOTICED)
+            await tunnel.server.stderr_line("web: nothing was acknowledged for 0.5 s", timeout=NOTICED)
         tunnel.relay.set_mode("pass")
         await back(tunnel.client)
         for answer in await asyncio.gather(*fetches):

@@ -331,7 +331,7 @@ async def test_a_client_that_does_not_read_loses_its_link_and_others_notice_noth
         before = tunnel.server.rss()
         await stalled(tunnel, stack)
         await check()
-        await tunnel.server.stderr_line("hostile: nothing could be written for 1 s")
+        await tunnel.server.stderr_line("hostile: nothing was acknowledged for 1 s")
         assert_bounded(before, tunnel.server)
 
 

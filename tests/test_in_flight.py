@@ -297,6 +297,23 @@ def test_data_waits_for_an_ack_that_it_has_asked_for_and_control_frames_do_not()
     assert {frame.type for frame in sent(session)} == {FrameType.DATA}
 
 
+def test_a_link_is_dead_when_nothing_is_acknowledged_that_was_asked_for() -> None:
+    session = sender()
+    until_full(session)
+    now = pytunnel.WRITE_TIMEOUT - 0.1
+    session.receive_data(pytunnel.encode_frame(FrameType.PONG, 0, 0, bytes(8)) + ack(0), now)
+    assert session.next_deadline() <= pytunnel.WRITE_TIMEOUT
+    assert not session.handle_timeout(now)
+    session.receive_data(ack(5), now)
+    now += pytunnel.WRITE_TIMEOUT
+    session.receive_data(pytunnel.encode_frame(FrameType.PONG, 0, 0, bytes(8)), now - 0.2)
+    assert not session.handle_timeout(now - 0.1)
+    assert session.handle_timeout(now) == "nothing was acknowledged for 10 s"
+    session.suspend()
+    session.resume(5, now)
+    assert not session.handle_timeout(now)
+
+
 def test_what_is_sent_again_is_bounded_and_asked_for_as_well() -> None:
     session = sender()
     session._in_flight.limit = 2**40
