@@ -308,7 +308,7 @@ def test_a_link_is_slow_once_it_has_a_queue_and_until_it_carries_more(slow: pyte
     while path.carry(1e6) == float("inf"):
         assert path.now < 0.5
     while path.now < 1.0:
-        assert 0.7e6 < path.carry(1e6) < 1.3e6
+        assert 0.5e6 < path.carry(1e6) < 1.5e6
     while path.carry(2e9) < COMPRESS_RATE:  # so fast that no queue ever shows
         assert path.now < 5.0
 
