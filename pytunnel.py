@@ -180,7 +180,8 @@ MIN_COMPRESSED = 1 * KiB  # bytes of a chunk that is worth compressing: a packet
 FIRST_RATIO = 2.0  # what a stream is expected to have before its first chunk, for the length of that
 MIN_RATIO = 1.1  # of content to what is sent for it; a stream whose chunk saves less is not compressed any more
 COMPRESS_RATE = 12.5e6  # bytes a second, 100 Mbit/s; compressing for a faster link would take half of a core and more
-ZSTD_LEVEL = 3  # 1 takes three fifths of the time for 6 to 8 % more bytes, 5 half as much again for 1 to 11 % less
+ZSTD_LEVEL = 3  # 1 takes three fifths of the time for 6 to 8 % more bytes
+SLOW_RATE, SLOW_LEVEL = 4e6, 6  # bytes a second that leave time for twice as much of it, for 5 to 13 % fewer bytes
 HISTORY = 64 * KiB  # bytes before a chunk that it may refer to; kept at both ends, for each stream and way that has any
 MAX_HEAD = 64 * KiB  # bytes of a head; HAProxy allows 16 KiB, nginx 32 KiB, real cookies need more than 8
 MAX_FIELDS = 128  # header fields of one head (HAProxy 101, aiohttp 128)
@@ -945,11 +946,11 @@ class InFlight:
 # sizes. (A context of zstd for each stream would take half the time, and 2 MB at both ends together for 128 KiB.)
 
 
-def compress(content: bytes | memoryview, history: bytes = b"") -> bytes:
-    """Return a chunk as a zstd frame, which is longer where nothing can be saved. Takes 2 ms for MAX_DATA."""
+def compress(content: bytes | memoryview, history: bytes = b"", level: int = ZSTD_LEVEL) -> bytes:
+    """Return a chunk as a zstd frame, which is longer where nothing can be saved. Takes 2 ms for MAX_DATA, or 4."""
     import zstandard
 
-    return zstandard.ZstdCompressor(level=ZSTD_LEVEL, dict_data=_dictionary(history)).compress(content)
+    return zstandard.ZstdCompressor(level=level, dict_data=_dictionary(history)).compress(content)
 
 
 def content_length(payload: bytes) -> int:
@@ -1437,7 +1438,8 @@ class Session:
         """Return a chunk compressed, or as it is where that is not worth it."""
         if len(data) < MIN_COMPRESSED:
             return data
-        payload = compress(data, stream.packed_history)
+        level = SLOW_LEVEL if self._in_flight.rate < SLOW_RATE else ZSTD_LEVEL
+        payload = compress(data, stream.packed_history, level)
         stream.ratio = len(data) / len(payload)
         if stream.ratio < MIN_RATIO:  # encoded already, whatever its type says: do not try again
             stream.ratio, stream.packed_history = 0.0, b""

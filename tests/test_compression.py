@@ -32,7 +32,10 @@ from pytunnel import (
     MAX_BATCH,
     MAX_DATA,
     MIN_COMPRESSED,
+    SLOW_LEVEL,
+    SLOW_RATE,
     ZSTD,
+    ZSTD_LEVEL,
     ErrorCode,
     Frame,
     FrameType,
@@ -305,7 +308,7 @@ def test_a_link_is_slow_once_it_has_a_queue_and_until_it_carries_more(slow: pyte
     while path.carry(1e6) == float("inf"):
         assert path.now < 0.5
     while path.now < 1.0:
-        assert 0.7e6 < path.carry(1e6) < 1.3e6
+        assert 0.5e6 < path.carry(1e6) < 1.5e6
     while path.carry(2e9) < COMPRESS_RATE:  # so fast that no queue ever shows
         assert path.now < 5.0
 
@@ -424,6 +427,15 @@ def test_an_end_without_content_is_plain() -> None:
     pair, stream = answering()
     pair.client.send_data(stream, b"", end=True)
     assert chunks(pair.client) == [Frame(FrameType.DATA, END, stream, b"")]
+
+
+@pytest.mark.parametrize(("rate", "level"), [(SLOW_RATE - 1, SLOW_LEVEL), (SLOW_RATE, ZSTD_LEVEL)])
+def test_a_slower_link_leaves_time_for_a_higher_level(slow: pytest.MonkeyPatch, rate: float, level: int) -> None:
+    slow.setattr(InFlight, "rate", rate)
+    pair, stream = answering()
+    pair.client.send_data(stream, TEXT[:20_000])
+    assert chunks(pair.client)[0].payload == compress(TEXT[:20_000], level=level)
+    assert compress(TEXT[:20_000], level=ZSTD_LEVEL) != compress(TEXT[:20_000], level=SLOW_LEVEL)
 
 
 def test_a_chunk_that_is_sent_again_has_the_same_bytes(slow: pytest.MonkeyPatch) -> None:
