@@ -3730,9 +3730,7 @@ class WebSocket(asyncio.Protocol):
                     raise self._error
                 if self.closed:
                     raise ConnectionResetError("the connection was closed in the handshake")
-                self._changed.clear()
-                self._resume_reading()
-                await self._changed.wait()
+                await self._wait()
             part = self._parts.popleft()
             if self._is_control(part):
                 continue
@@ -3771,10 +3769,19 @@ class WebSocket(asyncio.Protocol):
         if not self.closed:
             self.send(Opcode.CLOSE, code.to_bytes(2))
         while not self.closed:
+            if any(part.opcode == Opcode.CLOSE for part in self._parts):
+                return self._end("the connection was closed")
             self._parts.clear()  # what still comes is of no interest
-            self._changed.clear()
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """Return when more has come; what the decoder still has comes before anything is read."""
+        self._changed.clear()
+        if self._decoder.has_more and not self._error:
+            asyncio.get_running_loop().call_soon(self._pump)
+        else:
             self._resume_reading()
-            await self._changed.wait()
+        await self._changed.wait()
 
     # asyncio's side
 
@@ -3783,6 +3790,8 @@ class WebSocket(asyncio.Protocol):
 
     def _pump(self, data: bytes = b"") -> None:
         """Look at what has come: at so much of it that others have their turn of the event loop."""
+        if self._error:
+            return  # uvloop reads several times in one turn
         link, parts, room = self._link, self._parts, MAX_FRAMES
         try:
             if data or self._decoder.has_more:
@@ -4138,18 +4147,16 @@ class Link:
     # Called by the WebSocket
 
     def receive(self, data: bytes | bytearray, *, end: bool = False) -> int:
-        """Take bytes of a message, or with none what was left; return how many frames there were.
+        """Take bytes of a message, or with none what was left; return how much work that was, in frames.
 
         `end` says that they are its last ones. Raises ProtocolError.
         """
-        session = self.session
+        session, before = self.session, self.session.work
         if not data and not session.has_more:
             if end and self._between_messages:
                 raise ProtocolError("an empty message")
-            frames = []
         else:
-            frames = session.receive_data(data, time.monotonic())
-            for frame in frames:
+            for frame in session.receive_data(data, time.monotonic()):
                 self._dispatch(frame)
         self._between_messages = end or (self._between_messages and not data)
         if self._between_messages and not session.has_more and not session.between_frames:
@@ -4159,7 +4166,7 @@ class Link:
         if session.next_deadline() < self._timer_at:
             self._timer.cancel()
             self._set_timer()
-        return len(frames)
+        return session.work - before
 
     def watch_room(self) -> None:
         """The transport has no room: it must take something within WRITE_TIMEOUT, and again and again."""
