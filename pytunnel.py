@@ -3746,9 +3746,7 @@ class WebSocket(asyncio.Protocol):
                     raise self._error
                 if self.closed:
                     raise ConnectionResetError("the connection was closed in the handshake")
-                self._changed.clear()
-                self._resume_reading()
-                await self._changed.wait()
+                await self._wait()
             part = self._parts.popleft()
             if self._is_control(part):
                 continue
@@ -3787,10 +3785,19 @@ class WebSocket(asyncio.Protocol):
         if not self.closed:
             self.send(Opcode.CLOSE, code.to_bytes(2))
         while not self.closed:
+            if any(part.opcode == Opcode.CLOSE for part in self._parts):
+                return self._end("the connection was closed")
             self._parts.clear()  # what still comes is of no interest
-            self._changed.clear()
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """Return when more has come; what the decoder still has comes before anything is read."""
+        self._changed.clear()
+        if self._decoder.has_more and not self._error:
+            asyncio.get_running_loop().call_soon(self._pump)
+        else:
             self._resume_reading()
-            await self._changed.wait()
+        await self._changed.wait()
 
     # asyncio's side
 
@@ -3799,6 +3806,8 @@ class WebSocket(asyncio.Protocol):
 
     def _pump(self, data: bytes = b"") -> None:
         """Look at what has come: at so much of it that others have their turn of the event loop."""
+        if self._error:
+            return  # uvloop reads several times in one turn
         link, parts, room = self._link, self._parts, MAX_FRAMES
         try:
             if data or self._decoder.has_more:
@@ -3993,6 +4002,11 @@ class Stream:
             self.fail(StreamReset(code, reason))
 
     @property
+    def is_cancelled(self) -> bool:
+        """Whether it was reset, and what came before that is not wanted either."""
+        return self._error is not None and self._error.code is not ErrorCode.NO_ERROR
+
+    @property
     def problem(self) -> str:
         """Why it was reset, as the peer or this end says; mostly nothing."""
         return self._error.reason if self._error else ""
@@ -4156,18 +4170,16 @@ class Link:
     # Called by the WebSocket
 
     def receive(self, data: bytes | bytearray, *, end: bool = False) -> int:
-        """Take bytes of a message, or with none what was left; return how many frames there were.
+        """Take bytes of a message, or with none what was left; return how much work that was, in frames.
 
         `end` says that they are its last ones. Raises ProtocolError.
         """
-        session = self.session
+        session, before = self.session, self.session.work
         if not data and not session.has_more:
             if end and self._between_messages:
                 raise ProtocolError("an empty message")
-            frames = []
         else:
-            frames = session.receive_data(data, time.monotonic())
-            for frame in frames:
+            for frame in session.receive_data(data, time.monotonic()):
                 self._dispatch(frame)
         self._between_messages = end or (self._between_messages and not data)
         if self._between_messages and not session.has_more and not session.between_frames:
@@ -4175,7 +4187,7 @@ class Link:
         if session.has_data_to_send:
             self.wake()
         self._check_timer()
-        return len(frames)
+        return session.work - before
 
     def watch_room(self) -> None:
         """The transport has no room: it must take something within WRITE_TIMEOUT, and again and again."""
@@ -5743,7 +5755,7 @@ class Route(NamedTuple):
 class Replay:
     """Stands in for the stream when a recorded request is sent again: nobody gets the answer, but the log has it."""
 
-    kind, finished, problem, room = Kind.HTTP, False, "", READ_BUFFER
+    kind, finished, is_cancelled, problem, room = Kind.HTTP, False, False, "", READ_BUFFER
 
     def __init__(self, content: bytes) -> None:
         self.has_content = bool(content)
@@ -5789,6 +5801,8 @@ class Forwarding:
                     raise
             # It closed the idle connection just as the request went out. Nothing was answered, and the method is safe
             # (RFC 9110 section 9.2.2): once more. Other methods never use a connection that may be about to close.
+        if self._stream.is_cancelled:  # in the message that opened it
+            raise asyncio.CancelledError
         connection = await self._service.connect()
         connection.send(self._wire_head())
         await self._attempt(connection)

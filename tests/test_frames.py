@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections.abc import Iterable, Iterator
 
 import pytest
@@ -219,6 +220,21 @@ def test_the_longest_of_each_type() -> None:
             frame = Frame(type_, 0, int(on_stream), bytes(size))
             decoder = FrameDecoder()
             assert [f for p in sliced(encode_frame(*frame), [70_000]) for f in decoder.feed(p)] == [frame]
+
+
+def test_the_slices_of_a_long_frame_are_joined_once() -> None:
+    """When the last one is here; until then they are kept as they came, and nothing is copied."""
+    frame = Frame(FrameType.DATA, 0, 1, bytes(pytunnel.MAX_DATA))
+    slices, decoder = list(sliced(encode_frame(*frame), [1000])), FrameDecoder()
+    tracemalloc.start()
+    try:
+        for piece in slices[:-1]:
+            assert decoder.feed(piece) == []
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20_000
+    assert decoder.feed(slices[-1]) == [frame]
 
 
 def test_payloads_are_the_callers_to_keep() -> None:

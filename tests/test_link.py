@@ -1,8 +1,11 @@
-"""The link's own timing, with a transport that does nothing: what happens when two things end it at once."""
+"""The link and its WebSocket, with a transport that does nothing: what is read and written when, and what ends it."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,33 +13,46 @@ import pytest
 import pytunnel
 from pytunnel import (
     MAX_FIELDS,
+    MAX_FRAMES,
+    MAX_WOKEN,
+    FrameDecoder,
+    FrameType,
     Kind,
     Link,
+    MessageDecoder,
     Opcode,
+    ProtocolError,
     RequestHead,
     Session,
     Target,
     TunnelRegistry,
     WebSocket,
+    encode_frame,
     encode_message_frame,
 )
 
 
 class FakeTransport(asyncio.Transport):
-    """Keeps what is written."""
+    """Keeps what is written, and whether anything would be read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.written: list[bytes] = []
+        self.reading = True
+        self.unsent: Iterator[int] = itertools.repeat(1)  # bytes, each time that somebody looks
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None: ...
     def is_closing(self) -> bool:
         return False
 
-    def pause_reading(self) -> None: ...
-    def resume_reading(self) -> None: ...
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
     def get_write_buffer_size(self) -> int:
-        return 1
+        return next(self.unsent)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written.append(bytes(data))
@@ -45,6 +61,391 @@ class FakeTransport(asyncio.Transport):
 def websocket() -> WebSocket:
     """A client's end."""
     return WebSocket(FakeTransport(), asyncio.Protocol(), is_server=False)
+
+
+HEAD = RequestHead(b"GET", b"/", []).encode()
+CLOSE = encode_message_frame(Opcode.CLOSE, b"\x03\xe8bye")  # 1000
+PING = encode_message_frame(Opcode.PING, b"x")
+TEXT = encode_message_frame(Opcode.TEXT, b"{}")
+
+
+def binary(payload: bytes) -> bytes:
+    return encode_message_frame(Opcode.BINARY, payload)
+
+
+def sent(ws: WebSocket) -> list[tuple[int, bytes]]:
+    """What was sent since it was asked for last: opcodes and payloads."""
+    written = ws.transport.written  # type: ignore[attr-defined]
+    parts = MessageDecoder(masked=True).feed(b"".join(written))
+    assert len(parts) == len(written), "each is a whole message, written at once"
+    written.clear()
+    return [(part.opcode, bytes(part.data)) for part in parts]
+
+
+def sent_frames(ws: WebSocket) -> list[list[FrameType]]:
+    """The types of the frames in each message."""
+    return [[FrameType(frame.type) for frame in FrameDecoder().feed(payload)] for _, payload in sent(ws)]
+
+
+def reading(ws: WebSocket) -> bool:
+    return ws.transport.reading  # type: ignore[attr-defined]
+
+
+@contextlib.asynccontextmanager
+async def linked(ws: WebSocket, *, is_server: bool = False) -> AsyncIterator[tuple[Link, asyncio.Future[str]]]:
+    """A link that runs over `ws`, and its run."""
+    link = Link(Session(is_server=is_server))
+    running = asyncio.ensure_future(link.run(ws, 0))
+    try:
+        await turns(2)
+        async with asyncio.timeout(5):
+            yield link, running
+    finally:
+        link.lose("done")
+        ws.connection_lost(None)
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def turns(n: int) -> None:
+    """Let so many turns of the event loop pass."""
+    for _ in range(n):
+        await asyncio.sleep(0)
+
+
+# The handshake
+
+
+async def test_what_comes_before_a_link_starts_is_passed_on() -> None:
+    ws, peer, heads = websocket(), Session(is_server=True), []
+    peer.resume(0, 0.0)
+    for _ in range(3):
+        peer.open_stream(0, Kind.HTTP, HEAD, end=True)
+    message = binary(peer.data_to_send())
+    ws.data_received(TEXT + message[:-5])
+    assert await ws.receive_message()
+    assert not reading(ws), "nobody asks for more"
+    link = Link(Session(is_server=False))
+    link.on_stream = lambda stream: heads.append(stream.head)
+    running = asyncio.ensure_future(link.run(ws, 0))
+    await turns(2)
+    assert heads == [HEAD] * 2 and reading(ws)
+    ws.data_received(message[-5:])
+    assert heads == [HEAD] * 3
+    link.lose("done")
+    assert await running == "done"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(CLOSE, "the connection was closed"), (b"", "the connection broke: reset"), (b"\xff\xff", "begins with 0xff"),
+     (TEXT, "a text message after the handshake")],
+)  # fmt: skip
+async def test_what_ended_a_link_before_it_starts_ends_it_at_once(data: bytes, reason: str) -> None:
+    ws = websocket()
+    if data:
+        ws.data_received(data)
+    else:
+        ws.connection_lost(OSError("reset"))
+    async with linked(ws) as (_, running):
+        if "connection" in reason:
+            assert await running == reason
+        else:
+            ws.connection_lost(None)  # it has read our last word
+            with pytest.raises(ProtocolError, match=reason):
+                await running
+
+
+async def test_nothing_is_read_while_nobody_asks_for_a_handshake_message() -> None:
+    ws = websocket()
+    ws.data_received(TEXT[:1])
+    assert reading(ws), "there is no message yet"
+    ws.data_received(TEXT[1:] + TEXT)
+    for _ in range(2):
+        assert not reading(ws)
+        await ws.receive_message()
+    asking = asyncio.ensure_future(ws.receive_message())
+    await turns(1)
+    assert reading(ws) and not asking.done()
+    ws.data_received(TEXT)
+    assert not reading(ws)
+    await asking
+
+
+async def test_nothing_is_read_in_the_handshake_while_there_is_more_of_what_was() -> None:
+    """Else a peer's tiny messages would fill the memory as fast as they come."""
+    ws = websocket()
+    ws.data_received(PING * (3 * MAX_FRAMES) + TEXT)
+    asking, answered = asyncio.ensure_future(ws.receive_message()), 0
+    async with asyncio.timeout(5):
+        while not asking.done():
+            assert not reading(ws)
+            await turns(1)
+            if pongs := len(ws.transport.written):  # type: ignore[attr-defined]
+                answered += pongs
+                assert pongs <= MAX_FRAMES, "others have their turn"
+                ws.transport.written.clear()  # type: ignore[attr-defined]
+        await asking
+    assert answered == 3 * MAX_FRAMES
+
+
+# What is read
+
+
+def frames_at_once() -> dict[str, bytes]:
+    """More than are taken in one turn, of an answer on stream 1, in one message and in several."""
+    head = encode_frame(FrameType.HEAD, 0, 1, b"200\0OK")
+    kinds = {
+        "data": encode_frame(FrameType.DATA, 0, 1, b"x"),
+        "window": encode_frame(FrameType.WINDOW, 0, 1, b"\0\0\0\1"),
+        "ack": encode_frame(FrameType.ACK, 0, 0, bytes(8)),
+    }
+    found = {}
+    for name, frame in kinds.items():
+        found[f"{name} in one"] = binary(head + frame * 5 * MAX_FRAMES)
+        found[f"{name} in some"] = binary(head) + binary(frame * (MAX_FRAMES - 1)) * 5 + binary(frame * 5)
+        found[f"{name} in many"] = binary(head) + binary(frame) * 5 * MAX_FRAMES
+    return found
+
+
+@pytest.mark.parametrize("name", frames_at_once())
+async def test_many_frames_at_once_leave_others_their_turn(name: str) -> None:
+    ws = websocket()
+    async with linked(ws, is_server=True) as (link, _):
+        link.open(0, Kind.HTTP, RequestHead(b"GET", b"/", []), end=True, waited=0.0)
+        work, passed = [link.session.work], 0
+        ws.data_received(frames_at_once()[name])
+        work.append(link.session.work)
+        while not reading(ws):
+            await turns(1)
+            work.append(link.session.work)
+            passed += 1
+        assert max(after - before for before, after in itertools.pairwise(work)) < 2 * MAX_FRAMES
+        assert passed >= 3
+        assert work[-1] > 5 * MAX_FRAMES, "and all of them are taken"
+        ws.data_received(binary(encode_frame(FrameType.DATA, 1, 1, b"")))
+        assert not link.session.streams, "and so is what follows"
+
+
+async def test_a_ping_is_answered_when_there_is_room() -> None:
+    ws = websocket()
+    async with linked(ws):
+        ws.data_received(PING + encode_message_frame(Opcode.PING, b"y" * 125))
+        assert sent(ws) == [(Opcode.PONG, b"x"), (Opcode.PONG, b"y" * 125)]
+        ws.pause_writing()
+        ws.data_received(PING * 5)
+        ws.resume_writing()
+        await turns(2)
+        assert sent(ws) == []
+        ws.data_received(PING)
+        assert sent(ws) == [(Opcode.PONG, b"x")]
+
+
+# What is written
+
+
+def request(link: Link) -> None:
+    link.open(0, Kind.HTTP, RequestHead(b"GET", b"/", []), end=True, waited=0.0)
+
+
+async def test_the_only_request_goes_out_at_once_and_others_together() -> None:
+    ws = websocket()
+    async with linked(ws, is_server=True) as (link, _):
+        request(link)
+        assert sent_frames(ws) == [[FrameType.OPEN]]
+        await turns(2)
+        for _ in range(3):
+            request(link)
+        assert sent_frames(ws) == []
+        await turns(1)
+        assert sent_frames(ws) == [[FrameType.OPEN] * 3]
+        await turns(3)
+        assert sent_frames(ws) == []
+
+
+async def test_what_is_followed_by_more_waits_for_it() -> None:
+    ws = websocket()
+    async with linked(ws, is_server=True) as (link, _):
+        for _ in range(2):
+            link.session.open_stream(0, Kind.HTTP, HEAD, end=True)
+            link.wake()
+        assert sent_frames(ws) == []
+        await turns(1)
+        assert sent_frames(ws) == [[FrameType.OPEN] * 2]
+
+
+async def test_a_message_does_not_wait_for_the_end_of_the_turn_when_much_was_added() -> None:
+    ws = websocket()
+    async with linked(ws, is_server=True) as (link, _):
+        request(link)
+        request(link)
+        await turns(2)
+        sent(ws)
+        for _ in range(2):  # the count begins anew
+            for _ in range(MAX_WOKEN - 1):
+                request(link)
+            assert sent_frames(ws) == []
+            request(link)
+            assert sent_frames(ws) == [[FrameType.OPEN] * MAX_WOKEN]
+        request(link)
+        await turns(1)
+        assert sent_frames(ws) == [[FrameType.OPEN]]
+
+
+async def test_nothing_is_written_without_room() -> None:
+    ws = websocket()
+    async with linked(ws, is_server=True) as (link, _):
+        ws.pause_writing()
+        for _ in range(2 * MAX_WOKEN):
+            request(link)
+        await turns(3)
+        assert sent_frames(ws) == []
+        ws.resume_writing()
+        await turns(1)
+        assert sent_frames(ws) == [[FrameType.OPEN] * 2 * MAX_WOKEN]
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["while it runs", "before"])
+@pytest.mark.parametrize("unsent", [[9, 9], [9, 10], [9, 8, 7, 7], [9, 8, 8]], ids=str)
+async def test_a_transport_that_takes_nothing_loses_the_link(
+    monkeypatch: pytest.MonkeyPatch, unsent: list[int], before: bool
+) -> None:
+    """Only after a time in which nothing was taken at all; each look here is one such time after the other."""
+    monkeypatch.setattr(pytunnel, "WRITE_TIMEOUT", 0.001)
+    ws, looks = websocket(), iter(unsent)
+    ws.transport.unsent = looks  # type: ignore[attr-defined]
+    if before:
+        ws.pause_writing()
+    async with linked(ws) as (_, running):
+        if not before:
+            ws.pause_writing()
+        assert await running == "nothing could be written for 0.001 s"
+        assert list(looks) == []
+
+
+async def test_a_transport_that_has_room_again_keeps_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytunnel, "WRITE_TIMEOUT", 0.001)
+    ws, later = websocket(), asyncio.Event()
+    async with linked(ws) as (_, running):
+        ws.pause_writing()
+        ws.resume_writing()
+        asyncio.get_running_loop().call_later(0.003, later.set)
+        await later.wait()
+        await turns(3)
+        assert not running.done()
+
+
+# The end
+
+
+async def test_a_close_is_answered_and_ends_the_link() -> None:
+    ws = websocket()
+    async with linked(ws) as (_, running):
+        ws.data_received(CLOSE)
+        assert await running == "the connection was closed"
+        assert sent(ws) == [(Opcode.CLOSE, b"\x03\xe8")]
+        await ws.close()
+        assert sent(ws) == [], "once is enough"
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("error", [b"\xff\xff", TEXT, binary(b"\0\0\0\x7f\0\0\0\0\1"), binary(b"short")])
+async def test_what_follows_an_error_is_ignored(error: bytes, together: bool) -> None:
+    ws, peer, streams = websocket(), Session(is_server=True), []
+    peer.resume(0, 0.0)
+    peer.open_stream(0, Kind.HTTP, HEAD, end=True)
+    fine = binary(peer.data_to_send())
+    async with linked(ws) as (link, running):
+        link.on_stream = streams.append
+        for data in [error + fine] if together else [error, fine]:
+            ws.data_received(data)
+        await turns(3)
+        ws.data_received(fine)
+        goaway, close = sent(ws)
+        assert FrameDecoder().feed(goaway[1])[0].type == FrameType.GOAWAY
+        assert close == (Opcode.CLOSE, b"\x03\xea")  # 1002
+        assert not streams and not link.session.received and reading(ws)
+        ws.connection_lost(None)
+        with pytest.raises(ProtocolError):
+            await running
+
+
+ENDS: dict[str, Callable[[WebSocket], object]] = {
+    "its close": lambda ws: ws.data_received(CLOSE),
+    "its close after much else": lambda ws: ws.data_received(PING * (3 * MAX_FRAMES) + TEXT + CLOSE),
+    "the end of its bytes": lambda ws: ws.eof_received(),
+    "a reset": lambda ws: ws.connection_lost(ConnectionResetError()),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_a_close_waits_for_the_peers_and_ignores_what_still_comes(end: str) -> None:
+    ws = websocket()
+    ws.data_received(TEXT * 2)
+    closing = asyncio.ensure_future(ws.close())
+    await turns(2)
+    assert sent(ws) == [(Opcode.CLOSE, b"\x03\xe8")]
+    for data in (TEXT, PING, binary(b"anything"), TEXT[:1], TEXT[1:]):
+        assert reading(ws)
+        ws.data_received(data)
+        await turns(2)
+        assert not ws._parts, "nothing of it is kept"
+    assert not closing.done()
+    ENDS[end](ws)
+    async with asyncio.timeout(5):
+        await closing
+    assert sent(ws) == [], "a closed end answers nothing"
+
+
+async def test_nothing_is_passed_on_once_it_closes() -> None:
+    ws, peer = websocket(), Session(is_server=True)
+    peer.resume(0, 0.0)
+    peer.open_stream(0, Kind.HTTP, HEAD, end=True)
+    async with linked(ws) as (link, _):
+        closing = asyncio.ensure_future(ws.close())
+        await turns(1)
+        ws.data_received(binary(peer.data_to_send()))
+        ws.eof_received()
+        await closing
+        assert not link.session.received
+
+
+async def test_an_error_does_not_keep_a_closing_end_from_seeing_the_end() -> None:
+    ws = websocket()
+    closing = asyncio.ensure_future(ws.close())
+    await turns(1)
+    ws.data_received(PING * MAX_FRAMES + b"\xff\xff")
+    await turns(5)
+    assert reading(ws), "what is not looked at is read, and so is the end"
+    ws.eof_received()
+    await closing
+
+
+async def test_a_close_that_has_come_already_is_not_waited_for() -> None:
+    """Both ends close after a refusal: they must not wait for each other."""
+    ws = websocket()
+    ws.data_received(TEXT + CLOSE)
+    assert await ws.receive_message()
+    async with asyncio.timeout(5):
+        await ws.close()
+    assert sent(ws) == [(Opcode.CLOSE, b"\x03\xe8")]
+
+
+async def test_nothing_is_read_while_it_closes_and_there_is_more_of_what_was() -> None:
+    ws = websocket()
+    closing = asyncio.ensure_future(ws.close())
+    await turns(1)
+    ws.data_received(PING * (5 * MAX_FRAMES))
+    for _ in range(2):
+        assert not reading(ws)
+        await turns(1)
+    async with asyncio.timeout(5):
+        while not reading(ws):
+            await turns(1)
+    ws.connection_lost(None)
+    await closing
+
+
+# Links that end
 
 
 @pytest.mark.parametrize("turns", range(6))
