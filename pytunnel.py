@@ -36,8 +36,8 @@ A link is a WebSocket at `GET /_pytunnel/link`, subprotocol `pytunnel.1`. The ha
     0 DATA      a chunk, at most 256 KiB; with ZSTD    END, BLOCKED, ZSTD, yes
                 one zstd frame that states the length  ASK
                 of such a chunk (RFC 8878)
-    1 HEAD      status, reason, name, value, ...       END, INTERIM        yes
-    2 OPEN      tunnel index (16 bits), kind (8 bits), END                 yes
+    1 HEAD      status, reason, name, value, ...       END, INTERIM, ASK   yes
+    2 OPEN      tunnel index (16 bits), kind (8 bits), END, ASK            yes
                 ms waited on the server (32 bits),
                 method, target, name, value, ...
     3 RESET     code (16 bits), reason                                     yes
@@ -178,6 +178,7 @@ MiB = 1024 * KiB
 MAX_DATA = 256 * KiB  # bytes of a DATA frame; one read of asyncio's transports, so a fast link moves whole reads
 MIN_COMPRESSED = 1 * KiB  # bytes of a chunk that is worth compressing: a packet carries less at no cost
 FIRST_RATIO = 2.0  # what a stream is expected to have before its first chunk, for the length of that
+MAX_RATIO = 8.0  # of the same that the next chunk is expected to have, which may not compress at all: 8 turns at most
 MIN_RATIO = 1.1  # of content to what is sent for it; a stream whose chunk saves less is not compressed any more
 COMPRESS_RATE = 12.5e6  # bytes a second, 100 Mbit/s; compressing for a faster link would take half of a core and more
 ZSTD_LEVEL = 3  # 1 takes three fifths of the time for 6 to 8 % more bytes
@@ -196,12 +197,14 @@ MIN_TURN = 2 * KiB  # bytes at least, which 1 KB/s carries well within PING_TIME
 MAX_TURN = MAX_DATA  # and at most
 QUEUE_TIME = 0.005  # seconds that what we have sent may wait in the queues on the way: two turns
 FIRST_CAP = 64 * KiB  # bytes in flight on a new link; five times of what TCP starts with (RFC 6928)
+FAST_RATE = 32 * MiB  # bytes a second of a path that is no home's uplink; what waits there waits for a busy process,
+FAST_CAP = 4 * MiB  # so that it may have so much in flight at least
 MIN_CAP = 2 * MIN_TURN  # bytes in flight at least: one turn on its way while the other is acknowledged
 MIN_ROUND = 0.1  # seconds in which the smallest of several round trips is free of jitter
 PROBE_INTERVAL = 10.0  # seconds that a round trip counts as the smallest (as BBR does)
 PROBE_DELAY = 1.0  # seconds after which a queue that does not shrink with what we send is the path's own
 INITIAL_WINDOW = 256 * KiB  # bytes of credit for a new stream (yamux uses the same)
-MAX_STREAM_WINDOW = 16 * MiB  # bytes one stream's window may grow to: 1 Gbit/s over 130 ms
+MAX_STREAM_WINDOW = 16 * MiB  # bytes one stream's window may grow to; MAX_UNACKED makes of it 500 Mbit/s over 130 ms
 MAX_WIDENED = 16 * MiB  # bytes that the windows of a session have grown by, all together; an eighth of the initial ones
 MIN_STARVED = 0.001  # seconds without anything to read before a window counts as too small, and not the loop as busy
 MAX_WINDOW = 2**31 - 1  # bytes of credit a peer may ever add up to (RFC 9113 section 6.9.1)
@@ -605,7 +608,7 @@ END = 0x1  # DATA, HEAD, OPEN: the sender's last frame on this stream
 INTERIM = 0x2  # HEAD: a 1xx response, another HEAD follows
 BLOCKED = 0x4  # DATA: it took the last of the sender's credit, who may have more (RFC 9000 section 4.1)
 ZSTD = 0x8  # DATA: the chunk is compressed
-ASK = 0x10  # DATA: an ACK is wanted at once
+ASK = 0x10  # DATA, HEAD, OPEN: an ACK is wanted at once
 
 FRAME_HEADER = struct.Struct(">IBI")  # length << 8 | type, flags, stream id (RFC 9113 section 4.1)
 FIRST_EXTENSION = 128  # types from here on are ignored, so that a newer peer may use them
@@ -620,8 +623,8 @@ class _Rule(NamedTuple):
 
 FRAME_RULES: dict[int, _Rule] = {
     FrameType.DATA: _Rule(0, MAX_DATA, END | BLOCKED | ZSTD | ASK, True),
-    FrameType.HEAD: _Rule(1, MAX_HEAD, END | INTERIM, True),
-    FrameType.OPEN: _Rule(7, MAX_HEAD, END, True),
+    FrameType.HEAD: _Rule(1, MAX_HEAD, END | INTERIM | ASK, True),
+    FrameType.OPEN: _Rule(7, MAX_HEAD, END | ASK, True),
     FrameType.RESET: _Rule(2, MAX_CONTROL, 0, True),
     FrameType.PING: _Rule(8, 8, 0, False),
     FrameType.GOAWAY: _Rule(2, MAX_CONTROL, 0, False),
@@ -629,6 +632,7 @@ FRAME_RULES: dict[int, _Rule] = {
     FrameType.ACK: _Rule(8, 8, 0, False),
     FrameType.PONG: _Rule(8, 8, 0, False),
 }
+MAY_ASK = frozenset({FrameType.DATA, FrameType.HEAD, FrameType.OPEN})
 LINK_LEVEL = frozenset({FrameType.PING, FrameType.PONG, FrameType.ACK})  # not counted, not sent again
 
 
@@ -648,6 +652,11 @@ class Frame(NamedTuple):
 def encode_frame(type_: int, flags: int, stream_id: int, payload: bytes | memoryview = b"") -> bytes:
     """Return the frame's bytes. The caller keeps to FRAME_RULES."""
     return FRAME_HEADER.pack(len(payload) << 8 | type_, flags, stream_id) + payload
+
+
+def with_ask(frame: bytes) -> bytes:
+    """Return an encoded frame with the flag ASK."""
+    return frame[:4] + bytes((frame[4] | ASK,)) + frame[5:]
 
 
 def encode_reason(code: ErrorCode, reason: str) -> bytes:
@@ -805,7 +814,8 @@ class ReceiveWindow:
 class _Asked(NamedTuple):
     frames: int  # sent so far, the last of them asks for an ACK
     sent_at: float
-    is_full: bool  # as much was in flight as was allowed
+    bytes: int  # in flight then
+    is_full: bool  # as much as was allowed
     is_probe: bool
 
 
@@ -816,7 +826,8 @@ class InFlight:
     A round is the time until something that was sent in it is acknowledged. From the smallest round trip of a round
     follows how long the queue is, and how much the path holds without (as TCP Vegas and FAST reckon). It begins with
     rounds that double, as long as that makes the link faster. Every PROBE_INTERVAL a part of the path is left empty, so
-    that the smallest round trip is one without our queue. Times are seconds of any one clock.
+    that the smallest round trip is one without our queue. A fast path is left to TCP: there, a round trip is long
+    because a process is busy. Times are seconds of any one clock.
     """
 
     def __init__(self) -> None:
@@ -836,6 +847,7 @@ class InFlight:
         self._round_at, self._round_bytes = 0.0, 0
         self._round_trips: list[float] = []  # of what was sent while the link was full
         self._path_rate = math.inf
+        self._fast_until = 0.0  # what was in flight has been acknowledged so soon, a moment ago, that the path is fast
 
     @property
     def has_room(self) -> bool:
@@ -864,7 +876,8 @@ class InFlight:
         """Note that the last of all `frames` sent asks for an ACK."""
         if not self._asked:
             self._progress_at = now
-        self._asked.append(_Asked(frames, now, self.bytes >= self.limit - self.limit // 8, self._is_probing))
+        is_full = self.bytes >= self.limit - self.limit // 8
+        self._asked.append(_Asked(frames, now, self.bytes, is_full, self._is_probing))
         if self.bytes <= self._unasked:  # a round begins after any pause
             self._round_at, self._round_bytes, self._round_trips = now, 0, []
         self._unasked = 0
@@ -884,6 +897,8 @@ class InFlight:
             asked = self._asked.popleft()
             sent_at = asked.sent_at
             round_trip = now - sent_at
+            if asked.bytes > FAST_RATE * round_trip:
+                self._fast_until = now + PROBE_INTERVAL
             if round_trip <= self._smallest or (asked.is_probe and self._is_probing):
                 if self._is_probing:
                     self._settled_at = now + round_trip
@@ -903,7 +918,8 @@ class InFlight:
         round_trip = max(min(round_trips), 1e-6)
         smallest, aim = self._smallest, self._smallest + self._queue_time
         path = self._cap * smallest / round_trip  # bytes that it holds without a queue
-        self._path_rate = rate if round_trip > aim else max(rate, self._path_rate)
+        is_fast = now < self._fast_until
+        self._path_rate = max(rate, FAST_RATE) if is_fast else rate if round_trip > aim else max(rate, self._path_rate)
         factor = max(0.25, min(2.0, aim / round_trip))
         if round_trip < smallest + self._queue_time / 4:
             factor = max(factor, 1.25)
@@ -920,9 +936,9 @@ class InFlight:
             is_due, self._short_at = not self._is_starting, now
             if self._is_starting:
                 factor = min(1.0 if round_trip > aim else 2.0, 2.5 * rate * aim / self._cap)
-        self._cap = max(MIN_CAP, min(round(self._cap * factor), MAX_UNACKED))
+        self._cap = max(FAST_CAP if is_fast else MIN_CAP, min(round(self._cap * factor), MAX_UNACKED))
         self._set_limit(self._cap)
-        if is_due:
+        if is_due and not is_fast:
             self._short_at, self._is_probing = now, True
             self._set_limit(0.8 * path if self._cap > FIRST_CAP else 0)
             if has_changed:
@@ -1287,7 +1303,7 @@ class Session:
         if self._replay:
             self._take_replay(out, limit, now)
         if not self._replay:
-            room = self._take_control(out, limit)
+            room = self._take_control(out, limit, now)
             if self._fresh or self._ready:
                 self._take_data(out, min(room, self._in_flight.turn), now)
         if self._bytes_to_ack >= ACK_BYTES or (out and self._ack_deadline is not None):
@@ -1360,18 +1376,24 @@ class Session:
         room = min(room, self._in_flight.turn)
         while self._replay and room > 0 and self._in_flight.has_room:
             frame = self._replay.popleft()
-            asks = frame[3] == FrameType.DATA and self._in_flight.wants_ack(len(frame))
-            out.append(frame[:4] + bytes([frame[4] | ASK]) + frame[5:] if asks else frame)
+            asks = self._asks(frame)
+            out.append(with_ask(frame) if asks else frame)
             self._in_flight.send(len(frame))
             if asks:
                 self._in_flight.ask(self._acked + len(self._unacked) - len(self._replay), now)
             room -= len(frame)
 
-    def _take_control(self, out: list[bytes], room: int) -> int:
+    def _asks(self, frame: bytes) -> bool:
+        return frame[3] in MAY_ASK and self._in_flight.wants_ack(len(frame))
+
+    def _take_control(self, out: list[bytes], room: int, now: float) -> int:
         while self._control and room > 0:
             frame = self._control.popleft()
             self._control_bytes -= len(frame)
-            room -= self._count(out, frame)
+            asks = self._asks(frame)  # else heads could fill what may be in flight, and content wait for ACK_DELAY
+            room -= self._count(out, with_ask(frame) if asks else frame)
+            if asks:
+                self._in_flight.ask(self._acked + len(self._unacked), now)
         while self._credits and room > 0:
             stream_id, credit = self._credits.popitem()
             if stream_id in self._streams:
@@ -1440,7 +1462,7 @@ class Session:
             return data
         level = SLOW_LEVEL if self._in_flight.rate < SLOW_RATE else ZSTD_LEVEL
         payload = compress(data, stream.packed_history, level)
-        stream.ratio = len(data) / len(payload)
+        stream.ratio = min(len(data) / len(payload), 2 * stream.ratio, MAX_RATIO)
         if stream.ratio < MIN_RATIO:  # encoded already, whatever its type says: do not try again
             stream.ratio, stream.packed_history = 0.0, b""
             return data
@@ -3710,6 +3732,9 @@ class Tokens:
 # clock is `time.monotonic`: uvloop's own has whole milliseconds.
 
 
+CLOSED = "the connection was closed"
+
+
 class WebSocket(asyncio.Protocol):
     """A connection that has been upgraded, taken over from the HTTP library that did so.
 
@@ -3722,6 +3747,7 @@ class WebSocket(asyncio.Protocol):
         self.closed = ""  # why, once the peer has closed it or it is lost
         self.writable = True
         self._before, self._is_server = protocol, is_server
+        self._room = 3 * MAX_HELLO if is_server else math.inf  # bytes until the token has been shown
         self._paused = False
         self._decoder = MessageDecoder(masked=is_server)
         self._parts: collections.deque[MessagePart] = collections.deque()  # what has come and was not looked at
@@ -3764,7 +3790,7 @@ class WebSocket(asyncio.Protocol):
 
     def start(self, link: Link) -> None:
         """Pass everything on to a link from now on, what has come already first."""
-        self._link = link
+        self._link, self._room = link, math.inf
         if self._error or self.closed:
             link.lose(self._error or self.closed)
         self._pump()
@@ -3786,7 +3812,7 @@ class WebSocket(asyncio.Protocol):
             self.send(Opcode.CLOSE, code.to_bytes(2))
         while not self.closed:
             if any(part.opcode == Opcode.CLOSE for part in self._parts):
-                return self._end("the connection was closed")
+                return self._end(CLOSED)
             self._parts.clear()  # what still comes is of no interest
             await self._wait()
 
@@ -3802,6 +3828,9 @@ class WebSocket(asyncio.Protocol):
     # asyncio's side
 
     def data_received(self, data: bytes) -> None:
+        self._room -= len(data)
+        if self._room < 0:
+            return self.transport.abort()
         self._pump(data)
 
     def _pump(self, data: bytes = b"") -> None:
@@ -3845,7 +3874,7 @@ class WebSocket(asyncio.Protocol):
                 self.send(Opcode.PONG, bytes(part.data))
         elif part.opcode == Opcode.CLOSE:
             self.send(Opcode.CLOSE, bytes(part.data[:2]))
-            self._end("the connection was closed")
+            self._end(CLOSED)
         return part.opcode >= Opcode.CLOSE
 
     def _pause_reading(self) -> None:
@@ -3859,7 +3888,7 @@ class WebSocket(asyncio.Protocol):
             self.transport.resume_reading()
 
     def eof_received(self) -> None:
-        self._end("the connection was closed")
+        self._end(CLOSED)
 
     def pause_writing(self) -> None:
         self.writable = False
@@ -3872,7 +3901,7 @@ class WebSocket(asyncio.Protocol):
             self._link.wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(f"the connection broke: {exc}" if exc else "the connection was closed")
+        self._end(f"the connection broke: {exc}" if exc else CLOSED)
         self._before.connection_lost(exc)
 
     def _end(self, reason: str) -> None:
@@ -3975,17 +4004,16 @@ class Stream:
         self._link.wake(more=not end)
 
     async def write(self, data: bytes, *, end: bool = False) -> None:
-        """Send a chunk; waits while more than SEND_BUFFER bytes are queued. `end` says that it is the last one."""
+        """Send a chunk; waits until all went out once more than SEND_BUFFER bytes are queued. `end`: it is the last."""
         self._check()
         queued = self._link.session.send_data(self.id, data, end=end)
         self.finished = end
-        full = queued > SEND_BUFFER and not end
-        if full:
-            self._writer = asyncio.get_running_loop().create_future()  # before `wake`, which may make room at once
+        if queued <= SEND_BUFFER or end:
+            return self._link.wake(more=False)
+        self._writer = sent = asyncio.get_running_loop().create_future()  # before `wake`, which may send it all at once
         self._link.wake(more=False)
-        if full and self._writer:
-            await self._writer
-            self._check()
+        await sent
+        self._check()
 
     @property
     def room(self) -> int:
@@ -4038,7 +4066,7 @@ class Stream:
             self.on_reset(error.code)
 
     def drained(self) -> None:
-        """The queue has room again."""
+        """All that was queued went out."""
         _wake(self._writer)
 
     async def _wait_readable(self) -> None:
@@ -4087,7 +4115,8 @@ class Link:
             self.wake()
             if not ws.writable:
                 self.watch_room()
-            return await self._lost
+            reason, told = await self._lost, self.session.goaway
+            return f"{reason}: {escape(told[1])}" if told and reason == CLOSED else reason
         except ProtocolError as error:
             self.broken = error
             self.session.suspend()
@@ -5377,7 +5406,7 @@ class TunnelServer:
         who: str,
     ) -> None:
         """Serve a client until its link is lost; the session is suspended or ended then."""
-        reason, names = "the connection was closed", ", ".join(session.names)
+        reason, names = CLOSED, ", ".join(session.names)
         try:
             ws.send_message(ready)
             self._registry.connected(session)
@@ -5610,7 +5639,8 @@ class LocalConnection(asyncio.BufferedProtocol):
 
     def send(self, data: bytes) -> None:
         """Send bytes that are few, like a head; whether they could be sent is seen by who reads."""
-        self._transport.write(data)
+        if not self.closed.is_set():  # uvloop minds
+            self._transport.write(data)
 
     async def write(self, data: bytes) -> None:
         """Send bytes; waits while the service does not take them. Raises ConnectionError."""

@@ -57,8 +57,8 @@ WIRE = [
 # What the header of each type may say: payload from, to, flags, whether it is about a stream.
 RULES: dict[FrameType, tuple[int, int, int, bool]] = {
     FrameType.DATA: (0, 262_144, 0x1D, True),
-    FrameType.HEAD: (1, 65_536, 0x03, True),
-    FrameType.OPEN: (7, 65_536, 0x01, True),
+    FrameType.HEAD: (1, 65_536, 0x13, True),
+    FrameType.OPEN: (7, 65_536, 0x11, True),
     FrameType.RESET: (2, 1024, 0, True),
     FrameType.PING: (8, 8, 0, False),
     FrameType.GOAWAY: (2, 1024, 0, False),
