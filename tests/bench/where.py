@@ -2,10 +2,10 @@
 
     python tests/bench/where.py
 
-One request, and then one chunk of a download, is led through both ends by hand, in one process and through the
-program's own functions; what passes between two steps counts as the later one's. A number is the median of many
-rounds. Below the sum stands what each process takes in a real run, with wrk and curl: the rest is the event loop, its
-tasks and callbacks, and the kernel waking processes up.
+Requests, as many as share a message when there are many at a time, and then chunks of a download are led through both
+ends by hand, in one process and through the program's own functions. A number is the median of many rounds.
+Below the sum stands what each process takes in a real run, with wrk and curl, which has the event loop, its tasks
+and its callbacks as well.
 
 The README's section has these tables, and a test compares their steps.
 """
@@ -45,7 +45,8 @@ from bench import contenders, loads, network  # noqa: E402
 from bench.contenders import Side  # noqa: E402
 
 SIDES = ("server", "client")
-ROUNDS, WARM = 5000, 500  # of a small request; of a chunk a fifth. The first ones fill caches and do not count
+AT_ONCE = pytunnel.MAX_WOKEN  # small requests that share a message, as they do when there are many at a time
+ROUNDS = 1000  # of so many small requests, and of a chunk; the first tenth fills caches and does not count
 SECONDS = 5  # of the real run
 CHUNK = 256 * 1024
 HOST = "files.example.com"
@@ -185,10 +186,10 @@ class Stopwatch:
         self.lap("", KERNEL)
         return self._round.pop(("", KERNEL))
 
-    def end(self) -> None:
-        """A round is over."""
+    def end(self, count: int = 1) -> None:
+        """A round of so many requests is over."""
         for key, spent in self._round.items():
-            self.rounds[key].append(spent)
+            self.rounds[key].append(spent / count)
         self._round = {}
 
     def microseconds(self) -> dict[tuple[str, Step], float]:
@@ -276,7 +277,11 @@ class Ends:
         """Send what one side has queued, and hand it over on the other side."""
         other, lap = SIDES[side == "server"], self.watch.lap
         key = os.urandom(4) if side == "client" else b""
+        flight = self.sessions[side]._in_flight
+        flight.turn, flight.limit = CHUNK, 64 * CHUNK  # as on a link that is as fast as this one
+        self.watch.start()
         data = self.sessions[side].data_to_send(now=monotonic())
+        assert self.sessions[side].is_flushed, "one message has it all"
         message = pytunnel.encode_message_frame(pytunnel.Opcode.BINARY, data, key)
         lap(side, MESSAGE)
         for piece in self.move(side, message):
@@ -337,11 +342,20 @@ class Ends:
         return exchange, forwarding
 
     async def small(self) -> None:
-        """One small request and its response."""
-        lap = self.watch.lap
-        visitor, asked = await self.begin()
+        """So many small requests and their responses as one message carries."""
+        asked = [await self.begin() for _ in range(AT_ONCE)]
         self.cross("server")
-        stream = self.arrived.pop()
+        for stream in self.arrived:
+            await self._answer(stream)
+        self.arrived.clear()
+        self.cross("client")
+        for visitor, stream in asked:
+            await self._deliver(visitor, stream)
+        self.watch.end(AT_ONCE)
+
+    async def _answer(self, stream: pytunnel.Stream) -> None:
+        """What the client does for one of them."""
+        lap = self.watch.lap
         exchange, forwarding = await self.forward(stream)
         self.take(SMALL_RESPONSE)
         data = await self.local.read(stream.room)
@@ -359,19 +373,22 @@ class Ends:
         lap("client", NOTE)
         self.console.emit("request", exchange=exchange)
         lap("client", TELL)
-        self.cross("client")
-        answer = await visitor._read_head(asked)
+
+    async def _deliver(self, visitor: pytunnel.Visitor, stream: pytunnel.Stream) -> None:
+        """What the server does with its response."""
+        lap = self.watch.lap
+        head = await visitor._read_head(stream)
         lap("server", DECODE)
-        out = visitor.encoder.head(answer, pytunnel._date(), end=asked.at_eof)
-        out += visitor.encoder.data(await asked.read())
+        out = visitor.encoder.head(head, pytunnel._date(), end=stream.at_eof)
+        out += visitor.encoder.data(await stream.read())
         out += visitor.encoder.end()
-        asked.close()
+        stream.close()
         lap("server", ENCODE)
         self.to_visitor.send(out)
         lap("server", KERNEL)
         received = self.visitor.recv(CHUNK)
         assert received.endswith(JSON), "the visitor gets what the local service sent"
-        self.watch.end()
+        self.watch.start()
 
     async def download(self, rounds: int) -> None:
         """One request whose response has so many chunks."""
@@ -458,13 +475,13 @@ BLOCK = os.urandom(CHUNK)
 
 
 async def measure(rounds: int) -> tuple[Stopwatch, Stopwatch]:
-    """Lead so many small requests, and a fifth as many chunks of a download, through both ends."""
+    """Lead so many rounds of small requests, and as many chunks of a download, through both ends."""
     with contextlib.ExitStack() as stack:
         ends = Ends(stack, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-where-"))))
         for _ in range(rounds):
             await ends.small()
         small = ends.watch
-        await ends.download(max(1, rounds // 5))
+        await ends.download(rounds)
         return small, ends.watch
 
 
