@@ -283,7 +283,7 @@ def test_what_a_step_names_is_there(name: str) -> None:
     assert f"\n# ---- {where.section(name)} ---" in Path(pytunnel.__file__).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("number, steps", enumerate((where.SMALL, where.DOWNLOAD)), ids=["small", "download"])
+@pytest.mark.parametrize("number, steps", list(enumerate((where.SMALL, where.DOWNLOAD))), ids=["small", "download"])
 def test_the_page_has_the_steps_that_are_measured(number: int, steps: tuple[where.Step, ...]) -> None:
     rows = [row[:2] for row in TABLES[number] if not row[0].startswith("**")]
     assert rows == [[step.name, where.place(step)] for step in steps]

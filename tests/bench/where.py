@@ -257,7 +257,9 @@ class Ends:
         self.local.connection_made(self.connection)  # type: ignore[arg-type]
         options = argparse.Namespace(json=False, run=None)
         self.console = stack.enter_context(contextlib.closing(pytunnel.Console(options)))
-        output = stack.enter_context(contextlib.closing(pytunnel.Output(os.open(os.devnull, os.O_WRONLY))))
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        stack.callback(os.close, nowhere)
+        output = stack.enter_context(contextlib.closing(pytunnel.Output(nowhere)))
         self.console.say = output.write
         for session in self.sessions.values():
             session.resume(0, monotonic())
