@@ -15,7 +15,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from bench import contenders, loads, origin, report, router, rows, texts
+from bench import contenders, loads, origin, report, router, rows, texts, where
+
+import pytunnel
 
 BENCH = Path(report.__file__).parent
 
@@ -264,3 +266,36 @@ def test_frp_is_told_the_same_in_both_of_its_languages() -> None:
         assert (proxy["type"], section["type"]) == ("http", "http")
         assert str(proxy["localPort"]) == section["local_port"] == str(tunnels[proxy["name"]])
         assert proxy["customDomains"] == [section["custom_domains"]] == [f"{proxy['name']}.bench"]
+
+
+# ---------------------------------------------------------------------------------------- Where the microseconds go
+
+PAGE = (BENCH.parent.parent / "README.md").read_text(encoding="utf-8").partition("### Where the microseconds go\n")[2]
+TABLES = [
+    [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines()[2:]]
+    for text in re.findall(r"(?:^\|.*\n)+", re.split(r"^##", PAGE, flags=re.MULTILINE)[0], re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("name", sorted({name for step in where.SMALL + where.DOWNLOAD for name in step.functions}))
+def test_what_a_step_names_is_there(name: str) -> None:
+    assert callable(where.function(name))
+    assert f"\n# ---- {where.section(name)} ---" in Path(pytunnel.__file__).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("number, steps", list(enumerate((where.SMALL, where.DOWNLOAD))), ids=["small", "download"])
+def test_the_page_has_the_steps_that_are_measured(number: int, steps: tuple[where.Step, ...]) -> None:
+    rows = [row[:2] for row in TABLES[number] if not row[0].startswith("**")]
+    assert rows == [[step.name, where.place(step)] for step in steps]
+
+
+async def test_every_step_is_measured_on_the_sides_that_the_page_has() -> None:
+    measured = await where.measure(2)
+    for watch, lines, steps in zip(measured, TABLES, (where.SMALL, where.DOWNLOAD), strict=True):
+        on_page = {
+            (side, step)
+            for step, line in zip(steps, lines, strict=False)
+            for side, cell in zip(where.SIDES, line[2:], strict=True)
+            if cell
+        }
+        assert set(watch.microseconds()) == on_page
