@@ -354,3 +354,19 @@ def test_a_peer_who_acknowledges_in_no_time_or_never_changes_no_bound() -> None:
         session.send_data(1, bytes(4 * 1024 * 1024))
     until_full(session)
     assert session._unacked_bytes < pytunnel.MAX_UNACKED + pytunnel.MAX_TURN + 100
+
+
+def test_heads_ask_for_an_ack_too() -> None:
+    """Else they alone could be all that may be in flight, and content would wait until the peer's ACK_DELAY is over."""
+    session = Session(is_server=True)
+    session.resume(0, 0.0)
+    head = pytunnel.RequestHead(b"GET", b"/" + b"x" * 8000, []).encode()
+    stream = session.open_stream(0, Kind.HTTP, head)
+    while session._in_flight.bytes < session._in_flight.limit:
+        session.open_stream(0, Kind.HTTP, head)
+        frames = sent(session)
+    session.send_data(stream, b"content", end=True)
+    assert sent(session) == []
+    assert frames[-1].type == FrameType.OPEN and frames[-1].flags & ASK
+    session.receive_data(ack(session._acked + len(session._unacked)), 0.1)
+    assert [frame.type for frame in sent(session, 0.1)] == [FrameType.DATA]

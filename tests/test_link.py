@@ -39,6 +39,7 @@ class FakeTransport(asyncio.Transport):
         super().__init__()
         self.written: list[bytes] = []
         self.reading = True
+        self.aborted = False
         self.unsent: Iterator[int] = itertools.repeat(1)  # bytes, each time that somebody looks
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None: ...
@@ -50,6 +51,9 @@ class FakeTransport(asyncio.Transport):
 
     def resume_reading(self) -> None:
         self.reading = True
+
+    def abort(self) -> None:
+        self.aborted = True
 
     def get_write_buffer_size(self) -> int:
         return next(self.unsent)
@@ -611,3 +615,30 @@ def test_a_head_with_what_a_proxy_adds_keeps_to_the_limit() -> None:
 )
 def test_what_is_loopback(text: str, loopback: bool) -> None:
     assert Target.parse(text).is_loopback is loopback
+
+
+async def test_a_link_that_is_closed_says_what_the_peer_said() -> None:
+    ws, link = websocket(), Link(Session(is_server=False))
+    running = asyncio.ensure_future(link.run(ws, 0))
+    await asyncio.sleep(0)
+    goaway = pytunnel.encode_frame(FrameType.GOAWAY, 0, 0, pytunnel.encode_reason(pytunnel.ErrorCode.PROTOCOL, "why"))
+    ws.data_received(encode_message_frame(Opcode.BINARY, goaway) + encode_message_frame(Opcode.CLOSE, b""))
+    assert await running == "the connection was closed: why"
+
+
+async def test_what_has_shown_no_token_sends_so_much_and_no_more() -> None:
+    """However small its messages are: each would take its time."""
+    transport = FakeTransport()
+    ws = WebSocket(transport, asyncio.Protocol(), is_server=True)
+    pong = encode_message_frame(Opcode.PONG, b"", bytes(4))
+    for _ in range(3 * pytunnel.MAX_HELLO // len(pong)):
+        ws.data_received(pong)
+    assert not transport.aborted
+    ws.data_received(pong)
+    assert transport.aborted
+    transport.aborted = False
+    ws = WebSocket(transport, asyncio.Protocol(), is_server=True)
+    ws.start(Link(Session(is_server=True)))
+    for _ in range(4 * pytunnel.MAX_HELLO // len(pong)):
+        ws.data_received(pong)
+    assert not transport.aborted
