@@ -870,7 +870,7 @@ class InFlight:
 
     def wants_ack(self, n: int) -> bool:
         """Whether a frame of `n` bytes has to ask for an ACK."""
-        return self._unasked + n >= self.turn or self.bytes + n >= self.limit
+        return self._unasked + n >= self.turn
 
     def ask(self, frames: int, now: float) -> None:
         """Note that the last of all `frames` sent asks for an ACK."""
@@ -940,7 +940,7 @@ class InFlight:
         self._set_limit(self._cap)
         if is_due and not is_fast:
             self._short_at, self._is_probing = now, True
-            self._set_limit(0.8 * path if self._cap > FIRST_CAP else 0)
+            self._set_limit(0.8 * path)
             if has_changed:
                 self._is_starting, self._rate, self._plateau = True, 0.0, 0
 

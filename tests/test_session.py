@@ -494,6 +494,7 @@ def test_windows_shrink_while_memory_is_short() -> None:
     download.pair.server.is_short_of_memory = True
     for _ in range(4):
         download.go_round()
+    download.pair.server._widen(download.pair.server._streams[1])
     assert download.sizes == [INITIAL_WINDOW] * 2
 
 
