@@ -164,7 +164,8 @@ async def test_a_peer_that_takes_nothing_more_loses_its_link(stuck: str) -> None
         fetches = [asyncio.create_task(tunnel.fetch("PUT", body=body, timeout=AWAY)) for _ in range(streams)]
         if stuck == "client":
             line = await tunnel.client.event("disconnected", timeout=NOTICED)
-            assert line["reason"] == "nothing was acknowledged for 0.5 s"
+            # Or the server is the first to notice: that its requests are acknowledged does not get through either.
+            assert line["reason"] in ("nothing was acknowledged for 0.5 s", "the connection was closed")
         else:
             await tunnel.server.stderr_line("web: nothing was acknowledged for 0.5 s", timeout=NOTICED)
         tunnel.relay.set_mode("pass")
