@@ -26,7 +26,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
@@ -43,6 +43,16 @@ LINE_LIMIT = 16 * 1024 * 1024  # bytes in one line of a process's output
 
 Header = tuple[bytes, bytes]
 T = TypeVar("T")
+
+
+def sliced(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
+    """Cut `data` into pieces of these sizes, over and over."""
+    start = 0
+    for size in itertools.cycle(sizes):
+        if start >= len(data):
+            return
+        yield data[start : start + size]
+        start += size
 
 
 class WaitFailed(AssertionError):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import sliced
 
 import pytunnel
 from pytunnel import (
@@ -71,16 +72,6 @@ RULES: dict[FrameType, tuple[int, int, int, bool]] = {
 def raw_header(length: int, type_: int, flags: int, stream_id: int) -> bytes:
     """The nine bytes, made without the code under test."""
     return length.to_bytes(3, "big") + bytes([type_, flags]) + stream_id.to_bytes(4, "big")
-
-
-def sliced(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
-    """Cut `data` into pieces of these sizes, over and over."""
-    start = 0
-    for size in itertools.cycle(sizes):
-        if start >= len(data):
-            return
-        yield data[start : start + size]
-        start += size
 
 
 @st.composite

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from support import sliced
 
 import pytunnel
 from pytunnel import (
@@ -41,16 +42,6 @@ names = from_alphabet(TOKEN_BYTES, 1, 12)
 values = from_alphabet(TEXT_BYTES, 0, 20)
 fields = st.lists(st.tuples(names, values), max_size=8)
 targets = from_alphabet(bytes(set(range(0x21, 0x100)) - {0x23, 0x7F}), 1, 30)
-
-
-def sliced(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
-    """Cut `data` into pieces of these sizes, over and over."""
-    start = 0
-    for size in itertools.cycle(sizes):
-        if start >= len(data):
-            return
-        yield data[start : start + size]
-        start += size
 
 
 # Heads in frames

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import sliced
 
 import pytunnel
 from pytunnel import (
@@ -47,16 +48,6 @@ def header(opcode: int, size: int, *, final: bool = True, masked: bool = False) 
 def frame(opcode: int, payload: bytes, *, final: bool = True, key: bytes = b"") -> bytes:
     masked = xor(payload, key) if key else payload
     return header(opcode, len(payload), final=final, masked=bool(key)) + key + masked
-
-
-def sliced(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
-    """Cut `data` into pieces of these sizes, over and over."""
-    start = 0
-    for size in itertools.cycle(sizes):
-        if start >= len(data):
-            return
-        yield data[start : start + size]
-        start += size
 
 
 def parts_of(decoder: MessageDecoder, pieces: Iterable[bytes]) -> Iterator[MessagePart]:
