@@ -4651,7 +4651,6 @@ class Visitor:
         self.method = message.method.encode()
         self.target = message.path.encode("utf-8", "surrogateescape")
         self.headers: Headers = list(message.raw_headers)
-        self.names = {name.lower() for name, _ in self.headers}  # few fields are there at all
         self.address = visitor_address(self.peer, self.headers, gate.trusted)  # the peer's, or behind a proxy its own
         self.proxied = self.address != self.peer
         self.caller: Caller = gate.callers[self.address] if self.proxied else cast(Any, request.protocol).caller
@@ -4663,7 +4662,7 @@ class Visitor:
         self.problem = ""  # why its content was not read to the end
         self.version = (message.version.major, message.version.minor)
         http11 = self.version >= (1, 1)
-        asks = http11 and b"upgrade" in self.names and b"upgrade" in field_tokens(self.headers, b"connection")
+        asks = http11 and b"upgrade" in field_tokens(self.headers, b"connection")
         self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower() if asks else b""
         self.has_body = request.body_exists
         # aiohttp (3.14.5) hands the last trailer of a chunked request to the next request on the connection, as a field
@@ -5233,7 +5232,7 @@ class TunnelServer:
     async def _forward(self, visitor: Visitor, name: str, host: bytes) -> None:
         if self._registry.draining:
             raise Unserved("shutting-down")
-        if b"expect" in visitor.names and field_tokens(visitor.headers, b"expect") != {b"100-continue"}:
+        if any(value.lower() != b"100-continue" for value in field_values(visitor.headers, b"expect")):
             raise Unserved("expectation")
         if b"h2c" in visitor.upgrade:
             visitor.upgrade = b""
