@@ -47,7 +47,7 @@ def run(*args: str, path: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_help_names_every_row() -> None:
     text = run("--help", path=os.environ["PATH"]).stdout
-    for name in (*rows.LOOPBACK, *rows.MEMORY, *rows.UPLINK, *rows.TEXTS, *rows.LONG):
+    for name in (*rows.LOOPBACK, *rows.MEMORY, *rows.UPLINK, *rows.TEXTS, *rows.LONG_UPLOAD, *rows.LONG):
         assert f"{name}," in text or f"{name}\n" in text, name
 
 
