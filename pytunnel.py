@@ -295,6 +295,7 @@ MAX_GUESSES, GUESS_RATE = 20, 1 / 3  # wrong tokens or passwords of an address a
 MAX_GUESSED = 256  # matters about which an address has been wrong lately, before those that are forgiven are forgotten
 MAX_CALLER_LINES, CALLER_LINE_RATE = 1, 1.0  # lines in the log about an address at once, and a second after that
 MAX_BUFFERED = 256 * MiB  # bytes that all sessions of a server keep; at this bound no more requests are taken
+SHORT_OF_MEMORY = MAX_BUFFERED // 2  # bytes of these from which on no window is larger than at first
 TICK = 0.5  # seconds between two looks at that, at how late the event loop is, and at the files of tokens
 INSPECTOR_PORTS = 20  # ports from INSPECTOR_PORT on that are tried
 MAX_POLL = 25.0  # seconds the inspector's page waits for something new: below what browsers and proxies allow
@@ -843,7 +844,7 @@ class InFlight:
         self._short_at = 0.0  # when the queue was last about as short as it should be
         self._is_starting, self._is_probing = True, False
         self._settled_at = 0.0  # when the path was filled again after a probe
-        self._rate, self._plateau = 0.0, 0  # bytes a second of the best round so far, rounds in which it did not grow
+        self._best_rate, self._plateau = 0.0, 0  # bytes a second of the best round, rounds since then
         self._round_at, self._round_bytes = 0.0, 0
         self._round_trips: list[float] = []  # of what was sent while the link was full
         self._path_rate = math.inf
@@ -930,8 +931,8 @@ class InFlight:
         has_changed = now - self._short_at >= max(PROBE_DELAY, 4 * smallest)
         is_due = has_changed or now - self._measured_at >= PROBE_INTERVAL
         if self._is_starting:
-            self._plateau = 0 if rate > 1.25 * self._rate else self._plateau + 1
-            self._rate = max(self._rate, rate)
+            self._plateau = 0 if rate > 1.25 * self._best_rate else self._plateau + 1
+            self._best_rate = max(self._best_rate, rate)
             self._is_starting = self._plateau < (2 if round_trip > aim else 4)
             is_due, self._short_at = not self._is_starting, now
             if self._is_starting:
@@ -942,7 +943,7 @@ class InFlight:
             self._short_at, self._is_probing = now, True
             self._set_limit(0.8 * path)
             if has_changed:
-                self._is_starting, self._rate, self._plateau = True, 0.0, 0
+                self._is_starting, self._best_rate, self._plateau = True, 0.0, 0
 
     @property
     def _queue_time(self) -> float:
@@ -5019,6 +5020,18 @@ def _visitor_server(
 HEALTHY = ResponseHead(200, b"OK", [(b"Content-Type", b"text/plain"), (b"Content-Length", b"3")])
 
 
+def find_crowded(kept: collections.Counter[str]) -> set[str]:
+    """Return those who keep more bytes than their share, when all of them keep too much.
+
+    Who keeps little is content, and leaves the rest of its share to others (max-min fairness).
+    """
+    most = kept.most_common()
+    left = MAX_BUFFERED
+    while most and most[-1][1] * len(most) <= left:
+        left -= most.pop()[1]
+    return {key for key, _ in most}
+
+
 class TunnelServer:
     """`pytunnel serve`: gives clients who know a token tunnels under names below this host.
 
@@ -5107,10 +5120,11 @@ class TunnelServer:
             due = loop.time() + TICK
             await asyncio.sleep(TICK)
             self.metrics.observe_lag(max(0.0, loop.time() - due))
-            short = self._buffered().total() > MAX_BUFFERED // 2
+            kept = self._buffered()
+            short = kept.total() > SHORT_OF_MEMORY
             for registration in self._registry.sessions.values():
                 registration.link.session.is_short_of_memory = short
-            before, self._crowded = self._crowded, self._find_crowded()
+            before, self._crowded = self._crowded, find_crowded(kept)
             for key in self._crowded - before:
                 label = self._registry.grants[key].label if key in self._registry.grants else "revoked"
                 log.warning("token %s: its sessions keep too much, and get no new requests until that is less", label)
@@ -5139,17 +5153,6 @@ class TunnelServer:
         for session in self._registry.sessions.values():
             kept[session.key] += session.link.session.buffered
         return +kept
-
-    def _find_crowded(self) -> set[str]:
-        """Return the tokens that keep more than their share, when all of them keep too much.
-
-        Who keeps little is content, and leaves the rest of its share to others (max-min fairness).
-        """
-        kept = self._buffered().most_common()
-        left = MAX_BUFFERED
-        while kept and kept[-1][1] * len(kept) <= left:
-            left -= kept.pop()[1]
-        return {key for key, _ in kept}
 
     def _metrics_text(self) -> bytes:
         sessions = [session.link.session for session in self._registry.sessions.values()]

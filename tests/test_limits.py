@@ -529,18 +529,16 @@ async def test_visitors_who_are_gone_before_they_are_seen_leave_nothing_behind(l
         assert (await t.get()).body == b"ok"
 
 
-def test_who_keeps_little_is_not_made_to_wait_by_who_keeps_much(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_keeps_little_is_not_made_to_wait_by_who_keeps_much() -> None:
     kept: collections.Counter[str] = collections.Counter()
-    server = object.__new__(pytunnel.TunnelServer)
-    monkeypatch.setattr(server, "_buffered", lambda: +kept)
-    assert server._find_crowded() == set()
+    assert pytunnel.find_crowded(kept) == set()
     kept.update({f"idle {number}": 1000 for number in range(50)})
     kept.update({"hog": pytunnel.MAX_BUFFERED - 100_000, "modest": 40_000})
-    assert server._find_crowded() == set()
+    assert pytunnel.find_crowded(kept) == set()
     kept["hog"] += 100_000
-    assert server._find_crowded() == {"hog"}
+    assert pytunnel.find_crowded(kept) == {"hog"}
     kept["modest"] = pytunnel.MAX_BUFFERED // 2 + 1
-    assert server._find_crowded() == {"hog", "modest"}
+    assert pytunnel.find_crowded(kept) == {"hog", "modest"}
 
 
 async def test_one_token_cannot_use_up_what_all_sessions_may_keep() -> None:
