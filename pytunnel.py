@@ -189,6 +189,7 @@ MAX_FIELDS = 128  # header fields of one head (HAProxy 101, aiohttp 128)
 MAX_CONTROL = 1 * KiB  # bytes of a RESET's or GOAWAY's payload
 MAX_MESSAGE = 1 * MiB  # bytes of one WebSocket message: a batch and the frame that reached over its limit
 MAX_BATCH = 256 * KiB  # bytes that one message collects before it goes out
+LINK_BUFFER = MAX_BATCH + 1 * KiB  # bytes read from a link at a time: a message with a chunk and what goes along
 MAX_WOKEN = 8  # times that something became ready to be sent before a message goes out within the turn
 MAX_FRAMES = 1000  # frames taken before others have their turn of the event loop: 5 ms, where a message may hold 80,000
 ZSTD_FRAMES = 30  # of these that a compressed one counts for: its content takes up to 0.3 ms to unpack
@@ -471,35 +472,40 @@ class MessagePart(NamedTuple):
     """Some bytes of a message; control messages come whole."""
 
     opcode: int  # of the message
-    data: bytes | bytearray
+    data: bytes | bytearray | memoryview  # a view: of what was fed
     end: bool  # they are its last ones
 
 
-def mask_payload(payload: bytes, key: bytes) -> bytes | bytearray:
-    """Return the payload masked, or unmasked, with a key of four bytes (section 5.3)."""
-    if len(payload) > MAX_CONTROL:
+def mask_payload(payload: bytes | memoryview, key: bytes, *more: bytes) -> bytes | bytearray:
+    """Return the payload, and what `more` there is of it, masked or unmasked with a key of four bytes (section 5.3)."""
+    if sum(map(len, more), len(payload)) > MAX_CONTROL:
         with contextlib.suppress(ImportError):  # aiohttp does it 80 times as fast, but promises nobody that it will
             from aiohttp._websocket.helpers import websocket_mask
 
-            masked = bytearray(payload)
+            masked = bytearray().join((payload, *more))
             websocket_mask(key, masked)
             return masked
+    payload = b"".join((payload, *more))
     n = len(payload)
     return (int.from_bytes(payload) ^ int.from_bytes((key * (n // 4 + 1))[:n])).to_bytes(n)
 
 
 def encode_message_frame(opcode: Opcode, payload: bytes, key: bytes = b"") -> bytes:
     """Return a whole message as one WebSocket frame; a client's are masked with a new key each (section 5.3)."""
-    size, masked = len(payload), 0x80 if key else 0
+    return b"".join(message_frame(opcode, [payload], key))
+
+
+def message_frame(opcode: Opcode, payload: Sequence[bytes], key: bytes = b"") -> Sequence[bytes | bytearray]:
+    """Return the same, of a payload in pieces: in one piece, or in several where it is large, to save a copy."""
+    size, masked = sum(map(len, payload)), 0x80 if key else 0
     if size < 126:
         header = bytes((0x80 | opcode, masked | size))
     elif size < 1 << 16:
         header = struct.pack(">BBH", 0x80 | opcode, masked | 126, size)
     else:
         header = struct.pack(">BBQ", 0x80 | opcode, masked | 127, size)
-    if not key:
-        return header + payload
-    return b"".join((header, key, mask_payload(payload, key)))
+    pieces = [header + key, mask_payload(b"", key, *payload)] if key else [header, *payload]
+    return pieces if size > SEND_BUFFER else [b"".join(pieces)]
 
 
 class MessageDecoder:
@@ -516,8 +522,11 @@ class MessageDecoder:
         self._final = True  # and that is the message's last frame
         self._key = b""
 
-    def feed(self, data: bytes) -> list[MessagePart]:
-        """Return what `data` brings. Raises ProtocolError; the decoder is of no use after that."""
+    def feed(self, data: bytes | memoryview) -> list[MessagePart]:
+        """Return what `data` brings. Raises ProtocolError; the decoder is of no use after that.
+
+        A view's memory may change when all parts have been dealt with.
+        """
         if self._buffer:
             data, self._buffer = self._buffer + data, b""
         parts: list[MessagePart] = []
@@ -541,17 +550,17 @@ class MessageDecoder:
             else:
                 parts.append(self._part(piece))
         self.has_more = start < end and len(parts) >= MAX_FRAMES
-        self._buffer = data[start:]
+        self._buffer = bytes(data[start:])
         return parts
 
-    def _part(self, data: bytes | bytearray) -> MessagePart:
+    def _part(self, data: bytes | bytearray | memoryview) -> MessagePart:
         opcode, ended = self._opcode, self._final and not self._left
         assert opcode is not None
         if ended:
             self._opcode = None
         return MessagePart(opcode, data, ended)
 
-    def _header(self, data: bytes, start: int) -> tuple[int, MessagePart | None] | None:
+    def _header(self, data: bytes | memoryview, start: int) -> tuple[int, MessagePart | None] | None:
         """Read a frame's header; return where its payload begins, None when it is not all there.
 
         A control message is read whole, and so is an empty frame: it is returned, too, and the next one begins there.
@@ -572,10 +581,10 @@ class MessageDecoder:
             return None
         if size > 125:
             size = int.from_bytes(data[start + 2 : begin])
-        key = data[begin : begin + 4] if self._masked else b""
+        key = bytes(data[begin : begin + 4]) if self._masked else b""
         begin += len(key)
         if control:
-            payload = data[begin : begin + size]
+            payload = bytes(data[begin : begin + size])
             return begin + size, MessagePart(opcode, mask_payload(payload, key) if key else payload, True)
         if (opcode == Opcode.CONTINUATION) != (self._opcode is not None):
             raise ProtocolError("a message inside another, or the rest of none")
@@ -679,10 +688,13 @@ class FrameDecoder:
         self.buffered = 0  # bytes of frames that were not returned yet
         self.has_more = False  # MAX_FRAMES was reached; feed nothing to go on
 
-    def feed(self, data: bytes | bytearray) -> list[Frame]:
-        """Return frames that `data` completes. Raises ProtocolError; the decoder is of no use after that."""
+    def feed(self, data: bytes | bytearray | memoryview) -> list[Frame]:
+        """Return frames that `data` completes. Raises ProtocolError; the decoder is of no use after that.
+
+        It keeps what is no view, and copies of views.
+        """
         if self._parts:
-            self._parts.append(data)
+            self._parts.append(bytes(data) if isinstance(data, memoryview) else data)
             self.buffered += len(data)
             if self.buffered < self._missing:  # joined once, however many slices a large frame comes in
                 return []
@@ -709,7 +721,8 @@ class FrameDecoder:
                 frames.append(Frame(type_, flags, stream_id, bytes(view[begin:start])))
         self.buffered = end - start
         if self.buffered:
-            self._parts.append(data[start:])
+            rest = data[start:]
+            self._parts.append(bytes(rest) if isinstance(rest, memoryview) else rest)
         return frames
 
     @staticmethod
@@ -1136,10 +1149,11 @@ class Session:
         self._ready: collections.deque[_SessionStream] = collections.deque()  # all others
         self._favour = 0  # bytes of the fresh since the last turn of the others
         self._in_flight = InFlight()  # of this link
-        self._unacked: collections.deque[bytes] = collections.deque()  # counted frames sent and not acknowledged
+        # Counted frames that were sent and not acknowledged: encoded, or a header and the payload.
+        self._unacked: collections.deque[tuple[bytes, bytes]] = collections.deque()
         self._unacked_bytes = 0
         self._acked = 0  # counted frames that the peer acknowledged
-        self._replay: collections.deque[bytes] = collections.deque()  # of those, what this link has still to carry
+        self._replay = self._unacked.copy()  # of those, what this link has still to carry
         self._pings: list[bytes] = []  # PONGs and a PING to send
         self._bytes_to_ack = 0  # from ACK_BYTES on, an ACK is due
         self._ack_deadline: float | None = None
@@ -1297,8 +1311,12 @@ class Session:
 
     def data_to_send(self, limit: int = MAX_BATCH, now: float = 0.0) -> bytes:
         """Return whole frames to send now as one message: about `limit` bytes at the most, none when nothing is due."""
+        return b"".join(self.frames_to_send(limit, now))
+
+    def frames_to_send(self, limit: int = MAX_BATCH, now: float = 0.0) -> list[bytes]:
+        """Return the same in pieces."""
         if not self.connected:
-            return b""
+            return []
         now = max(now, self._heard_at)
         out, self._pings = self._pings, []
         if self._replay:
@@ -1310,9 +1328,9 @@ class Session:
         if self._bytes_to_ack >= ACK_BYTES or (out and self._ack_deadline is not None):
             out.append(encode_frame(FrameType.ACK, 0, 0, self.received.to_bytes(8, "big")))
             self._bytes_to_ack, self._ack_deadline = 0, None
-        return b"".join(out)
+        return out
 
-    def receive_data(self, data: bytes | bytearray, now: float) -> list[Frame]:
+    def receive_data(self, data: bytes | bytearray | memoryview, now: float) -> list[Frame]:
         """Take bytes from the link and return the frames for the layer above. Raises ProtocolError.
 
         With `has_more` there are others in them: call it again, with nothing.
@@ -1376,22 +1394,26 @@ class Session:
     def _take_replay(self, out: list[bytes], room: int, now: float) -> None:
         room = min(room, self._in_flight.turn)
         while self._replay and room > 0 and self._in_flight.has_room:
-            frame = self._replay.popleft()
-            asks = self._asks(frame)
+            frame, content = self._replay.popleft()
+            size = len(frame) + len(content)
+            asks = self._asks(frame, size)
             out.append(with_ask(frame) if asks else frame)
-            self._in_flight.send(len(frame))
+            if content:
+                out.append(content)
+            self._in_flight.send(size)
             if asks:
                 self._in_flight.ask(self._acked + len(self._unacked) - len(self._replay), now)
-            room -= len(frame)
+            room -= size
 
-    def _asks(self, frame: bytes) -> bool:
-        return frame[3] in MAY_ASK and self._in_flight.wants_ack(len(frame))
+    def _asks(self, frame: bytes, size: int) -> bool:
+        return frame[3] in MAY_ASK and self._in_flight.wants_ack(size)
 
     def _take_control(self, out: list[bytes], room: int, now: float) -> int:
         while self._control and room > 0:
             frame = self._control.popleft()
             self._control_bytes -= len(frame)
-            asks = self._asks(frame)  # else heads could fill what may be in flight, and content wait for ACK_DELAY
+            # Else heads could fill what may be in flight, and content wait for ACK_DELAY.
+            asks = self._asks(frame, len(frame))
             room -= self._count(out, with_ask(frame) if asks else frame)
             if asks:
                 self._in_flight.ask(self._acked + len(self._unacked), now)
@@ -1429,7 +1451,8 @@ class Session:
                     flags |= ZSTD
                 if asks := flight.wants_ack(len(payload)):
                     flags |= ASK
-                self._count(out, encode_frame(FrameType.DATA, flags, stream.id, payload))
+                header = FRAME_HEADER.pack(len(payload) << 8 | FrameType.DATA, flags, stream.id)
+                self._count(out, header, bytes(payload))  # no copy of a whole chunk; a view would keep its chunk
                 room -= FRAME_HEADER.size + len(data)  # as it was: the time of the event loop counts, too
                 if asks:
                     flight.ask(self._acked + len(self._unacked), now)
@@ -1476,14 +1499,16 @@ class Session:
         self._control.append(frame)
         self._control_bytes += len(frame)
 
-    def _count(self, out: list[bytes], frame: bytes) -> int:
+    def _count(self, out: list[bytes], frame: bytes, content: bytes = b"") -> int:
+        """Send a frame; a large one in two parts, which are joined where they are copied anyway."""
         if len(self._unacked) >= MAX_UNACKED_FRAMES:
             raise ProtocolError(f"{MAX_UNACKED_FRAMES} frames without an ACK")
-        out.append(frame)
-        self._unacked.append(frame)
-        self._unacked_bytes += len(frame)
-        self._in_flight.send(len(frame))
-        return len(frame)
+        out += (frame, content) if content else (frame,)
+        self._unacked.append((frame, content))
+        size = len(frame) + len(content)
+        self._unacked_bytes += size
+        self._in_flight.send(size)
+        return size
 
     def _grant(self, stream: _SessionStream, credit: int) -> None:
         self._credits[stream.id] = self._credits.get(stream.id, 0) + credit
@@ -1527,7 +1552,8 @@ class Session:
             raise ProtocolError(f"ACK of {received} frames, sent {self._acked + len(self._unacked)}")
         before = self._unacked_bytes
         for _ in range(received - self._acked):
-            self._unacked_bytes -= len(self._unacked.popleft())
+            frame, content = self._unacked.popleft()
+            self._unacked_bytes -= len(frame) + len(content)
         self._acked = received
         self._in_flight.acknowledge(received, before - self._unacked_bytes, self._heard_at)
 
@@ -3736,11 +3762,14 @@ class Tokens:
 CLOSED = "the connection was closed"
 
 
-class WebSocket(asyncio.Protocol):
+class WebSocket(asyncio.BufferedProtocol):
     """A connection that has been upgraded, taken over from the HTTP library that did so.
 
     In the handshake messages are asked for one by one; then `start` has everything passed on as it comes.
     """
+
+    # One buffer for all of them: the event loop fills it and hands it over in one go. Windows' does not.
+    _shared = memoryview(bytearray(LINK_BUFFER))
 
     def __init__(self, transport: asyncio.Transport, protocol: asyncio.BaseProtocol, *, is_server: bool) -> None:
         """Take over the transport from `protocol`, which is told only when the connection is lost."""
@@ -3748,8 +3777,10 @@ class WebSocket(asyncio.Protocol):
         self.closed = ""  # why, once the peer has closed it or it is lost
         self.writable = True
         self._before, self._is_server = protocol, is_server
+        self._buffer = memoryview(bytearray(LINK_BUFFER)) if sys.platform == "win32" else self._shared
         self._room = 3 * MAX_HELLO if is_server else math.inf  # bytes until the token has been shown
         self._paused = False
+        self._gathers = type(transport).__module__.startswith("uvloop")  # asyncio's: up to 3.13.1 it pauses nobody
         self._decoder = MessageDecoder(masked=is_server)
         self._parts: collections.deque[MessagePart] = collections.deque()  # what has come and was not looked at
         self._error: ProtocolError | None = None  # what the peer did wrong
@@ -3800,11 +3831,15 @@ class WebSocket(asyncio.Protocol):
         """Pass nothing on any more."""
         self._link = None
 
-    def send(self, opcode: Opcode, payload: bytes) -> None:
+    def send(self, opcode: Opcode, *payload: bytes) -> None:
         """Send a whole message; the transport takes it, whether or not this is `writable`."""
         if not self.transport.is_closing():
             key = b"" if self._is_server else os.urandom(4)
-            self.transport.write(encode_message_frame(opcode, payload, key))
+            pieces = message_frame(opcode, payload, key)
+            if len(pieces) > 1 and self._gathers:
+                self.transport.writelines(pieces)
+            else:
+                self.transport.write(b"".join(pieces))
 
     async def close(self, code: CloseCode = CloseCode.OK) -> None:
         """Close it, and return when the peer has done so as well; the caller bounds the wait."""
@@ -3828,13 +3863,21 @@ class WebSocket(asyncio.Protocol):
 
     # asyncio's side
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        data = self._buffer[:nbytes]
+        self.data_received(data if nbytes > SEND_BUFFER else bytes(data))
+
+    def data_received(self, data: bytes | memoryview) -> None:
+        """Take bytes; a view's memory may change after this."""
         self._room -= len(data)
         if self._room < 0:
             return self.transport.abort()
         self._pump(data)
 
-    def _pump(self, data: bytes = b"") -> None:
+    def _pump(self, data: bytes | memoryview = b"") -> None:
         """Look at what has come: at so much of it that others have their turn of the event loop."""
         if self._error:
             return  # uvloop reads several times in one turn
@@ -3857,6 +3900,8 @@ class WebSocket(asyncio.Protocol):
             parts.clear()
             if link:
                 link.lose(error)
+        if parts and isinstance(data, memoryview):
+            self._parts = collections.deque(part._replace(data=bytes(part.data)) for part in parts)
         self._changed.set()
         if self.closed or self._error:
             return
@@ -4199,7 +4244,7 @@ class Link:
 
     # Called by the WebSocket
 
-    def receive(self, data: bytes | bytearray, *, end: bool = False) -> int:
+    def receive(self, data: bytes | bytearray | memoryview, *, end: bool = False) -> int:
         """Take bytes of a message, or with none what was left; return how much work that was, in frames.
 
         `end` says that they are its last ones. Raises ProtocolError.
@@ -4241,11 +4286,11 @@ class Link:
         if ws is None or not ws.writable:
             return
         try:
-            data = session.data_to_send(now=time.monotonic())
+            frames = session.frames_to_send(now=time.monotonic())
         except ProtocolError as error:
             return self.lose(error)
-        if data:
-            ws.send(Opcode.BINARY, data)
+        if frames:
+            ws.send(Opcode.BINARY, *frames)
             self._check_timer()
         for stream_id in session.drained:
             if stream_id in self._streams:
@@ -4253,7 +4298,7 @@ class Link:
         session.drained.clear()
         if not session.streams:
             self._closed.set()
-        if data and session.has_data_to_send:
+        if frames and session.has_data_to_send:
             self.wake()  # the next message is for the next turn, in which others may add to it
         elif self._finishing and session.is_flushed:
             self.lose("finished")

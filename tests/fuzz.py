@@ -77,7 +77,7 @@ def frames(data: bytes) -> None:
         assert stream.buffered == sum(map(len, stream.pending))
     assert set(session._credits) <= set(session._streams)
     assert session._control_bytes == sum(map(len, session._control)) < CONTROL_ROOM
-    assert session._unacked_bytes == sum(map(len, session._unacked))
+    assert session._unacked_bytes == sum(len(part) for frame in session._unacked for part in frame)
     assert session._decoder.buffered <= pytunnel.FRAME_HEADER.size + pytunnel.MAX_DATA
     try:
         parsed = FrameDecoder().feed(data)

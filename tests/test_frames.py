@@ -194,6 +194,17 @@ def test_any_slicing_gives_the_same_frames(wanted: list[Frame], sizes: list[int]
     assert trailing.buffered == len(rest)
 
 
+@given(st.lists(frames(), max_size=12), st.lists(st.integers(1, 40), min_size=1, max_size=8))
+def test_nothing_is_kept_of_a_view(wanted: list[Frame], sizes: list[int]) -> None:
+    """Its memory is used again as soon as the decoder has had it."""
+    decoder, got = FrameDecoder(), []
+    for piece in sliced(b"".join(encode_frame(*frame) for frame in wanted), sizes):
+        buffer = bytearray(piece)
+        got += decoder.feed(memoryview(buffer))
+        buffer[:] = b"\xff" * len(buffer)
+    assert got == wanted
+
+
 @pytest.mark.parametrize(("frame", "wire"), WIRE, ids=lambda v: str(v)[:40])
 def test_a_frame_comes_with_its_last_byte(frame: Frame, wire: str) -> None:
     data = bytes.fromhex(wire)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from support import sliced
 
 import pytunnel
 from pytunnel import (
     MAX_FIELDS,
     MAX_FRAMES,
     MAX_WOKEN,
+    SEND_BUFFER,
     FrameDecoder,
     FrameType,
     Kind,
@@ -371,6 +373,56 @@ async def test_what_follows_an_error_is_ignored(error: bytes, together: bool) ->
         ws.connection_lost(None)
         with pytest.raises(ProtocolError):
             await running
+
+
+def read_into(ws: WebSocket, data: bytes) -> None:
+    """As an event loop does it, in as few reads as there can be; the buffer is every WebSocket's."""
+    for piece in sliced(data, [len(ws.get_buffer(-1))]):
+        buffer = ws.get_buffer(-1)
+        buffer[: len(piece)] = piece
+        ws.buffer_updated(len(piece))
+        buffer[:] = b"\xff" * len(buffer)
+
+
+async def test_the_buffer_is_free_as_soon_as_it_has_been_looked_at() -> None:
+    """However much of it waits for another turn, and whether it is a link that gets it or a handshake."""
+    ws, peer, streams = websocket(), Session(is_server=True), []
+    hello = b'{"type": "hello", "names": "%b"}' % (b"x" * 20_000)
+    read_into(ws, encode_message_frame(Opcode.TEXT, hello) * 5)
+    for _ in range(5):
+        assert (await ws.receive_message()).get("type", str) == "hello"
+    ws = websocket()
+    peer.resume(0, 0.0)
+    async with linked(ws) as (link, _):
+        link.on_stream = streams.append
+        id_ = peer.open_stream(0, Kind.HTTP, HEAD)
+        read_into(ws, binary(peer.data_to_send()))
+        content = bytes(range(251)) * 800
+        frames = [encode_frame(FrameType.DATA, 0, id_, piece) for piece in sliced(content, [100])]
+        assert len(frames) > 2 * MAX_FRAMES, "they take several turns"
+        read_into(ws, b"".join(map(binary, frames)))
+        await turns(10)
+        got = b""
+        while len(got) < len(content):
+            got += await streams[0].read()
+        assert got == content
+
+
+@pytest.mark.parametrize(("module", "writes"), [("uvloop.loop", 2), ("asyncio.selector_events", 1)])
+def test_only_uvloop_gets_a_large_message_in_pieces(module: str, writes: int) -> None:
+    """Not every asyncio tells who writes them that there is no more room."""
+
+    class Transport(FakeTransport):
+        def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
+            for data in list_of_data:
+                self.write(data)
+
+    Transport.__module__, payload = module, bytes(SEND_BUFFER + 1)
+    ws = WebSocket(Transport(), asyncio.Protocol(), is_server=True)
+    ws.send(Opcode.BINARY, payload)
+    written = ws.transport.written  # type: ignore[attr-defined]
+    assert b"".join(written) == binary(payload)
+    assert len(written) == writes
 
 
 ENDS: dict[str, Callable[[WebSocket], object]] = {

@@ -24,6 +24,7 @@ from pytunnel import (
     ProtocolError,
     encode_message_frame,
     mask_payload,
+    message_frame,
 )
 
 KEY = bytes.fromhex("37fa213d")  # of the examples in RFC 6455 section 5.7
@@ -53,6 +54,17 @@ def frame(opcode: int, payload: bytes, *, final: bool = True, key: bytes = b"") 
 def parts_of(decoder: MessageDecoder, pieces: Iterable[bytes]) -> Iterator[MessagePart]:
     for piece in pieces:
         yield from decoder.feed(piece)
+        while decoder.has_more:
+            yield from decoder.feed(b"")
+
+
+def parts_of_views(decoder: MessageDecoder, pieces: Iterable[bytes]) -> Iterator[MessagePart]:
+    """The same through one buffer, which has something else in it when a piece has been dealt with."""
+    for piece in pieces:
+        buffer = bytearray(piece)
+        parts = decoder.feed(memoryview(buffer))
+        yield from [part._replace(data=bytes(part.data)) for part in parts]
+        buffer[:] = b"\xff" * len(buffer)
         while decoder.has_more:
             yield from decoder.feed(b"")
 
@@ -91,6 +103,19 @@ def test_each_size_of_length(size: int) -> None:
     masked = encode_message_frame(BINARY, payload, KEY)
     assert masked == bytes([expected[0], expected[1] | 0x80]) + expected[2:] + KEY + xor(payload, KEY)
     assert list(parts_of(MessageDecoder(masked=True), [masked])) == [(BINARY, payload, True)]
+
+
+@pytest.mark.parametrize("key", [b"", KEY], ids=["plain", "masked"])
+def test_a_message_made_of_pieces_is_the_same(key: bytes) -> None:
+    large = content(pytunnel.SEND_BUFFER)
+    for payload in ([], [b"a", b"bc"], [b"a", large], [large, b"a", large]):
+        whole = encode_message_frame(BINARY, b"".join(payload), key)
+        pieces = message_frame(BINARY, payload, key)
+        assert b"".join(pieces) == whole
+        if key or large not in payload:
+            continue
+        assert [piece for piece in pieces if piece is large] == [large] * payload.count(large), "without a copy"
+    assert len(message_frame(BINARY, [b"a", b"bc"], key)) == 1, "a small one is written in one piece"
 
 
 # RFC 6455 section 5.7: whether it is masked, the bytes, and what they are.
@@ -181,6 +206,8 @@ def check_slicing(frames: list[tuple[int, bytes, bool]], keys: list[bytes], size
     for pieces in ([data], sliced(data, sizes)):
         decoder = MessageDecoder(masked=bool(keys))
         assert events(parts_of(decoder, pieces)) == expected_events(frames)
+    decoder = MessageDecoder(masked=bool(keys))
+    assert events(parts_of_views(decoder, sliced(data, sizes))) == expected_events(frames)
 
 
 KEYS = st.lists(st.binary(min_size=4, max_size=4), max_size=3)  # none: the frames are not masked

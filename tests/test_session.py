@@ -774,6 +774,19 @@ def test_acks_are_not_acknowledged() -> None:
     assert len(pair.server._unacked) == 0
 
 
+def test_a_whole_chunk_is_kept_as_it_is_and_a_part_of_one_by_itself() -> None:
+    """A copy of the one would take time; a view of the other would keep all of it in memory."""
+    session = server_with_stream(size=1000)
+    session.data_to_send()
+    first, second = bytes(900), bytes(range(250))
+    session.send_data(1, first)
+    assert any(piece is first for piece in session.frames_to_send())
+    session.send_data(1, second)
+    assert session.frames_to_send()[-1] == second[:100]
+    kept = [content for _, content in session._unacked]
+    assert kept[-2:] == [first, second[:100]] and all(type(content) is bytes for content in kept)
+
+
 def test_data_stops_at_max_unacked_and_goes_on_after_an_ack() -> None:
     session = big_streams(3, MAX_UNACKED)
     heads = len(session._unacked)
@@ -1330,7 +1343,7 @@ def recorded() -> tuple[list[bytes], list[bytes]]:
 def listener(*, is_server: bool) -> Session:
     """A session that can be told one half of the recorded conversation."""
     session = connected(is_server=is_server, size=SMALL)
-    session._unacked.extend([b""] * 100)  # as if it had answered, so that the recorded ACKs fit
+    session._unacked.extend([(b"", b"")] * 100)  # as if it had answered, so that the recorded ACKs fit
     if is_server:
         for n in range(3):
             session.send_data(session.open_stream(n, Kind.HTTP, REQUEST), bytes(150), end=True)
@@ -1527,7 +1540,7 @@ class Conversation:
                 assert stream.buffered == sum(map(len, stream.pending))
             assert sum(stream.receive.widened for stream in session._streams.values()) <= SCALED["MAX_WIDENED"]
             # DATA stops at the bound; OPENs, HEADs, RESETs and WINDOWs of six streams may come on top.
-            assert session._unacked_bytes == sum(map(len, session._unacked))
+            assert session._unacked_bytes == sum(len(part) for frame in session._unacked for part in frame)
             others = 40 * (len(self.heads_put) + 6)
             assert session._unacked_bytes <= SCALED["MAX_UNACKED"] + self.turn + others
             assert session._control_bytes == sum(map(len, session._control))
