@@ -1656,12 +1656,14 @@ class Session:
 Headers = list[tuple[bytes, bytes]]
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_TOKENS = re.compile(rb"%b(?:\0%b)*" % (_TOKEN, _TOKEN))
-_METHOD = re.compile(_TOKEN)
-_STATUS = re.compile(rb"[1-5][0-9][0-9]")
-_FIELD_TEXT = re.compile(rb"[\0\t\x20-\x7e\x80-\xff]*")  # the NULs are our own separators
+_TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
+_FIELD = re.compile(rb"%b\0%b" % (_TOKEN, _TEXT))
+_REASON = re.compile(_TEXT)
 _TARGET = re.compile(rb"[\x21\x22\x24-\x7e\x80-\xff]+")
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
+_REQUEST_HEAD = re.compile(rb"%b\0%b(?:\0%b)*" % (_TOKEN, _TARGET.pattern, _FIELD.pattern))  # in a frame
+_RESPONSE_HEAD = re.compile(rb"[1-5][0-9][0-9]\0%b(?:\0%b)*" % (_TEXT, _FIELD.pattern))
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?(?=\r\n|\Z)")
+_FIELD_LINE = re.compile(rb"\r\n(%b):(%b)(?=\r\n|\Z)" % (_TOKEN, _TEXT))
 _CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
@@ -1688,16 +1690,6 @@ FORWARDED = frozenset({b"forwarded", b"x-real-ip", *(name.lower() for name in OU
 def accept_key(key: bytes) -> bytes:
     """Return the Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
     return base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
-
-
-def check_fields(parts: list[bytes]) -> Headers:
-    """Return the fields of a list of name, value, name, value, whose bytes are all allowed. Raises MessageError."""
-    if len(parts) % 2 or len(parts) > 2 * MAX_FIELDS:
-        raise MessageError(f"{len(parts) / 2:g} fields, MAX_FIELDS is {MAX_FIELDS}", 431)
-    names, values = parts[::2], parts[1::2]
-    if (parts and not _TOKENS.fullmatch(b"\0".join(names))) or not _FIELD_TEXT.fullmatch(b"\0".join(values)):
-        raise MessageError("a field with a byte that may not be there")
-    return list(zip(names, values, strict=True))
 
 
 def field_values(headers: Headers, name: bytes) -> list[bytes]:
@@ -1852,16 +1844,14 @@ def _encode_head(*start: bytes, headers: Headers) -> bytes:
     return payload
 
 
-def _decode_head(payload: bytes, one: re.Pattern[bytes], two: re.Pattern[bytes]) -> tuple[bytes, bytes, Headers]:
-    """Return the two parts of a start line, which match their patterns, and the fields. Raises ProtocolError."""
-    first, _, rest = payload.partition(b"\0")
-    second, *fields = rest.split(b"\0")
-    if not one.fullmatch(first) or not two.fullmatch(second):
-        raise ProtocolError("a head without its start line")
-    try:
-        return first, second, check_fields(fields)
-    except MessageError as error:
-        raise ProtocolError(f"a head with {error}") from None
+def _decode_head(payload: bytes, pattern: re.Pattern[bytes]) -> tuple[bytes, bytes, Headers]:
+    """Return the two parts of the start line, and the fields, of a head that fits. Raises ProtocolError."""
+    if not pattern.fullmatch(payload):
+        raise ProtocolError("a head with a start line or a field that may not be there")
+    first, second, *parts = payload.split(b"\0")
+    if len(parts) > 2 * MAX_FIELDS:
+        raise ProtocolError(f"a head with {len(parts) // 2} fields, MAX_FIELDS is {MAX_FIELDS}")
+    return first, second, list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def fields_of(payload: bytes) -> Headers:
@@ -1889,7 +1879,7 @@ class RequestHead:
     @classmethod
     def decode(cls, payload: bytes) -> RequestHead:
         """Read what `encode` made. Raises ProtocolError."""
-        return cls(*_decode_head(payload, _METHOD, _TARGET))
+        return cls(*_decode_head(payload, _REQUEST_HEAD))
 
     def to_wire(self, *, chunked: bool, upgrade: bool) -> bytes:
         """Return the head for the local service; the body's framing is made anew (RFC 9112 section 6)."""
@@ -1914,7 +1904,7 @@ class ResponseHead:
     @classmethod
     def decode(cls, payload: bytes) -> ResponseHead:
         """Read what `encode` made. Raises ProtocolError."""
-        status, reason, headers = _decode_head(payload, _STATUS, _FIELD_TEXT)
+        status, reason, headers = _decode_head(payload, _RESPONSE_HEAD)
         return cls(int(status), reason, headers)
 
     @property
@@ -2009,20 +1999,18 @@ class ResponseParser:
         if not self.excess.startswith(b"HTTP/1.", self._start):
             raise MessageError("not an HTTP/1 response", 502)
         text = yield from self._read_until(b"\r\n\r\n", MAX_HEAD, "response head")
-        status_line, *lines = text.split(b"\r\n")
-        match = _STATUS_LINE.fullmatch(status_line)
-        if not match or text.find(b"\0", len(status_line)) >= 0:
+        match = _STATUS_LINE.match(text)
+        if not match:
             raise MessageError("not an HTTP/1 response", 502)
-        parts: list[bytes] = []
-        for line in lines:
-            name, colon, value = line.partition(b":")
-            if not colon:
-                raise MessageError("a header line without a colon", 502)
-            parts += (name, value.strip(b" \t"))
-        reason = match[3] or b""
-        if not _FIELD_TEXT.fullmatch(reason) or b"\0" in reason:
+        headers = [(name, value.strip(b" \t")) for name, value in _FIELD_LINE.findall(text)]
+        if len(headers) != text.count(b"\r\n"):
+            raise MessageError("a header line that is no field", 502)
+        if len(headers) > MAX_FIELDS:
+            raise MessageError(f"{len(headers)} fields, MAX_FIELDS is {MAX_FIELDS}", 502)
+        minor, status, reason = match.groups(b"")
+        if not _REASON.fullmatch(reason):
             reason = b""
-        return ResponseHead(int(match[2]), reason, check_fields(parts)), match[1] == b"1"
+        return ResponseHead(int(status), reason, headers), minor == b"1"
 
     def _read_chunks(self) -> Generator[None]:
         size = None
@@ -5620,11 +5608,11 @@ class Edits(NamedTuple):
                 raise UsageError(f"{escape(line)!r} is not a header field: write it like 'Name: value'")
         names = [os.fsencode(name.strip()) for name in drop]
         every = [*fields, *((name, b"") for name in names)]
-        try:
-            # To check_fields a NUL is the separator of an encoded head; here it is one more character that may not be.
-            check_fields([part.replace(b"\0", b"\n") for part in itertools.chain.from_iterable(every)])
-        except MessageError:
-            raise UsageError("a header field's name or value has characters that may not be there") from None
+        if len(every) > MAX_FIELDS:
+            raise UsageError(f"{len(every)} header fields are too many, at most {MAX_FIELDS} go into a head")
+        for pair in every:
+            if not _FIELD.fullmatch(b"\0".join(pair)):
+                raise UsageError("a header field's name or value has characters that may not be there")
         for known, _ in every:
             if known.lower() in FRAMING | HOP_BY_HOP:
                 raise UsageError(f"{escape(known)} belongs to the connection; it is made anew on each side")
