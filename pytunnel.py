@@ -2147,8 +2147,7 @@ def split_target(method: bytes, target: bytes, headers: Headers) -> tuple[bytes,
     hosts = field_values(headers, b"host")
     if len(hosts) != 1:
         raise MessageError(f"{len(hosts)} Host fields")
-    absolute = _ABSOLUTE.fullmatch(target)
-    if absolute:
+    if not target.startswith(b"/") and (absolute := _ABSOLUTE.fullmatch(target)):
         hosts = [absolute[1]]
         path = absolute[2]
         target = b"*" if method == b"OPTIONS" and not path else path if path.startswith(b"/") else b"/" + path
