@@ -1656,12 +1656,14 @@ class Session:
 Headers = list[tuple[bytes, bytes]]
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_TOKENS = re.compile(rb"%b(?:\0%b)*" % (_TOKEN, _TOKEN))
-_METHOD = re.compile(_TOKEN)
-_STATUS = re.compile(rb"[1-5][0-9][0-9]")
-_FIELD_TEXT = re.compile(rb"[\0\t\x20-\x7e\x80-\xff]*")  # the NULs are our own separators
+_TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
+FIELD = re.compile(rb"%b\0%b" % (_TOKEN, _TEXT))
+_REASON = re.compile(_TEXT)
 _TARGET = re.compile(rb"[\x21\x22\x24-\x7e\x80-\xff]+")
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?")
+_REQUEST_HEAD = re.compile(rb"%b\0%b(?:\0%b)*" % (_TOKEN, _TARGET.pattern, FIELD.pattern))  # in a frame
+_RESPONSE_HEAD = re.compile(rb"[1-5][0-9][0-9]\0%b(?:\0%b)*" % (_TEXT, FIELD.pattern))
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?(?=\r\n|\Z)")
+_FIELD_LINE = re.compile(rb"\r\n(%b):(%b)(?=\r\n|\Z)" % (_TOKEN, _TEXT))
 _CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
@@ -1688,16 +1690,6 @@ FORWARDED = frozenset({b"forwarded", b"x-real-ip", *(name.lower() for name in OU
 def accept_key(key: bytes) -> bytes:
     """Return the Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455 section 4.2.2)."""
     return base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
-
-
-def check_fields(parts: list[bytes]) -> Headers:
-    """Return the fields of a list of name, value, name, value, whose bytes are all allowed. Raises MessageError."""
-    if len(parts) % 2 or len(parts) > 2 * MAX_FIELDS:
-        raise MessageError(f"{len(parts) / 2:g} fields, MAX_FIELDS is {MAX_FIELDS}", 431)
-    names, values = parts[::2], parts[1::2]
-    if (parts and not _TOKENS.fullmatch(b"\0".join(names))) or not _FIELD_TEXT.fullmatch(b"\0".join(values)):
-        raise MessageError("a field with a byte that may not be there")
-    return list(zip(names, values, strict=True))
 
 
 def field_values(headers: Headers, name: bytes) -> list[bytes]:
@@ -1852,16 +1844,14 @@ def _encode_head(*start: bytes, headers: Headers) -> bytes:
     return payload
 
 
-def _decode_head(payload: bytes, one: re.Pattern[bytes], two: re.Pattern[bytes]) -> tuple[bytes, bytes, Headers]:
-    """Return the two parts of a start line, which match their patterns, and the fields. Raises ProtocolError."""
-    first, _, rest = payload.partition(b"\0")
-    second, *fields = rest.split(b"\0")
-    if not one.fullmatch(first) or not two.fullmatch(second):
-        raise ProtocolError("a head without its start line")
-    try:
-        return first, second, check_fields(fields)
-    except MessageError as error:
-        raise ProtocolError(f"a head with {error}") from None
+def _decode_head(payload: bytes, pattern: re.Pattern[bytes]) -> tuple[bytes, bytes, Headers]:
+    """Return the two parts of the start line, and the fields, of a head that fits. Raises ProtocolError."""
+    if not pattern.fullmatch(payload):
+        raise ProtocolError("a head with a start line or a field that may not be there")
+    first, second, *parts = payload.split(b"\0")
+    if len(parts) > 2 * MAX_FIELDS:
+        raise ProtocolError(f"a head with {len(parts) // 2} fields, MAX_FIELDS is {MAX_FIELDS}")
+    return first, second, list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def fields_of(payload: bytes) -> Headers:
@@ -1889,7 +1879,7 @@ class RequestHead:
     @classmethod
     def decode(cls, payload: bytes) -> RequestHead:
         """Read what `encode` made. Raises ProtocolError."""
-        return cls(*_decode_head(payload, _METHOD, _TARGET))
+        return cls(*_decode_head(payload, _REQUEST_HEAD))
 
     def to_wire(self, *, chunked: bool, upgrade: bool) -> bytes:
         """Return the head for the local service; the body's framing is made anew (RFC 9112 section 6)."""
@@ -1914,7 +1904,7 @@ class ResponseHead:
     @classmethod
     def decode(cls, payload: bytes) -> ResponseHead:
         """Read what `encode` made. Raises ProtocolError."""
-        status, reason, headers = _decode_head(payload, _STATUS, _FIELD_TEXT)
+        status, reason, headers = _decode_head(payload, _RESPONSE_HEAD)
         return cls(int(status), reason, headers)
 
     @property
@@ -2009,20 +1999,18 @@ class ResponseParser:
         if not self.excess.startswith(b"HTTP/1.", self._start):
             raise MessageError("not an HTTP/1 response", 502)
         text = yield from self._read_until(b"\r\n\r\n", MAX_HEAD, "response head")
-        status_line, *lines = text.split(b"\r\n")
-        match = _STATUS_LINE.fullmatch(status_line)
-        if not match or text.find(b"\0", len(status_line)) >= 0:
+        match = _STATUS_LINE.match(text)
+        if not match:
             raise MessageError("not an HTTP/1 response", 502)
-        parts: list[bytes] = []
-        for line in lines:
-            name, colon, value = line.partition(b":")
-            if not colon:
-                raise MessageError("a header line without a colon", 502)
-            parts += (name, value.strip(b" \t"))
-        reason = match[3] or b""
-        if not _FIELD_TEXT.fullmatch(reason) or b"\0" in reason:
+        headers = [(name, value.strip(b" \t")) for name, value in _FIELD_LINE.findall(text)]
+        if len(headers) != text.count(b"\r\n"):
+            raise MessageError("a header line that is no field", 502)
+        if len(headers) > MAX_FIELDS:
+            raise MessageError(f"{len(headers)} fields, MAX_FIELDS is {MAX_FIELDS}", 502)
+        minor, status, reason = match.groups(b"")
+        if not _REASON.fullmatch(reason):
             reason = b""
-        return ResponseHead(int(match[2]), reason, check_fields(parts)), match[1] == b"1"
+        return ResponseHead(int(status), reason, headers), minor == b"1"
 
     def _read_chunks(self) -> Generator[None]:
         size = None
@@ -2159,8 +2147,7 @@ def split_target(method: bytes, target: bytes, headers: Headers) -> tuple[bytes,
     hosts = field_values(headers, b"host")
     if len(hosts) != 1:
         raise MessageError(f"{len(hosts)} Host fields")
-    absolute = _ABSOLUTE.fullmatch(target)
-    if absolute:
+    if not target.startswith(b"/") and (absolute := _ABSOLUTE.fullmatch(target)):
         hosts = [absolute[1]]
         path = absolute[2]
         target = b"*" if method == b"OPTIONS" and not path else path if path.startswith(b"/") else b"/" + path
@@ -4049,17 +4036,26 @@ class Stream:
         self.finished = end
         self._link.wake(more=not end)
 
-    async def write(self, data: bytes, *, end: bool = False) -> None:
-        """Send a chunk; waits until all went out once more than SEND_BUFFER bytes are queued. `end`: it is the last."""
+    def send(self, data: bytes, *, end: bool = False) -> None:
+        """Send a chunk; who has others waits for `drain` first. `end`: it is the last."""
         self._check()
         queued = self._link.session.send_data(self.id, data, end=end)
         self.finished = end
-        if queued <= SEND_BUFFER or end:
-            return self._link.wake(more=False)
-        self._writer = sent = asyncio.get_running_loop().create_future()  # before `wake`, which may send it all at once
+        if queued > SEND_BUFFER and not end:
+            self._writer = asyncio.get_running_loop().create_future()  # before `wake`, which may send it all at once
         self._link.wake(more=False)
-        await sent
-        self._check()
+
+    async def drain(self) -> None:
+        """Return when all went out, if there were more than SEND_BUFFER bytes queued."""
+        if self._writer:
+            await self._writer
+            self._writer = None
+            self._check()
+
+    async def write(self, data: bytes, *, end: bool = False) -> None:
+        """Send a chunk, and drain."""
+        self.send(data, end=end)
+        await self.drain()
 
     @property
     def room(self) -> int:
@@ -5620,12 +5616,11 @@ class Edits(NamedTuple):
                 raise UsageError(f"{escape(line)!r} is not a header field: write it like 'Name: value'")
         names = [os.fsencode(name.strip()) for name in drop]
         every = [*fields, *((name, b"") for name in names)]
-        try:
-            # To check_fields a NUL is the separator of an encoded head; here it is one more character that may not be.
-            check_fields([part.replace(b"\0", b"\n") for part in itertools.chain.from_iterable(every)])
-        except MessageError:
-            raise UsageError("a header field's name or value has characters that may not be there") from None
-        for known, _ in every:
+        if len(every) > MAX_FIELDS:
+            raise UsageError(f"{len(every)} header fields are too many, at most {MAX_FIELDS} go into a head")
+        for known, text in every:
+            if not FIELD.fullmatch(known + b"\0" + text):
+                raise UsageError("a header field's name or value has characters that may not be there")
             if known.lower() in FRAMING | HOP_BY_HOP:
                 raise UsageError(f"{escape(known)} belongs to the connection; it is made anew on each side")
         return cls(fields, frozenset(name.lower() for name in names))
@@ -5657,7 +5652,7 @@ class LocalConnection(asyncio.BufferedProtocol):
         self._paused = False
         self._eof = False
         self._error: Exception | None = None
-        self._reader: asyncio.Future[None] | None = None
+        self._on_readable: Callable[[], object] | None = None  # called once
         self._writable = asyncio.Event()
         self._writable.set()
 
@@ -5671,13 +5666,22 @@ class LocalConnection(asyncio.BufferedProtocol):
     async def read(self, limit: int = SEND_BUFFER) -> bytes:
         """Return the next bytes, about `limit` of them at the most, b"" at the end. Raises ConnectionError."""
         self._limit = limit
-        while not self._chunks:
-            if self._error:
-                raise ConnectionResetError(str(self._error))
-            if self._eof:
-                return b""
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
+        while not (data := self.take()) and not self._eof:
+            readable = asyncio.get_running_loop().create_future()
+            self._on_readable = functools.partial(_wake, readable)
+            await readable
+        if self._error and not data:
+            raise ConnectionResetError(str(self._error))
+        return data
+
+    def watch(self, limit: int, on_readable: Callable[[], object]) -> None:
+        """Have it called, once, when there is something to read; a `read` takes its place."""
+        self._limit, self._on_readable = limit, on_readable
+
+    def take(self) -> bytes:
+        """Return the next bytes, b"" when there are none yet, or none any more."""
+        if not self._chunks:
+            return b""
         data = self._chunks.popleft()
         if self._paused and not self._chunks:
             self._paused = False
@@ -5715,21 +5719,21 @@ class LocalConnection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._chunks.append(bytes(memoryview(self._buffer)[:nbytes]))
-        busy = self._reader is None or self._reader.done()  # with what came before
+        busy = self._on_readable is None  # with what came before
         if not self._paused and (busy or nbytes >= SEND_BUFFER):
             self._paused = True
             self._transport.pause_reading()
-        _wake(self._reader)
+        self._tell_reader()
 
     def eof_received(self) -> bool:
         self._eof = True
-        _wake(self._reader)
+        self._tell_reader()
         return self._transport.can_write_eof() and not self.idle_since  # nothing more to say on an idle one: close it
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._eof, self._error = True, exc
         self.closed.set()
-        _wake(self._reader)
+        self._tell_reader()
         self._writable.set()
 
     def pause_writing(self) -> None:
@@ -5737,6 +5741,11 @@ class LocalConnection(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._writable.set()
+
+    def _tell_reader(self) -> None:
+        if on_readable := self._on_readable:
+            self._on_readable = None
+            on_readable()
 
 
 class LocalService:
@@ -5844,6 +5853,8 @@ class Replay:
     def write_head(
         self, payload: bytes, *, interim: bool = False, end: bool = False, compress: bool = False
     ) -> None: ...
+    def send(self, data: bytes, *, end: bool = False) -> None: ...
+    async def drain(self) -> None: ...
     async def write(self, data: bytes, *, end: bool = False) -> None: ...
     def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None: ...
 
@@ -5860,13 +5871,30 @@ class Forwarding:
         self._has_body = stream.has_content and stream.kind is Kind.HTTP
         self._chunked = self._has_body and not field_values(head.headers, b"content-length")
         self._idle: LocalConnection | None = None  # one that was used before, on which the request has gone out
+        self._failure: Exception | None = None  # for `run` to raise
 
-    def start(self) -> None:
-        """Send the request at once where a connection waits for it; what follows is `run`'s, who must be called."""
+    def start(self, on_answer: Callable[[], object]) -> bool:
+        """Send the request at once where a connection waits for it; whether `on_answer` will be called for `answer`."""
         safe = self._head.method in (b"GET", b"HEAD", b"OPTIONS") and not self._has_body
         if safe and self._stream.kind is Kind.HTTP and (connection := self._service.take_idle()):
             connection.send(self._wire_head())
+            connection.watch(self._stream.room, on_answer)
             self._idle = connection
+        return self._idle is not None
+
+    def answer(self) -> bool:
+        """Pass on what has come; whether that was all, as it mostly is. Else `run` goes on, or fails for both."""
+        connection = cast(LocalConnection, self._idle)
+        if not (data := connection.take()):
+            return False
+        try:
+            self._pass_on(data)
+        except Exception as error:
+            self._failure = error
+            return False
+        if self._parser.done and not self._give_back(connection):
+            connection.abort()
+        return self._parser.done
 
     async def run(self) -> None:
         """Carry the exchange to its end. Raises StreamReset when it has none."""
@@ -5901,10 +5929,7 @@ class Forwarding:
                 await self._pipe(connection)
             elif upload and not upload.done():
                 await self._finish_upload(connection, upload, self._parser.head.status)
-            sent = upload is None or (upload.done() and upload.result())
-            if self._parser.keep_alive and sent and connection.reusable:
-                self._service.give_back(connection)
-                kept = True
+            kept = (upload is None or (upload.done() and upload.result())) and self._give_back(connection)
         except ConnectionError as error:
             raise StreamReset(ErrorCode.LOCAL_RESET, f"{self._service.target.text}: {_describe(error)}") from None
         except MessageError as error:
@@ -5915,24 +5940,37 @@ class Forwarding:
             if upload:
                 await end_tasks(upload)
 
+    def _give_back(self, connection: LocalConnection) -> bool:
+        """Keep a connection for others, if it can be used again."""
+        kept = self._parser.keep_alive and connection.reusable
+        if kept:
+            self._service.give_back(connection)
+        return kept
+
     async def _respond(self, connection: LocalConnection) -> None:
-        parser = self._parser
-        while not parser.done:
-            events: list[ResponseHead | bytes] = []
-            if data := await connection.read(self._stream.room):
-                if self._exchange.answered is None:
-                    self._exchange.answered = self._time()
-                events = parser.receive_data(data)
-            else:
-                parser.receive_eof()
-            for event in events:
-                if isinstance(event, ResponseHead):
-                    self._write_head(event, end=parser.done and event is events[-1])
-            if parser.head and parser.head.status != 101:
-                body = b"".join([event for event in events if isinstance(event, bytes)])
-                self._log.send(self._exchange, body, self._time())
-                if not self._stream.finished and (body or parser.done):
-                    await self._stream.write(body, end=parser.done)
+        if self._failure:
+            raise self._failure
+        while not self._parser.done:
+            await self._stream.drain()
+            self._pass_on(await connection.read(self._stream.room))
+
+    def _pass_on(self, data: bytes) -> None:
+        """Send what the next bytes of the local service, or with none their end, make of the response."""
+        parser, events = self._parser, []
+        if data:
+            if self._exchange.answered is None:
+                self._exchange.answered = self._time()
+            events = parser.receive_data(data)
+        else:
+            parser.receive_eof()
+        for event in events:
+            if isinstance(event, ResponseHead):
+                self._write_head(event, end=parser.done and event is events[-1])
+        if parser.head and parser.head.status != 101:
+            body = b"".join([event for event in events if isinstance(event, bytes)])
+            self._log.send(self._exchange, body, self._time())
+            if not self._stream.finished and (body or parser.done):
+                self._stream.send(body, end=parser.done)
 
     def _write_head(self, head: ResponseHead, *, end: bool) -> None:
         if head.status == 101:
@@ -6443,7 +6481,7 @@ class TunnelClient:
     # Streams
 
     def _on_stream(self, stream: Stream) -> None:
-        if len(self._forwarding) >= MAX_STREAMS:  # those that linger, or are about to end, count as well
+        if self.log.in_flight >= MAX_STREAMS:  # those that linger, or are about to end, count as well
             with contextlib.closing(stream):
                 return stream.abort(ErrorCode.REFUSED, "no more streams")
         try:
@@ -6456,25 +6494,38 @@ class TunnelClient:
             with contextlib.closing(stream):
                 return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
         forwarding = self._forward(stream, stream.tunnel, head, exchange)
-        forwarding.start()
-        task = asyncio.ensure_future(self._exchange(forwarding, stream, exchange))
-        self._forwarding.add(task)
+        task: asyncio.Task[None] | None = None  # none while the answer is all that there is to wait for
+
+        def run() -> asyncio.Task[None]:
+            nonlocal task
+            if task is None:
+                task = asyncio.ensure_future(self._exchange(forwarding, stream, exchange))
+                self._forwarding.add(task)
+                task.add_done_callback(done)
+            return task
+
+        def answer() -> None:
+            if task is None and forwarding.answer():
+                stream.close()
+                self._end(exchange)
+            else:
+                run()
 
         def reset(code: ErrorCode) -> None:
-            loop = asyncio.get_running_loop()
+            loop, task = asyncio.get_running_loop(), run()
             # NO_ERROR: the visitor has left, but what it sent before is still to be delivered
-            if code is ErrorCode.NO_ERROR and len(self._forwarding) <= MAX_STREAMS // 2:  # leaves room for new ones
+            if code is ErrorCode.NO_ERROR and self.log.in_flight <= MAX_STREAMS // 2:  # leaves room for new ones
                 loop.call_later(LINGER, task.cancel)
             else:
                 loop.call_soon(task.cancel)  # not before it has begun: it has to end what was started above
-
-        stream.on_reset = reset
 
         def done(task: asyncio.Task[None]) -> None:
             stream.close()
             self._forwarding.discard(task)
 
-        task.add_done_callback(done)
+        stream.on_reset = reset
+        if not forwarding.start(answer):
+            run()
 
     def _forward(self, stream: Stream | Replay, tunnel: int, head: RequestHead, exchange: Exchange) -> Forwarding:
         route = next(route for route in self._routes[tunnel] if route.takes(exchange.target))
@@ -6509,12 +6560,15 @@ class TunnelClient:
             stream.abort(ErrorCode.INTERNAL)
             log.exception("a request failed")
         finally:
-            self.log.finish(exchange, asyncio.get_running_loop().time())
-            self._on_event("request", exchange=exchange)
-            suspect = exchange.status in (400, 403) or exchange.bytes_out == len("Invalid Host header")  # webpack's 200
-            if suspect and not self._hinted and REFUSED_HOST.search(exchange.response_body):
-                self._hinted = True
-                self._emit("hint", message="the local service refuses this host name; add --host-header rewrite")
+            self._end(exchange)
+
+    def _end(self, exchange: Exchange) -> None:
+        self.log.finish(exchange, asyncio.get_running_loop().time())
+        self._on_event("request", exchange=exchange)
+        suspect = exchange.status in (400, 403) or exchange.bytes_out == len("Invalid Host header")  # webpack's 200
+        if suspect and not self._hinted and REFUSED_HOST.search(exchange.response_body):
+            self._hinted = True
+            self._emit("hint", message="the local service refuses this host name; add --host-header rewrite")
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------

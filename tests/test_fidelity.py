@@ -608,6 +608,47 @@ async def test_only_what_is_safe_is_sent_again(subtests: pytest.Subtests) -> Non
             assert calls["begun"] == 1
 
 
+async def test_a_connection_that_was_used_before_is_as_good_as_a_new_one(subtests: pytest.Subtests) -> None:
+    """Its answers may come whole or in pieces, make no sense, or never come before the visitor leaves."""
+    release, big = asyncio.Event(), pattern(0, 3 * MiB)
+
+    async def halves(request: RawRequest, reader: Reader, writer: Writer) -> None:
+        writer.write(response(b"halves")[:-3])
+        await release.wait()
+        writer.write(b"ves")
+
+    async def never(request: RawRequest, reader: Reader, writer: Writer) -> None:
+        await reader.read()
+        writer.close()
+
+    answers = {b"/halves": halves, b"/never": never, b"/big": response(big), b"/bad": b"HTTP/1.1 200 OK\r\nA\r\n\r\n"}
+    async with served(answering(answers)) as (origin, tunnel):
+        with subtests.test("whole"):
+            for _ in range(3):
+                assert (await tunnel.get()).body == b"real"
+            assert len(origin.connections) == 1
+        with subtests.test("in pieces"):
+            async with tunnel.visitor() as visitor:
+                await visitor.send(tunnel.request(target=b"/halves"))
+                await visitor.read_until(b"hal")
+                release.set()
+                await visitor.read_until(b"ves")
+        with subtests.test("big"):
+            assert (await tunnel.get(b"/big")).body == big
+        with subtests.test("used all the time"):
+            assert len(origin.connections) == 1
+        with subtests.test("the visitor leaves"):
+            async with tunnel.visitor() as visitor:
+                await visitor.send(tunnel.request(target=b"/never"))
+                await origin.wait_for(lambda: origin.requests[-1].target == b"/never")
+            await origin.wait_for(lambda: not origin.open_connections)
+        with subtests.test("makes no sense"):
+            assert (await tunnel.get()).body == b"real"
+            assert problem(await tunnel.get(b"/bad")) == (502, b"local-invalid")
+            await origin.wait_for(lambda: not origin.open_connections)
+            assert len(origin.connections) == 2
+
+
 async def test_pipelined_requests_are_answered_in_order() -> None:
     release = asyncio.Event()
 
