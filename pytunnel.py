@@ -2837,7 +2837,7 @@ def human_size(size: float) -> str:
     step = 0
     while size >= 1000 and step < 4:
         size, step = size / 1024, step + 1
-    return f"{size:.{0 if size >= 100 or not step else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[step]}"
+    return f"{size:.{0 if size >= 99.95 or not step else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[step]}"
 
 
 def indent_json(text: str) -> str:
