@@ -1742,12 +1742,15 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
     count, and other X-Forwarded fields stay: it is there to know better. Names that turn into one of these, or into
     framing, where a local service folds `_` to `-`, are dropped.
     """
-    ours = dict(zip(OUR_FORWARDED, (peer.encode("ascii", "replace"), scheme.encode(), host), strict=True))
+    address, proto = peer.encode("ascii", "replace"), scheme.encode()
     if trusted:
-        before = field_values(headers, b"x-forwarded-for")
-        ours[b"X-Forwarded-For"] = b", ".join([*before, ours[b"X-Forwarded-For"]])
+        address = b", ".join([*field_values(headers, b"x-forwarded-for"), address])
         schemes = [value for value in field_values(headers, b"x-forwarded-proto") if value in (b"http", b"https")]
-        ours[b"X-Forwarded-Proto"] = [scheme.encode(), *schemes][-1]
+        proto = [proto, *schemes][-1]
+    ours = zip(OUR_FORWARDED, (address, proto, host), strict=True)
+    names = b"\0".join([name for name, _ in headers]).lower()
+    if b"_" not in names and b"forwarded" not in names and b"x-real-ip" not in names:  # as most are
+        return [*headers, *ours]
     kept = []
     for pair in headers:
         lower = pair[0].lower()
@@ -1755,7 +1758,7 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
         claims = folded in FORWARDED or (folded.startswith(b"x-forwarded-") and not (trusted and folded == lower))
         if not claims and (folded == lower or folded not in FRAMING):
             kept.append(pair)
-    return [*kept, *ours.items()]
+    return [*kept, *ours]
 
 
 _FORWARDED_NODE = re.compile(  # RFC 7239 section 6, as X-Forwarded-For has it: an address, maybe with a port
@@ -1940,7 +1943,7 @@ class ResponseHead:
         headers = end_to_end(self.headers, keep_upgrade=self.status in (101, 426))
         if self.status < 200 or self.status == 204:
             headers = [(name, value) for name, value in headers if name.lower() != b"content-length"]
-        return ResponseHead(self.status, self.reason, headers)
+        return self if headers is self.headers else ResponseHead(self.status, self.reason, headers)
 
 
 class ResponseParser:
@@ -2159,8 +2162,7 @@ def split_target(method: bytes, target: bytes, headers: Headers) -> tuple[bytes,
     hosts = field_values(headers, b"host")
     if len(hosts) != 1:
         raise MessageError(f"{len(hosts)} Host fields")
-    absolute = _ABSOLUTE.fullmatch(target)
-    if absolute:
+    if not target.startswith(b"/") and (absolute := _ABSOLUTE.fullmatch(target)):
         hosts = [absolute[1]]
         path = absolute[2]
         target = b"*" if method == b"OPTIONS" and not path else path if path.startswith(b"/") else b"/" + path
@@ -4708,8 +4710,9 @@ class Visitor:
         self.problem = ""  # why its content was not read to the end
         self.version = (message.version.major, message.version.minor)
         http11 = self.version >= (1, 1)
-        asks = http11 and b"upgrade" in field_tokens(self.headers, b"connection")
-        self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower() if asks else b""
+        self.upgrade = b""
+        if "Upgrade" in message.headers and http11 and b"upgrade" in field_tokens(self.headers, b"connection"):
+            self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower()
         self.has_body = request.body_exists
         # aiohttp (3.14.5) hands the last trailer of a chunked request to the next request on the connection, as a field
         # of its head. Behind a front that may be somebody else's, so there is no next one.
@@ -5259,10 +5262,12 @@ class TunnelServer:
             raise Unserved("method")
         check_framing(visitor.headers, visitor.version)
         target, host_field = split_target(visitor.method, visitor.target, visitor.headers)
+        if target is not visitor.target:  # absolute-form: what it says counts (RFC 9112 section 3.2.2)
+            hosts = [(name, host_field if name.lower() == b"host" else value) for name, value in visitor.headers]
+            visitor.target, visitor.headers = target, hosts
         visitor.host = host = parse_host(host_field.decode("latin-1"))[0]
         name = self._registry.tunnel_name(host)
         if name is not None:
-            visitor.target = target
             await self._forward(visitor, name, host_field)
         elif target == LINK_PATH.encode():
             return await self._serve_link(visitor)
@@ -5280,7 +5285,8 @@ class TunnelServer:
     async def _forward(self, visitor: Visitor, name: str, host: bytes) -> None:
         if self._registry.draining:
             raise Unserved("shutting-down")
-        if any(value.lower() != b"100-continue" for value in field_values(visitor.headers, b"expect")):
+        expects = field_values(visitor.headers, b"expect") if "Expect" in visitor.request.headers else ()
+        if any(value.lower() != b"100-continue" for value in expects):
             raise Unserved("expectation")
         if b"h2c" in visitor.upgrade:
             visitor.upgrade = b""
@@ -5361,8 +5367,6 @@ class TunnelServer:
 
     def _request_head(self, visitor: Visitor, host: bytes, access: Access) -> RequestHead:
         headers = access.passed_on(end_to_end(visitor.headers, keep_upgrade=bool(visitor.upgrade)))
-        if field_values(headers, b"host") != [host]:  # absolute-form: the target wins
-            headers = [(name, host if name.lower() == b"host" else value) for name, value in headers]
         trusted = self._gate.is_trusted(visitor.peer)
         headers = forwarded(headers, visitor.peer, visitor.request.scheme, host, trusted=trusted)
         return RequestHead(visitor.method, visitor.target, headers)
