@@ -461,6 +461,9 @@ class Opcode(enum.IntEnum):
     PONG = 10
 
 
+OPCODES = frozenset(Opcode)
+
+
 class CloseCode(enum.IntEnum):
     """Why a WebSocket is closed (RFC 6455 section 7.4.1)."""
 
@@ -569,7 +572,7 @@ class MessageDecoder:
             return None
         first, second = data[start], data[start + 1]
         size, opcode = second & 0x7F, first & 0x0F
-        if first & 0x70 or opcode not in Opcode.__members__.values():
+        if first & 0x70 or opcode not in OPCODES:
             raise ProtocolError(f"a WebSocket frame that begins with {first:#x}")
         if bool(second & 0x80) != self._masked:
             raise ProtocolError("a WebSocket frame that is " + ("not masked" if self._masked else "masked"))
@@ -2509,6 +2512,7 @@ METRICS = {  # name -> type, help
     "process_open_fds": ("gauge", "File descriptors in use."),
     "process_resident_memory_bytes": ("gauge", "Resident memory."),
 }
+RESPONSES_TOTAL = [f'pytunnel_responses_total{{class="{digit}xx"}}' for digit in range(6)]
 LAG_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, math.inf)  # seconds
 
 
@@ -4021,7 +4025,7 @@ class Stream:
             self._check()
             if self._ended:
                 raise StreamReset(ErrorCode.LOCAL_INVALID, "the stream ended without a final head")
-            await self._wait_readable()
+            await self._more()
         return self._heads.popleft()
 
     async def read(self) -> bytes:
@@ -4037,7 +4041,7 @@ class Stream:
             if self._ended:
                 return b""
             self._check()
-            await self._wait_readable()
+            await self._more()
         data = bytes(self._chunks.popleft())  # no copy of what is bytes already
         self._taken = len(data)
         return data
@@ -4117,9 +4121,10 @@ class Stream:
         """All that was queued went out."""
         _wake(self._writer)
 
-    async def _wait_readable(self) -> None:
+    def _more(self) -> asyncio.Future[None]:
+        """Return what ends when there is more to read."""
         self._reader = asyncio.get_running_loop().create_future()  # an Event would cost three times as much
-        await self._reader
+        return self._reader
 
     def _check(self) -> None:
         if self._error:
@@ -4534,7 +4539,7 @@ class TunnelRegistry:
     def tunnel_name(self, host: str) -> str | None:
         """Return the tunnel that a visitor's host means, None when it is the server's own."""
         zone = host.partition(".")[2]
-        lent = self.by_address and ADDRESS_ZONE.fullmatch(zone)
+        lent = zone not in self.zones and self.by_address and ADDRESS_ZONE.fullmatch(zone)
         return tunnel_name(host, [*self.zones, zone] if lent else self.zones)
 
     def learn_zone(self, zone: str, key: str) -> None:
@@ -4681,7 +4686,7 @@ class Gate:
 
     def page(self, problem: str, accept: str, encoder: ResponseEncoder, fields: Headers) -> bytes:
         """Return problem_page's answer, counted."""
-        self.metrics[f'pytunnel_responses_total{{class="{PROBLEMS[problem][0] // 100}xx"}}'] += 1
+        self.metrics[RESPONSES_TOTAL[PROBLEMS[problem][0] // 100]] += 1
         self.metrics[f'pytunnel_refusals_total{{reason="{problem}"}}'] += 1
         return problem_page(problem, accept, encoder, fields)
 
@@ -4734,7 +4739,7 @@ class Visitor:
             while (head := await self._read_head(stream)).interim:
                 self.write(self.encoder.head(head, b""))
                 await self._drain()
-            self._metrics[f'pytunnel_responses_total{{class="{head.status // 100}xx"}}'] += 1
+            self._metrics[RESPONSES_TOTAL[head.status // 100]] += 1
             if head.status == 101:
                 pipe = self._switch_protocols(head)
                 upload = asyncio.ensure_future(self._upload(stream, lambda: pipe.read(SEND_BUFFER)))
@@ -5309,8 +5314,11 @@ class TunnelServer:
                 raise Unserved("server-full")
             self._registry.begin_request(session.key)
             try:
-                with contextlib.closing(session.link.open(tunnel, kind, head, end=end, waited=waited)) as stream:
+                stream = session.link.open(tunnel, kind, head, end=end, waited=waited)
+                try:
                     await visitor.relay(stream)
+                finally:
+                    stream.close()
             finally:
                 self._registry.end_request(session.key)
         except (asyncio.CancelledError, ConnectionError):
@@ -5339,6 +5347,8 @@ class TunnelServer:
         before = self._registry.current(name)
         if before:  # so that no stranger takes up the room of those who wait for its client
             self._check_access(visitor, before, name)
+            if before.link.session.accepts_streams:
+                return before
         session = await self._registry.find(name)
         if session is not before:  # its client may have started again with other rules
             self._check_access(visitor, session, name)
