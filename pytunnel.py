@@ -461,6 +461,9 @@ class Opcode(enum.IntEnum):
     PONG = 10
 
 
+OPCODES = frozenset(Opcode)
+
+
 class CloseCode(enum.IntEnum):
     """Why a WebSocket is closed (RFC 6455 section 7.4.1)."""
 
@@ -569,7 +572,7 @@ class MessageDecoder:
             return None
         first, second = data[start], data[start + 1]
         size, opcode = second & 0x7F, first & 0x0F
-        if first & 0x70 or opcode not in Opcode.__members__.values():
+        if first & 0x70 or opcode not in OPCODES:
             raise ProtocolError(f"a WebSocket frame that begins with {first:#x}")
         if bool(second & 0x80) != self._masked:
             raise ProtocolError("a WebSocket frame that is " + ("not masked" if self._masked else "masked"))
@@ -1734,12 +1737,15 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
     count, and other X-Forwarded fields stay: it is there to know better. Names that turn into one of these, or into
     framing, where a local service folds `_` to `-`, are dropped.
     """
-    ours = dict(zip(OUR_FORWARDED, (peer.encode("ascii", "replace"), scheme.encode(), host), strict=True))
+    address, proto = peer.encode("ascii", "replace"), scheme.encode()
     if trusted:
-        before = field_values(headers, b"x-forwarded-for")
-        ours[b"X-Forwarded-For"] = b", ".join([*before, ours[b"X-Forwarded-For"]])
+        address = b", ".join([*field_values(headers, b"x-forwarded-for"), address])
         schemes = [value for value in field_values(headers, b"x-forwarded-proto") if value in (b"http", b"https")]
-        ours[b"X-Forwarded-Proto"] = [scheme.encode(), *schemes][-1]
+        proto = [proto, *schemes][-1]
+    ours = zip(OUR_FORWARDED, (address, proto, host), strict=True)
+    names = b"\0".join([name for name, _ in headers]).lower()
+    if b"_" not in names and b"forwarded" not in names and b"x-real-ip" not in names:  # as most are
+        return [*headers, *ours]
     kept = []
     for pair in headers:
         lower = pair[0].lower()
@@ -1747,7 +1753,7 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
         claims = folded in FORWARDED or (folded.startswith(b"x-forwarded-") and not (trusted and folded == lower))
         if not claims and (folded == lower or folded not in FRAMING):
             kept.append(pair)
-    return [*kept, *ours.items()]
+    return [*kept, *ours]
 
 
 _FORWARDED_NODE = re.compile(  # RFC 7239 section 6, as X-Forwarded-For has it: an address, maybe with a port
@@ -1930,7 +1936,7 @@ class ResponseHead:
         headers = end_to_end(self.headers, keep_upgrade=self.status in (101, 426))
         if self.status < 200 or self.status == 204:
             headers = [(name, value) for name, value in headers if name.lower() != b"content-length"]
-        return ResponseHead(self.status, self.reason, headers)
+        return self if headers is self.headers else ResponseHead(self.status, self.reason, headers)
 
 
 class ResponseParser:
@@ -2494,6 +2500,7 @@ METRICS = {  # name -> type, help
     "process_open_fds": ("gauge", "File descriptors in use."),
     "process_resident_memory_bytes": ("gauge", "Resident memory."),
 }
+RESPONSES_TOTAL = [f'pytunnel_responses_total{{class="{digit}xx"}}' for digit in range(6)]
 LAG_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, math.inf)  # seconds
 
 
@@ -4006,7 +4013,7 @@ class Stream:
             self._check()
             if self._ended:
                 raise StreamReset(ErrorCode.LOCAL_INVALID, "the stream ended without a final head")
-            await self._wait_readable()
+            await self._more()
         return self._heads.popleft()
 
     async def read(self) -> bytes:
@@ -4022,7 +4029,7 @@ class Stream:
             if self._ended:
                 return b""
             self._check()
-            await self._wait_readable()
+            await self._more()
         data = bytes(self._chunks.popleft())  # no copy of what is bytes already
         self._taken = len(data)
         return data
@@ -4111,9 +4118,10 @@ class Stream:
         """All that was queued went out."""
         _wake(self._writer)
 
-    async def _wait_readable(self) -> None:
+    def _more(self) -> asyncio.Future[None]:
+        """Return what ends when there is more to read."""
         self._reader = asyncio.get_running_loop().create_future()  # an Event would cost three times as much
-        await self._reader
+        return self._reader
 
     def _check(self) -> None:
         if self._error:
@@ -4528,7 +4536,7 @@ class TunnelRegistry:
     def tunnel_name(self, host: str) -> str | None:
         """Return the tunnel that a visitor's host means, None when it is the server's own."""
         zone = host.partition(".")[2]
-        lent = self.by_address and ADDRESS_ZONE.fullmatch(zone)
+        lent = zone not in self.zones and self.by_address and ADDRESS_ZONE.fullmatch(zone)
         return tunnel_name(host, [*self.zones, zone] if lent else self.zones)
 
     def learn_zone(self, zone: str, key: str) -> None:
@@ -4675,7 +4683,7 @@ class Gate:
 
     def page(self, problem: str, accept: str, encoder: ResponseEncoder, fields: Headers) -> bytes:
         """Return problem_page's answer, counted."""
-        self.metrics[f'pytunnel_responses_total{{class="{PROBLEMS[problem][0] // 100}xx"}}'] += 1
+        self.metrics[RESPONSES_TOTAL[PROBLEMS[problem][0] // 100]] += 1
         self.metrics[f'pytunnel_refusals_total{{reason="{problem}"}}'] += 1
         return problem_page(problem, accept, encoder, fields)
 
@@ -4704,8 +4712,9 @@ class Visitor:
         self.problem = ""  # why its content was not read to the end
         self.version = (message.version.major, message.version.minor)
         http11 = self.version >= (1, 1)
-        asks = http11 and b"upgrade" in field_tokens(self.headers, b"connection")
-        self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower() if asks else b""
+        self.upgrade = b""
+        if "Upgrade" in message.headers and http11 and b"upgrade" in field_tokens(self.headers, b"connection"):
+            self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower()
         self.has_body = request.body_exists
         # aiohttp (3.14.5) hands the last trailer of a chunked request to the next request on the connection, as a field
         # of its head. Behind a front that may be somebody else's, so there is no next one.
@@ -4727,7 +4736,7 @@ class Visitor:
             while (head := await self._read_head(stream)).interim:
                 self.write(self.encoder.head(head, b""))
                 await self._drain()
-            self._metrics[f'pytunnel_responses_total{{class="{head.status // 100}xx"}}'] += 1
+            self._metrics[RESPONSES_TOTAL[head.status // 100]] += 1
             if head.status == 101:
                 pipe = self._switch_protocols(head)
                 upload = asyncio.ensure_future(self._upload(stream, lambda: pipe.read(SEND_BUFFER)))
@@ -5255,10 +5264,12 @@ class TunnelServer:
             raise Unserved("method")
         check_framing(visitor.headers, visitor.version)
         target, host_field = split_target(visitor.method, visitor.target, visitor.headers)
+        if target is not visitor.target:  # absolute-form: what it says counts (RFC 9112 section 3.2.2)
+            hosts = [(name, host_field if name.lower() == b"host" else value) for name, value in visitor.headers]
+            visitor.target, visitor.headers = target, hosts
         visitor.host = host = parse_host(host_field.decode("latin-1"))[0]
         name = self._registry.tunnel_name(host)
         if name is not None:
-            visitor.target = target
             await self._forward(visitor, name, host_field)
         elif target == LINK_PATH.encode():
             return await self._serve_link(visitor)
@@ -5276,7 +5287,8 @@ class TunnelServer:
     async def _forward(self, visitor: Visitor, name: str, host: bytes) -> None:
         if self._registry.draining:
             raise Unserved("shutting-down")
-        if any(value.lower() != b"100-continue" for value in field_values(visitor.headers, b"expect")):
+        expects = field_values(visitor.headers, b"expect") if "Expect" in visitor.request.headers else ()
+        if any(value.lower() != b"100-continue" for value in expects):
             raise Unserved("expectation")
         if b"h2c" in visitor.upgrade:
             visitor.upgrade = b""
@@ -5299,8 +5311,11 @@ class TunnelServer:
                 raise Unserved("server-full")
             self._registry.begin_request(session.key)
             try:
-                with contextlib.closing(session.link.open(tunnel, kind, head, end=end, waited=waited)) as stream:
+                stream = session.link.open(tunnel, kind, head, end=end, waited=waited)
+                try:
                     await visitor.relay(stream)
+                finally:
+                    stream.close()
             finally:
                 self._registry.end_request(session.key)
         except (asyncio.CancelledError, ConnectionError):
@@ -5329,6 +5344,8 @@ class TunnelServer:
         before = self._registry.current(name)
         if before:  # so that no stranger takes up the room of those who wait for its client
             self._check_access(visitor, before, name)
+            if before.link.session.accepts_streams:
+                return before
         session = await self._registry.find(name)
         if session is not before:  # its client may have started again with other rules
             self._check_access(visitor, session, name)
@@ -5357,8 +5374,6 @@ class TunnelServer:
 
     def _request_head(self, visitor: Visitor, host: bytes, access: Access) -> RequestHead:
         headers = access.passed_on(end_to_end(visitor.headers, keep_upgrade=bool(visitor.upgrade)))
-        if field_values(headers, b"host") != [host]:  # absolute-form: the target wins
-            headers = [(name, host if name.lower() == b"host" else value) for name, value in headers]
         trusted = self._gate.is_trusted(visitor.peer)
         headers = forwarded(headers, visitor.peer, visitor.request.scheme, host, trusted=trusted)
         return RequestHead(visitor.method, visitor.target, headers)
