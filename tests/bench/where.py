@@ -90,7 +90,7 @@ class Step(NamedTuple):
 
 
 KERNEL = Step("send and receive on the sockets of loopback, with nobody to wake", ())
-MESSAGE = Step("make a message of what is queued", ("Session.data_to_send", "encode_message_frame"))
+MESSAGE = Step("make a message of what is queued", ("Session.frames_to_send", "message_frame"))
 READ = Step("read a message and its frames", ("MessageDecoder.feed", "FrameDecoder.feed", "Session.receive_data"))
 HAND = Step("hand the frames to their streams", ("Link._dispatch", "Stream.feed"))
 LOCAL = Step("take what the local service sent", ("LocalConnection.buffer_updated", "LocalConnection.read"))
@@ -124,14 +124,14 @@ SMALL = (
 PIECE = Step("cut the content out", ("ResponseParser.receive_data",))
 RECORD = Step("note its size", ("ExchangeLog.send",))
 QUEUE = Step("queue it", ("Session.send_data",))
-FRAME = Step("make a frame: one copy", ("encode_frame", "Session.data_to_send"))
-MASK = Step("make a message, masked: two copies", ("mask_payload", "encode_message_frame"))
-UNMASK = Step("read the message, unmasked: two copies", ("mask_payload", "MessageDecoder.feed"))
-JOIN = Step("read its frame: two copies", ("FrameDecoder.feed", "Session.receive_data"))
+FRAME = Step("make a frame, its header and the chunk as it is", ("Session.frames_to_send",))
+MASK = Step("make a message, masked: one copy", ("mask_payload", "message_frame"))
+UNMASK = Step("read the message, unmasked: one copy", ("mask_payload", "MessageDecoder.feed"))
+JOIN = Step("read its frame: one copy", ("FrameDecoder.feed", "Session.receive_data"))
 GRANT = Step("hand it over, and give credit for it", ("Stream.feed", "Stream.read"))
 PASS = Step("pass it on", ("ResponseEncoder.data",))
 COPY = Step("take it from the buffer: one copy", ("LocalConnection.buffer_updated", "LocalConnection.read"))
-ACK = Step("credit and acknowledgement, there and back", ("Session.data_to_send", "Session.receive_data"))
+ACK = Step("credit and acknowledgement, there and back", ("Session.frames_to_send", "Session.receive_data"))
 
 DOWNLOAD = (KERNEL, COPY, PIECE, RECORD, QUEUE, FRAME, MASK, UNMASK, JOIN, GRANT, PASS, ACK)
 
@@ -264,16 +264,22 @@ class Ends:
         for session in self.sessions.values():
             session.resume(0, monotonic())
 
-    def move(self, side: str, data: bytes) -> list[bytes]:
+    def move(self, side: str, message: Sequence[bytes | bytearray]) -> list[bytes]:
         """Bring a message over the link, and return in which pieces it came."""
-        other, pieces, view = SIDES[side == "server"], [], memoryview(data)
-        while view or sum(map(len, pieces)) < len(data):
-            if view:
-                view = view[self.link[side].send(view[:CHUNK]) :]
+        other, came, rest = SIDES[side == "server"], [], [memoryview(piece) for piece in message]
+        missing = sum(map(len, rest))
+        while missing:
+            if rest:
+                sent = self.link[side].sendmsg(rest)
+                while rest and sent >= len(rest[0]):
+                    sent -= len(rest.pop(0))
+                if sent:
+                    rest[0] = rest[0][sent:]
                 self.watch.lap(side, KERNEL)
-            pieces.append(self.link[other].recv(CHUNK))
+            came.append(self.link[other].recv(pytunnel.LINK_BUFFER))
+            missing -= len(came[-1])
             self.watch.lap(other, KERNEL)
-        return pieces
+        return came
 
     def cross(self, side: str) -> None:
         """Send what one side has queued, and hand it over on the other side."""
@@ -282,16 +288,16 @@ class Ends:
         flight = self.sessions[side]._in_flight
         flight.turn, flight.limit = CHUNK, 64 * CHUNK  # as on a link that is as fast as this one
         self.watch.start()
-        data = self.sessions[side].data_to_send(now=monotonic())
+        frames = self.sessions[side].frames_to_send(now=monotonic())
         assert self.sessions[side].is_flushed, "one message has it all"
-        message = pytunnel.encode_message_frame(pytunnel.Opcode.BINARY, data, key)
+        message = pytunnel.message_frame(pytunnel.Opcode.BINARY, frames, key)
         lap(side, MESSAGE)
         for piece in self.move(side, message):
-            frames = []
-            for part in self.decoders[other].feed(piece):
-                frames += self.sessions[other].receive_data(part.data, monotonic())
+            arrived = []
+            for part in self.decoders[other].feed(_as_read(piece)):
+                arrived += self.sessions[other].receive_data(part.data, monotonic())
             lap(other, READ)
-            for frame in frames:
+            for frame in arrived:
                 self.links[other]._dispatch(frame)
             lap(other, HAND)
 
@@ -432,24 +438,24 @@ class Ends:
             lap("client", RECORD)
             client.send_data(stream.id, content)
             lap("client", QUEUE)
-        while data := client.data_to_send(now=monotonic()):
+        while queued := client.frames_to_send(now=monotonic()):
             lap("client", FRAME)
-            message = pytunnel.encode_message_frame(pytunnel.Opcode.BINARY, data, os.urandom(4))
+            message = pytunnel.message_frame(pytunnel.Opcode.BINARY, queued, os.urandom(4))
             lap("client", MASK)
             for slice_ in self.move("client", message):
                 await self._arrive(slice_, visitor, asked)
-        while data := server.data_to_send(now=monotonic()):
-            message = pytunnel.encode_message_frame(pytunnel.Opcode.BINARY, data)
+        while queued := server.frames_to_send(now=monotonic()):
+            message = pytunnel.message_frame(pytunnel.Opcode.BINARY, queued)
             lap("server", ACK)
             for slice_ in self.move("server", message):
-                for part in self.decoders["client"].feed(slice_):
+                for part in self.decoders["client"].feed(_as_read(slice_)):
                     client.receive_data(part.data, monotonic())
                 lap("client", ACK)
         watch.end()
 
     async def _arrive(self, data: bytes, visitor: Any, asked: Any) -> None:
         watch, lap = self.watch, self.watch.lap
-        for part in self.decoders["server"].feed(data):
+        for part in self.decoders["server"].feed(_as_read(data)):
             lap("server", UNMASK)
             frames = self.sessions["server"].receive_data(part.data, monotonic())
             lap("server", JOIN)
@@ -464,6 +470,11 @@ class Ends:
                     lap("server", KERNEL)
                     self.visitor.recv(CHUNK)
                     watch.start()
+
+
+def _as_read(data: bytes) -> bytes | memoryview:
+    """What is large is looked at where it was read."""
+    return memoryview(data) if len(data) > pytunnel.SEND_BUFFER else data
 
 
 def _wire(text: str) -> bytes:
