@@ -234,7 +234,7 @@ def test_the_result_stands_early() -> None:
 def test_pictures(alt: str, path: str) -> None:
     assert len(alt) > 30
     assert (ROOT / path).stat().st_size > 1000
-    assert Path(path).name in (ROOT / "tests" / "pictures.py").read_text(encoding="utf-8")
+    assert f"--plot {path}" in README or Path(path).name in (ROOT / "tests/pictures.py").read_text(encoding="utf-8")
 
 
 def test_changelog_has_this_version() -> None:
