@@ -207,7 +207,7 @@ PROBE_DELAY = 1.0  # seconds after which a queue that does not shrink with what 
 INITIAL_WINDOW = 256 * KiB  # bytes of credit for a new stream (yamux uses the same)
 MAX_STREAM_WINDOW = 16 * MiB  # bytes one stream's window may grow to; MAX_UNACKED makes of it 500 Mbit/s over 130 ms
 MAX_WIDENED = 16 * MiB  # bytes that the windows of a session have grown by, all together; an eighth of the initial ones
-MIN_STARVED = 0.0001  # seconds without anything to read before a window counts as too small, and not the loop as busy
+MIN_STARVED = 0.0001  # seconds without anything to read before a window counts as too small: a round trip of loopback
 MAX_WINDOW = 2**31 - 1  # bytes of credit a peer may ever add up to (RFC 9113 section 6.9.1)
 SEND_BUFFER = 64 * KiB  # bytes a stream may queue before its writer waits
 MAX_UNACKED = 8 * MiB  # bytes kept for resume; at this bound no more DATA is taken
@@ -3756,14 +3756,24 @@ class Tokens:
 CLOSED = "the connection was closed"
 
 
+class _ReadBuffer(threading.local):
+    """What connections are read into: one for all of a thread, as its event loop fills it and hands it over in one go.
+
+    It does that without Python's lock, so that another thread may do the same meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(LINK_BUFFER))
+
+
+_read_buffer = _ReadBuffer()
+
+
 class WebSocket(asyncio.BufferedProtocol):
     """A connection that has been upgraded, taken over from the HTTP library that did so.
 
     In the handshake messages are asked for one by one; then `start` has everything passed on as it comes.
     """
-
-    # One buffer for all of them: the event loop fills it and hands it over in one go. Windows' does not.
-    _shared = memoryview(bytearray(LINK_BUFFER))
 
     def __init__(self, transport: asyncio.Transport, protocol: asyncio.BaseProtocol, *, is_server: bool) -> None:
         """Take over the transport from `protocol`, which is told only when the connection is lost."""
@@ -3771,7 +3781,7 @@ class WebSocket(asyncio.BufferedProtocol):
         self.closed = ""  # why, once the peer has closed it or it is lost
         self.writable = True
         self._before, self._is_server = protocol, is_server
-        self._buffer = memoryview(bytearray(LINK_BUFFER)) if sys.platform == "win32" else self._shared
+        self._buffer = _read_buffer.view
         self._room = 3 * MAX_HELLO if is_server else math.inf  # bytes until the token has been shown
         self._paused = False
         self._gathers = type(transport).__module__.startswith("uvloop")  # asyncio's: up to 3.13.1 it pauses nobody
@@ -3993,6 +4003,7 @@ class Stream:
             self.abort(ErrorCode.NO_ERROR, flush=True)  # RFC 9113 section 8.1: the rest of the request is not wanted
         elif not (self.finished and self._ended):
             self.abort(ErrorCode.CANCEL)
+        self.on_reset = lambda code: None  # who listens has the stream: no cycle is left for the garbage collector
         self._link.forget(self)
 
     # Reading
@@ -4055,8 +4066,10 @@ class Stream:
     async def drain(self) -> None:
         """Return when all went out, if there were more than SEND_BUFFER bytes queued."""
         if self._writer:
-            await self._writer
-            self._writer = None
+            try:
+                await self._writer
+            finally:
+                self._writer = None  # one that was cancelled, too
             self._check()
 
     async def write(self, data: bytes, *, end: bool = False) -> None:
@@ -5654,11 +5667,8 @@ class LocalConnection(asyncio.BufferedProtocol):
     What is large comes when it is asked for; of what is small, one read at the most waits for the reader.
     """
 
-    # One buffer for all of them: the event loop fills it and hands it over in one go. Windows' does not.
-    _shared = bytearray(READ_BUFFER)
-
     def __init__(self) -> None:
-        self._buffer = bytearray(READ_BUFFER) if sys.platform == "win32" else self._shared
+        self._buffer = _read_buffer.view
         self.closed = asyncio.Event()
         self.idle_since = 0.0  # 0 while it is in use
         self._transport: asyncio.Transport
@@ -5730,10 +5740,10 @@ class LocalConnection(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return memoryview(self._buffer)[: self._limit]
+        return self._buffer[: self._limit]
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._chunks.append(bytes(memoryview(self._buffer)[:nbytes]))
+        self._chunks.append(bytes(self._buffer[:nbytes]))
         busy = self._on_readable is None  # with what came before
         if not self._paused and (busy or nbytes >= SEND_BUFFER):
             self._paused = True

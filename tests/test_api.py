@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import datetime
+import gc
 import gzip
 import itertools
 import json
@@ -118,6 +120,42 @@ async def test_several_tunnels_and_a_folder(local: RawOrigin, tmp_path: Path) ->
         html = [(b"Accept", b"text/html")]
         bodies = [(await fetch(url, target=b"/some/path", headers=html)).body for url in tunnel.urls]
         assert bodies == [b"hello", b"a page"]
+
+
+def test_two_threads_have_a_tunnel_each() -> None:
+    """What one of them reads does not get into what the other one has just read."""
+
+    async def download(byte: bytes) -> None:
+        async with RawOrigin(response(byte * MiB)) as origin, connected(origin.port) as tunnel:
+            for _ in range(20):
+                assert (await fetch(tunnel.url)).body == byte * MiB
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(asyncio.run, download(byte)) for byte in (b"a", b"z")]:
+            done.result()
+
+
+async def test_a_request_leaves_nothing_for_the_garbage_collector(local: RawOrigin) -> None:
+    """Else what has left the log is kept beside it for as long as the collector waits."""
+    async with connected(local.port) as tunnel:
+        parts = urlsplit(tunnel.url)
+        async with RawVisitor(parts.port or 0) as visitor:
+
+            async def get() -> None:
+                await visitor.send(request("GET", b"/", parts.netloc.encode()))
+                assert (await visitor.read_response("GET")).body == b"hello"
+                await eventually(lambda: not tunnel.log.in_flight, what="its end")
+
+            await get()
+            gc.collect()
+            gc.disable()
+            try:
+                for _ in range(5):
+                    await get()
+                kinds = (pytunnel.Stream, pytunnel.Forwarding, pytunnel.ResponseParser)
+                assert [type(kept) for kept in gc.get_objects() if isinstance(kept, kinds)] == []
+            finally:
+                gc.enable()
 
 
 async def test_the_api_remembers_nothing(local: RawOrigin, tmp_path: Path) -> None:
