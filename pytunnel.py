@@ -574,17 +574,18 @@ class MessageDecoder:
         size, opcode = second & 0x7F, first & 0x0F
         if first & 0x70 or opcode not in OPCODES:
             raise ProtocolError(f"a WebSocket frame that begins with {first:#x}")
-        if bool(second & 0x80) != self._masked:
-            raise ProtocolError("a WebSocket frame that is " + ("not masked" if self._masked else "masked"))
+        masked = bool(second & 0x80)
+        if masked != self._masked and (masked or opcode != Opcode.CLOSE):  # Caddy 2.6 stops with a Close of its own
+            raise ProtocolError("a WebSocket frame that is " + ("masked" if masked else "not masked"))
         begin = start + 2 + {126: 2, 127: 8}.get(size, 0)
         control = opcode >= Opcode.CLOSE
         if control and (size > 125 or not first & 0x80):
             raise ProtocolError("a control message that is long or in fragments")
-        if len(data) < begin + 4 * self._masked + control * size:
+        if len(data) < begin + 4 * masked + control * size:
             return None
         if size > 125:
             size = int.from_bytes(data[start + 2 : begin])
-        key = bytes(data[begin : begin + 4]) if self._masked else b""
+        key = bytes(data[begin : begin + 4]) if masked else b""
         begin += len(key)
         if control:
             payload = bytes(data[begin : begin + size])
@@ -8441,7 +8442,7 @@ UPGRADE_ADVICE = {  # what stands in front, as its Server or Via field says -> h
     "cloudflare": "Turn on WebSockets in Cloudflare's dashboard, under Network.",
     "caddy": """Caddy passes WebSockets on when nothing else in the site's block is in the way of this:
     reverse_proxy 127.0.0.1:8080 {
-        flush_interval -1
+        flush_interval 10ms
     }""",
     "": """What stands in front has to pass Upgrade on. In nginx that takes a map, and three lines in the location:
 map $http_upgrade $connection_upgrade {

@@ -276,6 +276,16 @@ def test_each_rule_is_kept(data: bytes, masked: bool, reason: str) -> None:
         MessageDecoder(masked=masked).feed(data + bytes(200))
 
 
+def test_a_close_may_be_that_of_a_front() -> None:
+    """Caddy 2.6, as it stops, writes one without a mask to both ends: the connection is over, and nobody to blame."""
+    data = frame(BINARY, b"x", key=KEY) + frame(Opcode.CLOSE, b"\x03\xe9")
+    expected = [(BINARY, b"x", 0), (Opcode.CLOSE, b"\x03\xe9", 0)]
+    for pieces in ([data], sliced(data, [1])):
+        assert events(parts_of(MessageDecoder(masked=True), pieces)) == expected
+    with pytest.raises(ProtocolError, match="is masked"):
+        MessageDecoder(masked=False).feed(frame(Opcode.CLOSE, b"\x03\xe9", key=KEY))
+
+
 def test_the_longest_messages_one_after_the_other() -> None:
     """The limit is each message's own, and a message of several frames may have as much."""
     whole, half = content(MAX_MESSAGE), content(MAX_MESSAGE // 2)
