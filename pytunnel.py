@@ -75,6 +75,7 @@ State
 Tokens
 Link
 Registry
+Certificates
 Visitors
 Server
 Local service
@@ -297,9 +298,12 @@ MAX_GUESSED = 256  # matters about which an address has been wrong lately, befor
 MAX_CALLER_LINES, CALLER_LINE_RATE = 1, 1.0  # lines in the log about an address at once, and a second after that
 MAX_BUFFERED = 256 * MiB  # bytes that all sessions of a server keep; at this bound no more requests are taken
 SHORT_OF_MEMORY = MAX_BUFFERED // 2  # bytes of these from which on no window is larger than at first
-TICK = 0.5  # seconds between two looks at that, at how late the event loop is, and at the files of tokens
+TICK = 0.5  # seconds between two looks at that, at how late the event loop is, and at files of tokens and certificates
 INSPECTOR_PORTS = 20  # ports from INSPECTOR_PORT on that are tried
 MAX_POLL = 25.0  # seconds the inspector's page waits for something new: below what browsers and proxies allow
+MAX_CLIENT_HELLO = 32 * KiB  # bytes of a TLS ClientHello with its framing; browsers send 2, post-quantum keys included
+MAX_SECURED, SECURE_RATE = 500, 50.0  # TLS handshakes of an address at once, and a second after that: each takes up to
+# 2 ms, so that one address has a tenth of a core at the most
 MAX_HOSTS = 256  # Host fields whose reading is remembered; a browser sends the same one again and again
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
 
@@ -2061,8 +2065,10 @@ class ResponseParser:
 class ResponseEncoder:
     """Frames one response for a visitor: nothing that the client or the local service says can produce another one."""
 
-    def __init__(self, method: bytes, *, http11: bool, keep_alive: bool) -> None:
+    def __init__(self, method: bytes, *, http11: bool, keep_alive: bool, hsts: bytes = b"") -> None:
+        """`hsts` is the Strict-Transport-Security of a response that has none of its own."""
         self.keep_alive = keep_alive
+        self._hsts = hsts
         self.started = False  # the final head has been encoded
         self.until_close = False  # only the connection's end tells the visitor where the content ends
         self._method, self._http11 = method, http11
@@ -2099,6 +2105,8 @@ class ResponseEncoder:
             hop.append((b"Connection", b", ".join(options)))
         if head.status >= 200 and not field_values(head.headers, b"date"):
             hop.append((b"Date", date))  # RFC 9110 section 6.6.1
+        if self._hsts and not field_values(head.headers, b"strict-transport-security"):
+            hop.append((b"Strict-Transport-Security", self._hsts))
         self.started = True
         return _wire_head(status_line, [*head.headers, *hop])
 
@@ -2432,12 +2440,13 @@ class Allowance:
 class Caller:
     """An address from which visitors or clients call."""
 
-    __slots__ = ("_guesses", "aborts", "handshakes", "lines", "open", "proved", "unsaid")
+    __slots__ = ("_guesses", "aborts", "handshakes", "lines", "open", "proved", "secured", "unsaid")
 
     def __init__(self) -> None:
         self.open = 0  # connections; of a visitor behind a trusted proxy, requests
         self.handshakes = 0  # of these, links that have not shown their token yet
         self.aborts = Allowance(MAX_ABORTS, ABORT_RATE)  # requests that it did not wait for
+        self.secured = Allowance(MAX_SECURED, SECURE_RATE)  # TLS handshakes
         self.proved: set[str] = set()  # keys of the tokens that it has shown
         self._guesses: dict[str, Allowance] = {}
         self.lines = Allowance(MAX_CALLER_LINES, CALLER_LINE_RATE)  # in the log
@@ -2495,6 +2504,8 @@ METRICS = {  # name -> type, help
     "pytunnel_refusals_total": ("counter", "Requests and connections that got a page of our own, by X-Pytunnel-Error."),
     "pytunnel_aborts_total": ("counter", "Requests whose visitor went away."),
     "pytunnel_handshakes_total": ("counter", "Handshakes of clients by result."),
+    "pytunnel_tls_handshakes_total": ("counter", "TLS handshakes by result."),
+    "pytunnel_certificate_seconds": ("gauge", "Until the first certificate in use expires."),
     "pytunnel_resumes_total": ("counter", "Links that went on with a session."),
     "pytunnel_event_loop_lag_seconds": ("histogram", "How late the event loop ran what was due."),
     "process_open_fds": ("gauge", "File descriptors in use."),
@@ -4576,6 +4587,388 @@ class TunnelRegistry:
             self._unsaved = True
 
 
+# ---- Certificates ---------------------------------------------------------------------------------------------------
+# Which certificate a visitor gets to see, and TLS between a connection and who speaks HTTP on it. Each listener takes
+# both TLS and plain connections: the first byte tells them apart. A certificate is used only after a handshake with
+# itself, which shows that its key fits, that it has not expired, and its names.
+
+_LEAF = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+
+
+def server_name(data: bytes) -> str | None:
+    """Return the name that a TLS ClientHello asks for, "" for none (RFC 8446 section 4.1.2, RFC 6066 section 3).
+
+    It is None as long as some of the message has to come. What is wrong with it is for OpenSSL to say.
+    """
+    message, at = b"", 0
+    while True:  # a message may be cut into records anywhere
+        kind, length = data[at : at + 2], int.from_bytes(data[at + 3 : at + 5])
+        message += data[at + 5 : at + 5 + length]
+        if not b"\x16\x03".startswith(kind) or length > 16 * KiB or not b"\1".startswith(message[:1]):
+            return ""
+        at += 5 + length
+        if len(message) >= 4 and len(message) >= (end := 4 + int.from_bytes(message[1:4])):
+            break
+        if len(data) <= at:
+            return None
+    at = 4 + 2 + 32  # after version and random
+    for size in (1, 2, 1):  # session id, cipher suites, compression methods
+        at += size + int.from_bytes(message[at : at + size])
+    at += 2
+    while at < end:
+        extension, length = int.from_bytes(message[at : at + 2]), int.from_bytes(message[at + 2 : at + 4])
+        if extension == 0:
+            size = int.from_bytes(message[at + 7 : at + 9])
+            name = message[at + 9 : at + 9 + size].decode("ascii", "replace")
+            return name.lower().removesuffix(".") if name.isascii() and name.isprintable() else ""
+        at += 4 + length
+    return ""
+
+
+class Certificate(NamedTuple):
+    """A certificate that is fit for visitors."""
+
+    names: tuple[str, ...]  # DNS names that it is for, in lower case; `*.` may stand for a label
+    expires: float  # seconds since the epoch
+    context: ssl.SSLContext
+
+    @classmethod
+    def load(cls, chain: Path, key: Path | None = None) -> Certificate:
+        """Read PEM files: certificate with chain, and its key, which may stand in the same file. Raises TunnelError."""
+        key = key or chain
+
+        def password() -> str:
+            raise TunnelError(f"{key} is encrypted; write it without a passphrase: openssl pkey -in {key} -out FILE")
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2")  # of TLS 1.2; those of 1.3 are all modern
+        context.set_alpn_protocols(["http/1.1"])
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        try:
+            leaf = _LEAF.search(chain.read_text("latin-1"))
+            key.read_bytes()  # so that the error tells which of them cannot be read
+            if not leaf:
+                raise TunnelError(f"{chain} holds no certificate; give a PEM file that begins with the server's own")
+            context.load_cert_chain(chain, key, password)
+            said = _introduce(context, leaf[0])
+        except ssl.SSLCertVerificationError as error:
+            raise TunnelError(f"{chain} is not good: {error.verify_message}; renew it") from None
+        except ssl.SSLError as error:
+            if error.reason == "KEY_VALUES_MISMATCH":
+                raise TunnelError(f"the key in {key} is not that of the certificate in {chain}") from None
+            reason = (error.reason or "not PEM").lower().replace("_", " ")
+            raise TunnelError(f"{chain} with the key in {key} cannot be used: {reason}") from None
+        except OSError as error:
+            raise TunnelError(f"cannot read {error.filename}: {(error.strerror or str(error)).lower()}") from None
+        names = tuple(str(name).lower() for kind, name in said.get("subjectAltName", ()) if kind == "DNS")
+        return cls(names, ssl.cert_time_to_seconds(said["notAfter"]), context)
+
+
+def _introduce(context: ssl.SSLContext, leaf: str) -> Any:
+    """Return what a server's certificate says to a client that trusts this one only. Raises ssl.SSLError."""
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    client.load_verify_locations(cadata=leaf)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    visitor, server = client.wrap_bio(back, there), context.wrap_bio(there, back, server_side=True)
+    for end in (visitor, server, visitor, server):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    return visitor.getpeercert()
+
+
+class Certificates:
+    """The certificates of a server by name: of given pairs of files, and those that are put here meanwhile."""
+
+    def __init__(self, pairs: Iterable[tuple[Path, Path | None]] = ()) -> None:
+        """Read the pairs: certificate with chain, and its key. Raises TunnelError."""
+        self._pairs = list(pairs)
+        self._stamps = [self._stamp(pair) for pair in self._pairs]
+        self._given = [Certificate.load(*pair) for pair in self._pairs]
+        self._problems: list[tuple[str, int]] = [("", 0)] * len(self._pairs)  # and how often it was seen
+        self._obtained: dict[str, Certificate] = {}
+        self._expected: dict[str, asyncio.Future[None]] = {}
+        self._index()
+
+    @property
+    def names(self) -> list[str]:
+        """All names that there is a certificate for, those of the first pair first."""
+        return list(dict.fromkeys(name for certificate in self._all() for name in certificate.names))
+
+    @property
+    def expires(self) -> float:
+        """When the first of them expires, in seconds since the epoch."""
+        return min((certificate.expires for certificate in self._all()), default=math.inf)
+
+    def find(self, name: str) -> Certificate | None:
+        """Return the certificate for a name, without the one that stands in where there is none."""
+        return self._by_name.get(name) or self._by_name.get("*." + name.partition(".")[2])
+
+    def context(self, name: str) -> ssl.SSLContext | None:
+        """Return what a visitor gets who asks for this name, "" for none; None is a refusal."""
+        certificate = self.find(name) or next(iter(self._given), None)
+        return certificate.context if certificate else None
+
+    def put(self, chain: Path, key: Path | None = None) -> Certificate:
+        """Add a certificate, or replace the one for the same names, from now on. Raises TunnelError."""
+        certificate = Certificate.load(chain, key)
+        self._obtained.update(dict.fromkeys(certificate.names, certificate))
+        self._index()
+        return certificate
+
+    @contextlib.contextmanager
+    def expected(self, name: str) -> Iterator[None]:
+        """While the context lasts, visitors who ask for a name without a certificate wait: its first is on the way."""
+        done = self._expected.setdefault(name, asyncio.get_running_loop().create_future())
+        try:
+            yield
+        finally:
+            if self._expected.pop(name, None):
+                done.set_result(None)
+
+    def awaited(self, name: str) -> asyncio.Future[None] | None:
+        """Return what is done when it is no use any more to wait for a name's certificate."""
+        return None if self.find(name) else self._expected.get(name)
+
+    def reload(self) -> None:
+        """Read again what has changed; of what is no good now the old one stays in use, which is told once."""
+        for number, pair in enumerate(self._pairs):
+            if (stamp := self._stamp(pair)) == self._stamps[number]:
+                continue
+            try:
+                self._given[number] = certificate = Certificate.load(*pair)
+            except TunnelError as error:  # maybe half of a pair was replaced so far; then it is well the next time
+                before, times = self._problems[number]
+                times = times + 1 if str(error) == before else 1
+                self._problems[number] = str(error), times
+                if times == 2:
+                    log.warning("the certificate of %s stays as it was: %s", pair[0], escape(str(error), 400))
+                continue
+            self._stamps[number], self._problems[number] = stamp, ("", 0)
+            self._index()
+            log.info("the certificate of %s is new (%s)", pair[0], escape(", ".join(certificate.names)))
+
+    def _all(self) -> list[Certificate]:
+        return [*self._given, *self._obtained.values()]
+
+    def _index(self) -> None:
+        self._by_name = {name: certificate for certificate in reversed(self._all()) for name in certificate.names}
+
+    @staticmethod
+    def _stamp(pair: tuple[Path, Path | None]) -> list[object]:
+        stamps: list[object] = []
+        for path in filter(None, pair):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                stamps.append((path, status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode))
+        return stamps
+
+
+class SecureTransport(asyncio.Transport, asyncio.Protocol):
+    """A connection on which a visitor speaks TLS or not: a protocol to the event loop, a transport to who speaks HTTP.
+
+    asyncio's own would keep 256 KiB for each connection, does not know what has not been sent, and half-closes nothing.
+    """
+
+    def __init__(self, protocol: Any, certificates: Certificates, metrics: Metrics) -> None:
+        super().__init__()
+        self._protocol, self._certificates, self._metrics = protocol, certificates, metrics
+        self._hello = b""  # what came before it was clear who is to read it
+        self._plain = False
+        self._tls: ssl.SSLObject | None = None
+        self._secure = False  # the handshake is over
+        self._early = b""  # an answer to who has not said anything
+        self._eof = False
+
+    # The event loop's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._raw = cast(asyncio.Transport, transport)
+        self._protocol.connection_made(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._tls:
+            self._incoming.write(data)
+            return self._read() if self._secure else self._shake()
+        self._hello += data
+        if self._hello[0] == 0x16:  # the type of a record with a handshake message, and no letter
+            self._begin()
+        else:
+            self._plain = True
+            self._raw.set_protocol(self._protocol)  # it reads for itself from now on
+            if self._early:
+                self._raw.write(self._early)
+            if self._eof:
+                self._raw.write_eof()
+            self._protocol.data_received(self._hello)
+
+    def eof_received(self) -> bool | None:
+        keep: bool | None = self._protocol.eof_received()
+        return keep and not self._tls
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._protocol.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+
+    def _begin(self) -> None:
+        name = server_name(self._hello)
+        if self._early or len(self._hello) > MAX_CLIENT_HELLO:
+            return self._raw.abort()  # a handshake only to refuse it would be too dear
+        if name is None:
+            return
+        if awaited := self._certificates.awaited(name):
+            self._raw.pause_reading()
+            self._protocol.expect_head(HOLD)
+            awaited.add_done_callback(lambda _: self._go_on(name))
+        elif not self._protocol.may_secure():
+            self._raw.abort()
+        elif context := self._certificates.context(name):
+            self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+            self._incoming.write(self._hello)
+            self._shake()
+        else:
+            self._fail("unknown-name", b"\x15\x03\x03\x00\x02\x02\x70")  # unrecognized_name (RFC 6066 section 3)
+
+    def _go_on(self, name: str) -> None:
+        if not self._tls and not self._raw.is_closing():
+            self._raw.resume_reading()
+            self._protocol.expect_head(HEAD_TIMEOUT)
+            self._begin()
+
+    def _shake(self) -> None:
+        assert self._tls
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return self._flush()
+        except ssl.SSLError as error:
+            peer = (self._raw.get_extra_info("peername") or ("",))[0]
+            log.debug("a TLS handshake with %s failed: %s", peer, error.reason)
+            return self._fail("failed", self._outgoing.read())
+        self._hello, self._secure = b"", True
+        self._metrics['pytunnel_tls_handshakes_total{result="done"}'] += 1
+        self._flush()
+        self._read()
+
+    def _fail(self, result: str, alert: bytes) -> None:
+        self._metrics[f'pytunnel_tls_handshakes_total{{result="{result}"}}'] += 1
+        if alert:
+            self._raw.write(alert)
+        self._raw.close()
+
+    def _read(self) -> None:
+        """Hand everything on that has come: never more than the event loop reads at a time."""
+        assert self._tls
+        parts, ended, broken = [], False, False
+        try:
+            while not ended:
+                parts.append(self._tls.read(16 * KiB))
+                ended = not parts[-1]
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError:
+            broken = True
+        self._flush()
+        if data := b"".join(parts):
+            self._deliver(data)
+        if broken and not self._raw.is_closing():
+            self._raw.abort()
+        elif ended and not self._raw.is_closing() and not self._protocol.eof_received():
+            self.close()
+
+    def _deliver(self, data: bytes) -> None:
+        protocol = self._protocol
+        if not isinstance(protocol, asyncio.BufferedProtocol):
+            protocol.data_received(data)
+            return
+        rest = memoryview(data)
+        while rest:
+            buffer = memoryview(protocol.get_buffer(len(rest)))
+            size = min(len(rest), len(buffer))
+            buffer[:size] = rest[:size]
+            protocol.buffer_updated(size)
+            rest = rest[size:]
+
+    def _flush(self) -> None:
+        if (data := self._outgoing.read()) and not self._raw.is_closing():
+            self._raw.write(data)
+
+    # The protocol's side
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        if name == "sslcontext":
+            return self._tls.context if self._tls else default
+        return self._raw.get_extra_info(name, default)
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._protocol = protocol
+        if self._plain:
+            self._raw.set_protocol(protocol)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return cast(asyncio.BaseProtocol, self._protocol)
+
+    def is_closing(self) -> bool:
+        return self._raw.is_closing()
+
+    def close(self) -> None:
+        self._say_goodbye()
+        self._raw.close()
+
+    def abort(self) -> None:
+        self._raw.abort()
+
+    def pause_reading(self) -> None:
+        self._raw.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._raw.resume_reading()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._raw.set_write_buffer_limits(high, low)
+
+    def get_write_buffer_size(self) -> int:
+        return self._raw.get_write_buffer_size()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._plain:
+            self._raw.write(data)
+        elif not self._secure:
+            self._early += data
+        elif data and not self._eof and not self._raw.is_closing():
+            assert self._tls
+            try:
+                self._tls.write(data)
+            except ssl.SSLError:  # the peer broke the protocol
+                return self._raw.abort()
+            self._flush()
+
+    def write_eof(self) -> None:
+        self._say_goodbye()
+        self._eof = True
+        if self._plain or self._secure:
+            self._raw.write_eof()
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def _say_goodbye(self) -> None:
+        """Tell a TLS peer that nothing comes after this: else it could not tell that from a cut."""
+        if self._secure and not self._eof and not self._raw.is_closing():
+            assert self._tls
+            with contextlib.suppress(ssl.SSLError):  # it wants to read the peer's, for which nobody waits
+                self._tls.unwrap()
+            self._flush()
+
+
 # ---- Visitors -------------------------------------------------------------------------------------------------------
 # One request of a visitor and its response. aiohttp reads what visitors send, strictly; what they get is written here,
 # so that its framing is ours, and nothing that fails half-way can look complete.
@@ -4686,6 +5079,7 @@ class Gate:
 
     def __init__(self, *, each: int = MAX_VISITORS, total: int = MAX_VISITORS, trusted: Networks = ()) -> None:
         self.each, self.total, self.trusted = each, total, trusted
+        self.hsts = b""  # Strict-Transport-Security of responses over TLS; others must have none (RFC 6797 section 7.2)
         self.open = 0  # connections
         self.callers = Callers()
         self.metrics = Metrics()
@@ -4732,7 +5126,8 @@ class Visitor:
         # aiohttp (3.14.5) hands the last trailer of a chunked request to the next request on the connection, as a field
         # of its head. Behind a front that may be somebody else's, so there is no next one.
         keep_alive = keep_alive and http11 and not message.should_close and not message.chunked
-        self.encoder = ResponseEncoder(self.method, http11=http11, keep_alive=keep_alive)
+        hsts = gate.hsts if gate.hsts and request.scheme == "https" else b""
+        self.encoder = ResponseEncoder(self.method, http11=http11, keep_alive=keep_alive, hsts=hsts)
 
     @property
     def unread(self) -> bool:
@@ -4933,6 +5328,7 @@ def _visitor_server(
 
     class VisitorProtocol(web.RequestHandler):
         __slots__ = (
+            "_address",
             "_busy",
             "_chunked_bytes",
             "_counted",
@@ -4946,6 +5342,7 @@ def _visitor_server(
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             address = (transport.get_extra_info("peername") or ("",))[0]  # uvloop has none once the peer has reset it
+            self._address = address
             self.caller = gate.callers[address]
             self._counted = not gate.is_trusted(address)
             self.caller.open += self._counted
@@ -4972,6 +5369,18 @@ def _visitor_server(
             """Do not count this connection among those of its address any more: it is a client's link."""
             self.caller.open -= self._counted
             self._counted = False
+
+        def may_secure(self) -> bool:
+            """Whether its address may have another TLS handshake, which takes much more of us than of a peer."""
+            if not self._counted or self.caller.secured.take(time.monotonic()):
+                return True
+            gate.log(self.caller, f"refused a TLS handshake with {self._address}: it had {MAX_SECURED} of them")
+            return False
+
+        def expect_head(self, seconds: float) -> None:
+            """Wait that long for a request's head, from now on."""
+            self._end_head()
+            self._head_timer = self._loop.call_later(seconds, self._head_is_late)
 
         def data_received(self, data: bytes) -> None:
             request = self._current_request
@@ -5095,6 +5504,13 @@ def find_crowded(kept: collections.Counter[str]) -> set[str]:
     return {key for key, _ in most}
 
 
+def _dialled(host: str | None, everywhere: str) -> str:
+    """Return the host of a URL that reaches what listens on `host`; `everywhere` stands for all addresses."""
+    if host in (None, "0.0.0.0", "::"):
+        return everywhere
+    return f"[{host}]" if ":" in host else host
+
+
 class TunnelServer:
     """`pytunnel serve`: gives clients who know a token tunnels under names below this host.
 
@@ -5106,9 +5522,10 @@ class TunnelServer:
         *,
         tokens: Iterable[str],
         state: Path,
-        host: str | None = None,
-        port: int = DEFAULT_PORT,
+        listen: Sequence[tuple[str | None, int]] = ((None, DEFAULT_PORT),),
         domain: Origin | None = None,
+        certificates: Certificates | None = None,
+        hsts: int | None = None,
         trusted_proxies: Iterable[str] = (),
         grace: float = GRACE,
         hold: float = HOLD,
@@ -5121,12 +5538,17 @@ class TunnelServer:
         self._default: list[Grant] = []  # the token that serve has made for itself
         self._fake_secret = secrets.token_bytes(32)
         self._state, self._grace, self._hold = state, grace, hold
-        self._host, self.port, self._domain = host, port, domain
+        self._listen = listen  # hosts and ports; no host means all addresses
+        self.ports: list[int] = []  # the real ones, in this order
+        self.certificates = certificates  # with any, even none yet, visitors and clients have to use TLS
+        self._domain = domain._replace(scheme="https") if domain and certificates else domain
         self._gate = Gate(
             each=max_each,
             total=max(1, min(MAX_VISITORS, file_limit() - RESERVED_FILES)),
             trusted=[ipaddress.ip_network(cidr) for cidr in trusted_proxies],
         )
+        if hsts is not None:
+            self._gate.hsts = b"max-age=%d" % hsts
         self.metrics = self._gate.metrics
         self._max_body, self._metrics_public = max_body, metrics_public
         self._handshakes = self._exchanges = 0
@@ -5134,7 +5556,7 @@ class TunnelServer:
         self._crowded: set[str] = set()  # keys of tokens whose sessions keep too much
 
     async def start(self) -> None:
-        """Listen; `port` is then the real one. Raises TunnelError when the address or the state cannot be had."""
+        """Listen; `ports` are known then. Raises TunnelError when an address or the state cannot be had."""
         import zstandard  # noqa: F401 - it is missed here, where it is missing, and not in the middle of a response
 
         self._registry = TunnelRegistry(self._state / "names.json", grace=self._grace, hold=self._hold)
@@ -5143,20 +5565,23 @@ class TunnelServer:
         self._stamp = self._tokens.stamp()
         self._read_tokens()
         self._http = _visitor_server(self._handle, self._gate)
-        loop = asyncio.get_running_loop()
-        try:
-            self._listener = await loop.create_server(self._http, self._host, self.port, backlog=1024)
-        except OSError as error:
-            where = f"{self._host or '*'}:{self.port}"
-            reason = os.strerror(error.errno or 0).lower()
-            raise TunnelError(f"cannot listen on {where}: {reason}; choose another with --listen") from None
-        self.port = self._listener.sockets[0].getsockname()[1]
+        self._listeners: list[asyncio.Server] = []
+        for host, port in self._listen:
+            try:
+                listener = await asyncio.get_running_loop().create_server(self._protocol, host, port, backlog=1024)
+            except OSError as error:
+                self._stop_listening()
+                where = f"{_dialled(host, '*')}:{port}"
+                reason = os.strerror(error.errno or 0).lower()
+                raise TunnelError(f"cannot listen on {where}: {reason}; choose another with --listen") from None
+            self._listeners.append(listener)
+            self.ports.append(listener.sockets[0].getsockname()[1])
         self._watching = asyncio.ensure_future(self._watch())
 
     async def drain(self) -> None:
         """Take no new visitors or streams, send the clients away, and return when what runs has finished."""
         self._registry.drain()
-        self._listener.close()
+        self._stop_listening()
         for session in self._registry.sessions.values():
             session.link.session.send_goaway(ErrorCode.SHUTDOWN, "the server is restarting")
             session.link.wake()
@@ -5166,15 +5591,29 @@ class TunnelServer:
 
     async def close(self) -> None:
         """End everything that is left, at once."""
-        self._listener.close()
+        self._stop_listening()
         await end_tasks(self._watching)
         for session in list(self._registry.sessions.values()):
             self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, "the server stops"))
             session.link.finish()
         await self._http.shutdown(0.2)
 
+    @property
+    def port(self) -> int:
+        """The first one it listens on."""
+        return self.ports[0]
+
+    def _stop_listening(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+
+    def _protocol(self) -> asyncio.BaseProtocol:
+        """Return what an accepted connection gets."""
+        protocol = self._http()
+        return SecureTransport(protocol, self.certificates, self.metrics) if self.certificates else protocol
+
     async def _watch(self) -> None:
-        """See how late the event loop is, whether the sessions keep too much, and what `pytunnel token` changes.
+        """See how late the event loop is, whether the sessions keep too much, and what has become of the files.
 
         Tokens that cannot be read are tried again, so that no revocation is missed.
         """
@@ -5191,6 +5630,8 @@ class TunnelServer:
             for key in self._crowded - before:
                 label = self._registry.grants[key].label if key in self._registry.grants else "revoked"
                 log.warning("token %s: its sessions keep too much, and get no new requests until that is less", label)
+            if self.certificates:
+                self.certificates.reload()
             if (stamp := self._tokens.stamp()) != self._stamp:
                 try:
                     self._read_tokens()
@@ -5219,7 +5660,7 @@ class TunnelServer:
 
     def _metrics_text(self) -> bytes:
         sessions = [session.link.session for session in self._registry.sessions.values()]
-        gauges = {
+        gauges: dict[str, float] = {
             "pytunnel_sessions": len(sessions),
             "pytunnel_links": sum(session.connected for session in sessions),
             "pytunnel_streams": sum(session.streams for session in sessions),
@@ -5228,6 +5669,8 @@ class TunnelServer:
             "pytunnel_tasks": len(asyncio.all_tasks()),
             "pytunnel_saved_bytes_total": self._registry.saved + sum(session.saved for session in sessions),
         }
+        if self.certificates and self.certificates.names:
+            gauges["pytunnel_certificate_seconds"] = self.certificates.expires - time.time()
         with contextlib.suppress(OSError):  # Linux
             gauges["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # without the one that lists them
             pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -5282,7 +5725,9 @@ class TunnelServer:
             visitor.target, visitor.headers = target, hosts
         visitor.host = host = parse_host(host_field.decode("latin-1"))[0]
         name = self._registry.tunnel_name(host)
-        if name is not None:
+        if self.certificates and self._must_redirect(visitor, name, host, target):
+            self._redirect(visitor, host, target)
+        elif name is not None:
             await self._forward(visitor, name, host_field)
         elif target == LINK_PATH.encode():
             return await self._serve_link(visitor)
@@ -5296,6 +5741,24 @@ class TunnelServer:
         else:
             raise Unserved("unknown-tunnel")
         return None
+
+    def _must_redirect(self, visitor: Visitor, name: str | None, host: str, target: bytes) -> bool:
+        """Whether a request should have come over TLS: a front's need not, nor those about the server's health."""
+        if visitor.request.scheme == "https" or self._gate.is_trusted(visitor.peer):
+            return False
+        health = target == b"/healthz" or (target == b"/metrics" and self._may_see_metrics(visitor, host))
+        return name is not None or not health
+
+    def _redirect(self, visitor: Visitor, host: str, target: bytes) -> None:
+        """Send a visitor to the same place over TLS: on port 443 where there is one, else on this one."""
+        own = cast("tuple[str, int]", visitor.request.get_extra_info("sockname") or ("", 443))  # none: it has gone
+        port = 443 if 443 in self.ports else own[1]
+        where = host.encode() + (b"" if port == 443 else b":%d" % port)
+        location = b"https://%b%b" % (where, target if target.startswith(b"/") else b"/")
+        visitor.encoder.keep_alive = False
+        fields = [(b"Location", location), (b"Content-Length", b"0")]
+        self.metrics['pytunnel_responses_total{class="3xx"}'] += 1
+        visitor.write(visitor.encoder.head(ResponseHead(308, b"Permanent Redirect", fields), _date()))
 
     async def _forward(self, visitor: Visitor, name: str, host: bytes) -> None:
         if self._registry.draining:
@@ -8395,13 +8858,6 @@ async def connect(
             await asyncio.gather(waiting, running, return_exceptions=True)
 
 
-def _dialled(host: str | None, everywhere: str) -> str:
-    """Return the host of a URL that reaches what listens on `host`; `everywhere` stands for all addresses."""
-    if host in (None, "0.0.0.0", "::"):
-        return everywhere
-    return f"[{host}]" if ":" in host else host
-
-
 class Served(NamedTuple):
     """A server that runs, and what a client needs to use it."""
 
@@ -8421,13 +8877,13 @@ async def serve(listen: str = "127.0.0.1:0", *, token: str = "", state: Path | N
     """
     import tempfile
 
-    host, port = parse_listen(listen)
+    address = parse_listen(listen)
     token = check_token(token or make_token())
     with tempfile.TemporaryDirectory(prefix="pytunnel-") as directory:
-        server = TunnelServer(tokens=[token], state=state or Path(directory), host=host, port=port)
+        server = TunnelServer(tokens=[token], state=state or Path(directory), listen=[address])
         await server.start()
         try:
-            yield Served(f"http://{_dialled(host, '127.0.0.1')}:{server.port}", token, server)
+            yield Served(f"http://{_dialled(address[0], '127.0.0.1')}:{server.port}", token, server)
         finally:
             await server.close()
 
@@ -8965,7 +9421,11 @@ def _foreground_group() -> int:
 async def _serve(options: argparse.Namespace, console: Console) -> None:
     state = state_directory()
     raise_file_limit()
-    host, port = parse_listen(options.listen)
+    certificates = Certificates(_pairs(options.cert, options.key)) if options.cert or options.key else None
+    if options.hsts is not None and not certificates:
+        raise UsageError("--hsts is about TLS; give a certificate with --cert, or let the front in front of it do that")
+    default = [":80", ":443"] if certificates else [f":{DEFAULT_PORT}"]
+    listen = [parse_listen(text) for text in options.listen or default]
     given, kept = Setting.first(given_tokens(vars(options))).value, Tokens(state)
     if given:
         check_token(given)
@@ -8976,9 +9436,10 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
         server = TunnelServer(
             tokens=[given] if given else [],
             state=state,
-            host=host,
-            port=port,
+            listen=listen,
             domain=domain,
+            certificates=certificates,
+            hsts=options.hsts,
             trusted_proxies=options.trusted_proxy,
             grace=options.grace,
             hold=options.hold,
@@ -8991,9 +9452,10 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
     await server.start()
     signals: asyncio.Queue[int] = asyncio.Queue()
     with _signals(signals.put_nowait):
-        console.emit("listening", host=host or "*", port=server.port)
+        for (host, _), port in zip(listen, server.ports, strict=True):
+            console.emit("listening", host=host or "*", port=port)
         if not options.json:
-            console.say(_invitation(host, server.port, domain, "" if given else kept.default(), kept.default_path))
+            console.say(_invitation(listen[0][0], server, domain, "" if given else kept.default(), kept.default_path))
         await signals.get()
         log.info("stopping; running requests have %g s, a second signal ends them", options.drain)
         drained = asyncio.ensure_future(server.drain())
@@ -9003,17 +9465,31 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
     await server.close()
 
 
-def _invitation(host: str | None, port: int, domain: Origin | None, token: str, kept: Path) -> str:
+def _pairs(certs: Sequence[str], keys: Sequence[str]) -> list[tuple[Path, Path | None]]:
+    """Return what --cert and --key name together. Raises UsageError."""
+    if keys and len(keys) != len(certs):
+        numbers = f"there are {len(certs)} of --cert and {len(keys)} of --key"
+        raise UsageError(f"{numbers}; give a key for each, or none where each --cert file has its key, too")
+    return [(Path(cert), Path(key) if key else None) for cert, key in itertools.zip_longest(certs, keys)]
+
+
+def _invitation(host: str | None, server: TunnelServer, domain: Origin | None, token: str, kept: Path) -> str:
     """Return the one line to paste. A log is no place for a token, so it stands there only on a terminal."""
+    tls = server.certificates
+    port = 443 if tls and 443 in server.ports else server.port
     if domain:
-        url = f"{domain.scheme}://{domain.zone}" + (f":{domain.port}" if domain.port else "")
+        url = f"{'https' if tls else domain.scheme}://{domain.zone}" + (f":{domain.port}" if domain.port else "")
+    elif tls:
+        name = next((name for name in tls.names if not name.startswith("*.")), _dialled(host, _own_address()))
+        url = f"https://{name}" + (f":{port}" if port != 443 else "")
     else:
         url = f"http://{_dialled(host, _own_address())}:{port}"
     secret = shlex.quote(token) if token and sys.stderr.isatty() else "…"
     where = f"   (the token is in {kept})" if token and not sys.stderr.isatty() else ""
     line = f"PYTUNNEL_TOKEN={secret} pytunnel connect 3000 --server {url}{where}"
     where = "" if domain else " (or with another address of this host that visitors can reach)"
-    return f"listening on port {port}; on the machine with your service, run{where}:\n\n  {line}\n"
+    ports = " and ".join(map(str, server.ports))
+    return f"listening on port {ports}; on the machine with your service, run{where}:\n\n  {line}\n"
 
 
 def _own_address() -> str:
@@ -9539,7 +10015,14 @@ def _parser() -> CommandParser:
     client.add_argument("--format", metavar="F", help="what stdout gets instead of the URL, like 'url={url}'")
 
     serve = add("serve", "Serve visitors and tunnels", secret)
-    serve.add_argument("--listen", default=f":{DEFAULT_PORT}", metavar="HOST:PORT", help="default: 8080, everywhere")
+    what = "again for more; default: 8080, with TLS 80 and 443"
+    serve.add_argument("--listen", action="append", default=[], metavar="HOST:PORT", help=what)
+    what = "TLS with this certificate and chain; again for more"
+    serve.add_argument("--cert", action="append", default=[], metavar="FILE", help=what)
+    what = "its key, unless FILE has that, too"
+    serve.add_argument("--key", action="append", default=[], metavar="FILE", help=what)
+    what = "tell browsers to use https only, for a year or =S"
+    serve.add_argument("--hsts", type=count, metavar="S", nargs="?", const=365 * 86400, help=what)
     serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
     for flag, default, what in (
         ("--grace", GRACE, f"sessions outlive links by {GRACE:g} s"),

@@ -85,7 +85,8 @@ def test_command_lines_parse(line: str, place: Path, monkeypatch: pytest.MonkeyP
     if options.command == "connect":
         assert pytunnel.Settings({**vars(options), "name": "".join(options.name)}).from_targets(options.targets)
     elif options.command == "serve":
-        pytunnel.parse_listen(options.listen)
+        for address in options.listen:
+            pytunnel.parse_listen(address)
     elif options.command == "start":
         assert set(options.names) <= set(pytunnel.read_settings(example_settings(place))["tunnels"])
     assert bool(options.run) == (" -- " in line)
