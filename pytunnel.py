@@ -258,7 +258,8 @@ CLOCK_JUMP = 5.0  # seconds between the wall and the monotonic clock that mean t
 
 CHECK_TIMEOUT = 5.0  # seconds for each of doctor's checks
 MAX_SKEW = 60.0  # seconds between this machine's clock and the server's before doctor minds
-EXPIRES_SOON = 7 * 86400.0  # seconds that a certificate is still good for when doctor begins to mind
+EXPIRES_SOON = 7 * 86400.0  # seconds that a certificate is still good for when doctor and serve begin to mind
+REMIND = 86400.0  # seconds between two lines about that in serve's log
 
 MAX_LINES = 1000  # lines of output that wait for a slow reader
 GATHER = 0.02  # seconds in which lines of output wait for company, after the first
@@ -307,6 +308,7 @@ MAX_SECURED, SECURE_RATE = 500, 50.0  # TLS handshakes of an address at once, an
 MAX_HOSTS = 256  # Host fields whose reading is remembered; a browser sends the same one again and again
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
 
+HSTS_AGE = 365 * 86400.0  # seconds; what browsers ask of sites for their list of those that are https only
 DEFAULT_PORT = 8080
 INSPECTOR_PORT = 4040
 DEFAULT_PORTS = {"http": 80, "https": 443}  # of URLs that name none
@@ -4688,6 +4690,7 @@ class Certificates:
         self._stamps = [self._stamp(pair) for pair in self._pairs]
         self._given = [Certificate.load(*pair) for pair in self._pairs]
         self._problems: list[tuple[str, int]] = [("", 0)] * len(self._pairs)  # and how often it was seen
+        self._remind_at = 0.0  # seconds since the epoch
         self._obtained: dict[str, Certificate] = {}
         self._expected: dict[str, asyncio.Future[None]] = {}
         self._index()
@@ -4733,7 +4736,10 @@ class Certificates:
         return None if self.find(name) else self._expected.get(name)
 
     def reload(self) -> None:
-        """Read again what has changed; of what is no good now the old one stays in use, which is told once."""
+        """Read again what has changed; of what is no good now the old one stays in use, which is told once.
+
+        Call it often. It tells as well what expires soon.
+        """
         for number, pair in enumerate(self._pairs):
             if (stamp := self._stamp(pair)) == self._stamps[number]:
                 continue
@@ -4749,6 +4755,12 @@ class Certificates:
             self._stamps[number], self._problems[number] = stamp, ("", 0)
             self._index()
             log.info("the certificate of %s is new (%s)", pair[0], escape(", ".join(certificate.names)))
+        if (now := time.time()) >= self._remind_at:
+            self._remind_at = now + REMIND
+            for pair, certificate in zip(self._pairs, self._given, strict=True):
+                if (left := certificate.expires - now) < EXPIRES_SOON:
+                    ends = f"expires in {left / 86400:.1f} days" if left > 0 else "has expired"
+                    log.warning("the certificate of %s %s; renew it, and it is taken as it is then", pair[0], ends)
 
     def _all(self) -> list[Certificate]:
         return [*self._given, *self._obtained.values()]
@@ -5525,7 +5537,7 @@ class TunnelServer:
         listen: Sequence[tuple[str | None, int]] = ((None, DEFAULT_PORT),),
         domain: Origin | None = None,
         certificates: Certificates | None = None,
-        hsts: int | None = None,
+        hsts: float | None = None,
         trusted_proxies: Iterable[str] = (),
         grace: float = GRACE,
         hold: float = HOLD,
@@ -5573,7 +5585,10 @@ class TunnelServer:
                 self._stop_listening()
                 where = f"{_dialled(host, '*')}:{port}"
                 reason = os.strerror(error.errno or 0).lower()
-                raise TunnelError(f"cannot listen on {where}: {reason}; choose another with --listen") from None
+                advice = "choose another with --listen"
+                if error.errno == errno.EACCES:
+                    advice += ", or see the README's systemd unit for how to have it without being root"
+                raise TunnelError(f"cannot listen on {where}: {reason}; {advice}") from None
             self._listeners.append(listener)
             self.ports.append(listener.sockets[0].getsockname()[1])
         self._watching = asyncio.ensure_future(self._watch())
@@ -9450,6 +9465,9 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
     except ValueError as error:
         raise UsageError(f"--trusted-proxy: {error}; give an address or a network, like 10.0.0.0/8") from None
     await server.start()
+    if domain and certificates and not certificates.find(f"any.{domain.zone}"):
+        named = ", ".join(certificates.names) or "none"
+        log.warning("no certificate is for *.%s: browsers warn of tunnels but of those named: %s", domain.zone, named)
     signals: asyncio.Queue[int] = asyncio.Queue()
     with _signals(signals.put_nowait):
         for (host, _), port in zip(listen, server.ports, strict=True):
@@ -9877,6 +9895,8 @@ EXAMPLES = {
     "serve": """\
   pytunnel serve                           port 8080, URLs from the address that clients dial
   pytunnel serve --domain t.example.com    tunnels at NAME.t.example.com, whatever they dial
+  pytunnel serve --cert fullchain.pem --key privkey.pem --domain t.example.com
+                                           https on port 443, and from port 80 to there
   pytunnel serve --listen 127.0.0.1:8080 --domain https://t.example.com --trusted-proxy 127.0.0.1
                                            behind Caddy or nginx on the same host
 """,
@@ -10022,7 +10042,7 @@ def _parser() -> CommandParser:
     what = "its key, unless FILE has that, too"
     serve.add_argument("--key", action="append", default=[], metavar="FILE", help=what)
     what = "tell browsers to use https only, for a year or =S"
-    serve.add_argument("--hsts", type=count, metavar="S", nargs="?", const=365 * 86400, help=what)
+    serve.add_argument("--hsts", type=seconds, metavar="S", nargs="?", const=HSTS_AGE, help=what)
     serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
     for flag, default, what in (
         ("--grace", GRACE, f"sessions outlive links by {GRACE:g} s"),
