@@ -303,6 +303,7 @@ TICK = 0.5  # seconds between two looks at that, at how late the event loop is, 
 INSPECTOR_PORTS = 20  # ports from INSPECTOR_PORT on that are tried
 MAX_POLL = 25.0  # seconds the inspector's page waits for something new: below what browsers and proxies allow
 MAX_CLIENT_HELLO = 32 * KiB  # bytes of a TLS ClientHello with its framing; browsers send 2, post-quantum keys included
+MAX_HELLO_RECORDS = 16  # records that it may be cut into, as all are looked at again whenever more of it comes
 MAX_SECURED, SECURE_RATE = 500, 50.0  # TLS handshakes of an address at once, and a second after that: each takes up to
 # 2 ms, so that one address has a tenth of a core at the most
 MAX_HOSTS = 256  # Host fields whose reading is remembered; a browser sends the same one again and again
@@ -4603,7 +4604,7 @@ def server_name(data: bytes) -> str | None:
     It is None as long as some of the message has to come. What is wrong with it is for OpenSSL to say.
     """
     message, at = b"", 0
-    while True:  # a message may be cut into records anywhere
+    for _ in range(MAX_HELLO_RECORDS):  # a message may be cut into records anywhere
         kind, length = data[at : at + 2], int.from_bytes(data[at + 3 : at + 5])
         message += data[at + 5 : at + 5 + length]
         if not b"\x16\x03".startswith(kind) or length > 16 * KiB or not b"\1".startswith(message[:1]):
@@ -4613,6 +4614,8 @@ def server_name(data: bytes) -> str | None:
             break
         if len(data) <= at:
             return None
+    else:
+        return ""
     at = 4 + 2 + 32  # after version and random
     for size in (1, 2, 1):  # session id, cipher suites, compression methods
         at += size + int.from_bytes(message[at : at + size])

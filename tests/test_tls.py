@@ -151,13 +151,19 @@ def in_records(data: bytes, size: int) -> bytes:
 
 
 @pytest.mark.parametrize(("name", "found"), [("web.t.example.com", "web.t.example.com"), ("WEB.x.", "web.x"), ("", "")])
-@pytest.mark.parametrize("size", [1, 7, 60, 16 * 1024])
+@pytest.mark.parametrize("size", [40, 70, 200, 16 * 1024])
 def test_a_client_hello_tells_its_name_however_it_is_cut(name: str, found: str, size: int) -> None:
     hello = in_records(client_hello(name or None), size)
     for length in range(len(hello)):
         assert pytunnel.server_name(hello[:length]) is None
     assert pytunnel.server_name(hello) == found
     assert pytunnel.server_name(hello + b"more") == found
+
+
+def test_a_client_hello_in_crumbs_is_not_looked_at_again_and_again() -> None:
+    hello = in_records(client_hello("web.localhost"), 1)
+    assert pytunnel.server_name(hello) == pytunnel.server_name(hello[: 6 * pytunnel.MAX_HELLO_RECORDS + 1]) == ""
+    assert pytunnel.server_name(hello[: 6 * pytunnel.MAX_HELLO_RECORDS - 1]) is None
 
 
 @given(st.binary(max_size=300))
