@@ -76,6 +76,7 @@ Tokens
 Link
 Registry
 Certificates
+ACME
 Visitors
 Server
 Local service
@@ -256,6 +257,15 @@ BACKOFF_MAX = 30.0
 STABLE = 2.0  # seconds a link must hold before its loss is answered by a dial at once
 CLOCK_JUMP = 5.0  # seconds between the wall and the monotonic clock that mean this machine has slept
 
+ACME_TIMEOUT = 20.0  # seconds for an answer of a certificate authority
+ORDER_TIMEOUT = 90.0  # seconds for its look at us, and for the certificate after that
+ACME_BACKOFF = 60.0  # seconds until an order that has failed is tried again; doubled to
+ACME_BACKOFF_MAX = 86400.0  # at the most: Let's Encrypt bears 5 failures of a name at once, and 5 an hour after that
+ACME_WEEK = 7 * 86400.0  # seconds in which no more than
+MAX_NEW_HOSTS = 40  # hosts get their first certificate: Let's Encrypt allows 50 below a domain
+RENEWAL_SHARE = 1 / 3  # of a certificate's lifetime that is left when it is renewed
+ACME_TICK = 3600.0  # seconds at most between two looks at what is due, whatever a clock that is set does
+
 CHECK_TIMEOUT = 5.0  # seconds for each of doctor's checks
 MAX_SKEW = 60.0  # seconds between this machine's clock and the server's before doctor minds
 EXPIRES_SOON = 7 * 86400.0  # seconds that a certificate is still good for when doctor and serve begin to mind
@@ -313,6 +323,7 @@ HSTS_AGE = 365 * 86400.0  # seconds; what browsers ask of sites for their list o
 DEFAULT_PORT = 8080
 INSPECTOR_PORT = 4040
 DEFAULT_PORTS = {"http": 80, "https": 443}  # of URLs that name none
+LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 LINK_PATH = "/_pytunnel/link"
 SUBPROTOCOL = "pytunnel.1"
 LABEL_PATTERN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,63}")  # of a token; a hyphen in front would be a flag
@@ -4982,6 +4993,284 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
             with contextlib.suppress(ssl.SSLError):  # it wants to read the peer's, for which nobody waits
                 self._tls.unwrap()
             self._flush()
+# ---- ACME -----------------------------------------------------------------------------------------------------------
+# Certificates from an authority (RFC 8555), for the hosts that are wanted: one order at a time, proved by HTTP-01. The
+# authority's limits are kept whatever happens here: each try is noted on disk before it is made, so that a server that
+# is started again and again does not ask again and again. certbot's library blocks, so it has a thread.
+
+
+async def in_thread(work: Callable[[], _T]) -> _T:
+    """Run what blocks. Unlike asyncio.to_thread's, the thread does not keep a process that is about to end."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def settle(result: Any, error: Exception | None) -> None:
+        if future.done():  # whoever waited has been cancelled
+            return
+        if error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def run() -> None:
+        outcome: tuple[_T | None, Exception | None]
+        try:
+            outcome = work(), None
+        except Exception as error:
+            outcome = None, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, name="in_thread", daemon=True).start()
+    return await future
+
+
+class Acme:
+    """Obtains certificates, and renews them.
+
+    `hosts` returns what is wanted now, the most urgent first; `put` is called for each certificate that there is, with
+    a file of the private key and the chain, at first from `load`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        url: str,
+        email: str,
+        hosts: Callable[[], Iterable[str]],
+        put: Callable[[str, Path], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        try:
+            import acme.client  # noqa: F401
+            import cryptography  # noqa: F401
+        except ImportError:
+            raise TunnelError("--acme needs certbot's library; run: pip install 'pytunnel[acme]'") from None
+        self._directory = directory / re.sub(r"[^A-Za-z0-9.-]+", "_", url.partition("://")[2])  # each has its own
+        self._log_path = self._directory / "orders.json"
+        self._url, self._email, self._hosts, self._put, self._clock = url, email, hosts, put, clock
+        self._challenges: dict[str, bytes] = {}  # path -> what the authority wants to see there
+        self._renewals: dict[str, float] = {}  # host that has a certificate -> when it is to be renewed
+        self._failed: dict[str, tuple[int, float]] = {}  # host -> how often in a row, and when it is tried again
+        self._issued: dict[str, float] = {}  # host -> when its first certificate came, of the last week
+        self._ordering = ""  # the host whose order is under way
+        self._full = False  # the week's certificates are used up
+        self._woken, self._settled = asyncio.Event(), asyncio.Event()
+
+    def load(self) -> None:
+        """Put the certificates that are kept; what is no use any more is removed. Raises TunnelError."""
+        try:
+            saved = parse_object(read_private(self._log_path))
+            self._failed = {str(host): (int(count), float(until)) for host, (count, until) in saved["failed"].items()}
+            self._issued = {str(host): float(when) for host, when in saved["issued"].items()}
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TunnelError(f"{self._log_path} is damaged; move it away") from None
+        for path in self._directory.glob("*.pem"):
+            host = path.stem
+            try:
+                renewal = self._check(host, read_private(path))
+                self._put(host, path)
+                self._renewals[host] = renewal
+            except ValueError as error:
+                log.info("%s is removed: %s", path, escape(str(error)))
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            except (OSError, TunnelError) as error:
+                log.warning("%s is not used: %s", path, escape(str(error)))
+
+    def wake(self) -> None:
+        """Look at once at what is wanted: that has changed."""
+        self._woken.set()
+
+    def challenge(self, target: str) -> bytes | None:
+        """Return the answer to an authority's look at us, None for any other request."""
+        return self._challenges.get(target)
+
+    def pending(self, host: str) -> bool:
+        """Whether a host's first certificate is about to come: not when it has to wait after a failure."""
+        if host in self._renewals:
+            return False
+        return host == self._ordering or (host in self._hosts() and self._due(host) <= self._clock())
+
+    async def wait(self, host: str) -> None:
+        """Wait while a host's first certificate is about to come."""
+        while self.pending(host):
+            await self._settled.wait()
+
+    async def run(self) -> None:
+        """Order what is due, for ever."""
+        while True:
+            self._woken.clear()
+            dues = [(host, self._due(host)) for host in self._hosts()]
+            host, due = min(dues, key=lambda one: one[1], default=("", math.inf))
+            if (left := due - self._clock()) <= 0:
+                await self._obtain(host)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, ACME_TICK)):
+                        await self._woken.wait()
+
+    def _due(self, host: str) -> float:
+        """Return when a host's next order is to be made."""
+        now = self._clock()
+        due = self._renewals.get(host)
+        if due is None:
+            self._issued = {name: when for name, when in self._issued.items() if now - ACME_WEEK < when <= now}
+            full = len(self._issued) >= MAX_NEW_HOSTS
+            due = min(self._issued.values()) + ACME_WEEK if full else 0.0
+            if full and not self._full:
+                until = f"until {datetime.datetime.fromtimestamp(due):%Y-%m-%d %H:%M}"
+                log.warning("no more new certificates %s: %d came within a week (%s)", until, MAX_NEW_HOSTS, host)
+            self._full = full
+        retry = self._failed[host][1] if host in self._failed else 0.0
+        return max(due, retry if retry < now + 2 * ACME_BACKOFF_MAX else 0.0)  # else the clock was wrong then
+
+    async def _obtain(self, host: str) -> None:
+        before, is_new = self._failed.get(host), host not in self._renewals
+        failures = before[0] + 1 if before else 1
+        self._ordering = host
+        try:
+            self._put_off(host, failures)
+            self._save()
+            text = await in_thread(lambda: self._order(host))
+            if is_new:
+                self._issued[host] = self._clock()
+            renewal = self._check(host, text)
+            path = self._directory / f"{host}.pem"
+            write_private(path, text)
+            self._put(host, path)
+            self._renewals[host] = renewal
+            self._put_off(host, 0)
+        except asyncio.CancelledError:
+            self._failed.pop(host)
+            if before:
+                self._failed[host] = before
+            raise
+        except Exception as error:  # the library does not say which ones it raises for what an authority sends
+            left = self._put_off(host, failures)
+            trace = error if log.isEnabledFor(logging.DEBUG) else None
+            again = f"the next try is in {left:.0f} s"
+            log.warning("no certificate for %s: %s; %s", host, self._reason(error), again, exc_info=trace)
+        finally:
+            self._ordering = ""
+            with contextlib.suppress(OSError):  # it could be written before
+                self._save()
+            self._settled.set()
+            self._settled = asyncio.Event()
+
+    def _put_off(self, host: str, failures: int) -> float:
+        """Return in how many seconds a host's order may be made again. After a success, too: it may be due at once."""
+        left = min(ACME_BACKOFF * 2 ** min(max(failures - 1, 0), 32), ACME_BACKOFF_MAX) * random.uniform(0.75, 1.25)
+        self._failed[host] = failures, self._clock() + left
+        return left
+
+    def _check(self, host: str, text: str) -> float:
+        """Return when a host's certificate is to be renewed. Raises ValueError when it is no good."""
+        from cryptography import x509
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+        certificate = x509.load_pem_x509_certificates(text.encode())[0]
+        if load_pem_private_key(text.encode(), None).public_key() != certificate.public_key():
+            raise ValueError("the certificate has another key")
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        if host not in names.get_values_for_type(x509.DNSName):
+            raise ValueError(f"the certificate is not for {host}")
+        begin: float = certificate.not_valid_before_utc.timestamp()
+        end: float = certificate.not_valid_after_utc.timestamp()
+        if end <= self._clock():
+            raise ValueError("the certificate has expired")
+        until = datetime.datetime.fromtimestamp(end).isoformat(" ", "minutes")
+        log.info("the certificate for %s is good until %s", host, until)
+        return end - (end - begin) * RENEWAL_SHARE * random.uniform(1.0, 1.1)
+
+    def _save(self) -> None:
+        now = self._clock()
+        self._failed = {host: one for host, one in self._failed.items() if one[1] > now - ACME_WEEK}
+        write_private(self._log_path, json.dumps({"failed": self._failed, "issued": self._issued}, indent=1))
+
+    # In the thread
+
+    def _order(self, host: str) -> str:
+        """Return private key and chain of a fresh certificate. Raises many things."""
+        from acme import challenges, messages
+        from acme.client import ClientNetwork, ClientV2
+        from acme.crypto_util import make_csr
+        from josepy.jwa import ES256
+        from josepy.jwk import JWK
+
+        account = JWK.load(read_or_make(self._directory / "account.key", self._make_key).encode())
+        trusted = cast(Any, os.environ.get("SSL_CERT_FILE") or True)  # as for everything else here
+        agent = f"pytunnel/{__version__}"
+        net = ClientNetwork(account, alg=ES256, verify_ssl=trusted, user_agent=agent, timeout=cast(Any, ACME_TIMEOUT))
+        paths: list[str] = []
+        try:
+            client = ClientV2(ClientV2.get_directory(self._url, net), net)
+            self._register(client)
+            own_key = self._make_key()
+            order = client.new_order(make_csr(own_key.encode(), [host]))
+            for authorization in order.authorizations:
+                if authorization.body.status == messages.STATUS_VALID:  # from an order before
+                    continue
+                for challenge in authorization.body.challenges:
+                    if isinstance(challenge.chall, challenges.HTTP01):
+                        response, validation = challenge.response_and_validation(account)
+                        paths.append(challenge.path)
+                        self._challenges[challenge.path] = validation.encode()
+                        client.answer_challenge(challenge, response)
+            deadline = datetime.datetime.now() + datetime.timedelta(seconds=ORDER_TIMEOUT)
+            return own_key + client.poll_and_finalize(order, deadline).fullchain_pem
+        finally:
+            for path in paths:
+                del self._challenges[path]
+            net.session.close()
+
+    def _register(self, client: Any) -> None:
+        """Make an account for our key, or find the one that there is. Raises many things."""
+        from acme import errors, messages
+
+        if client.external_account_required():
+            raise TunnelError("this authority wants an account that was made on its site, which pytunnel cannot use")
+        wanted = messages.NewRegistration.from_data(email=self._email, terms_of_service_agreed=True)
+        try:
+            client.new_account(wanted)
+        except errors.ConflictError as known:
+            client.net.account = messages.RegistrationResource(uri=known.location, body=messages.Registration())
+
+    @staticmethod
+    def _make_key() -> str:
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+
+    def _reason(self, error: Exception) -> str:
+        """Return in one line why an order has failed, in the words of the authority when it has any."""
+        import requests
+        from acme import errors, messages
+
+        problem: Any = error
+        if isinstance(error, errors.ValidationError):
+            found = [one.error for one in error.failed_authzrs[0].body.challenges if one.error]
+            problem = found[0] if found else error
+        elif isinstance(error, errors.IssuanceError):
+            problem = error.error
+        if isinstance(problem, messages.Error):
+            return escape(f"{self._url} says: {problem.detail or problem.typ}", 400)
+        if isinstance(error, errors.TimeoutError):
+            return f"{self._url} has not finished the order within {ORDER_TIMEOUT:g} s"
+        if isinstance(error, requests.Timeout):
+            return f"{self._url} does not answer"
+        if isinstance(error, requests.ConnectionError):
+            cause: BaseException = error
+            while inner := cause.__cause__ or cause.__context__:
+                cause = inner
+            return escape(f"{self._url} cannot be reached: {getattr(cause, 'strerror', None) or cause}", 400)
+        if isinstance(error, TunnelError | ValueError | OSError):
+            return escape(str(error), 400)
+        return escape(f"{self._url}: {type(error).__name__}: {error}", 400)
 
 
 # ---- Visitors -------------------------------------------------------------------------------------------------------
