@@ -10,17 +10,15 @@ import contextlib
 import functools
 import json
 import logging
-import os
-import re
 import stat
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Process, RawOrigin, RawRequest, WaitFailed, eventually, free_port, response
+from support import Process, RawOrigin, RawRequest, eventually, free_port, response
 
 import pytunnel
 from pytunnel import Acme, TunnelError
@@ -37,6 +35,11 @@ def own_certificate(directory: Path) -> Path:
     kind = ("-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=ca")
     command = ["openssl", "req", *kind, "-addext", names, "-keyout", key, "-out", path]
     subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
     return path
 
 
@@ -74,21 +77,22 @@ class Authority:
         while self._processes:
             await self._processes.pop().aclose()
 
-    def issued(self) -> list[str]:
-        """The hosts it has made certificates for, in this run."""
-        lines = self._processes[-1].stdout
-        return [match[1] for line in lines if (match := re.search(r"Order for \[([^]]*)\]|issued .* (\S+)$", line))]
+    @property
+    def orders(self) -> int:
+        """How many it was asked for, in this run."""
+        return sum("POST /order-plz " in line for line in self._processes[-1].stdout)
 
-    def output(self) -> str:
-        return self._processes[-1].output()
+    @property
+    def accounts(self) -> int:
+        """How many accounts it has."""
+        return len({line.rpartition("There are now ")[2] for line in self._processes[-1].stdout if " accounts" in line})
 
     async def root(self, path: Path) -> Path:
         """Keep the root of what it issues in a file."""
         fetch = ["curl", "-sSf", "--cacert", str(self.ca), f"https://127.0.0.1:{self._management}/roots/0"]
         async with await Process.start(command=fetch) as curl:
             assert await curl.wait() == 0, curl.output()
-            path.write_text("\n".join(curl.stdout) + "\n")
-        return path
+            return write(path, "\n".join(curl.stdout) + "\n")
 
 
 @pytest.fixture
@@ -107,6 +111,7 @@ class Wanting:
     """An Acme, what it is to get, and what it has put."""
 
     def __init__(self, state: Path, authority: Authority, *hosts: str, **options: Any) -> None:
+        self.state = state
         self.hosts, self.put = list(hosts), dict[str, list[str]]()
         self.acme = Acme(state, authority.url, EMAIL, lambda: self.hosts, self._take, **options)
         self.challenges: list[str] = []  # what the authority has asked for
@@ -131,6 +136,12 @@ class Wanting:
                 yield self
             finally:
                 await pytunnel.end_tasks(task)
+
+    def failures(self, host: str) -> int:
+        """How often in a row the file says that orders for a host have failed, or are under way."""
+        (path,) = self.state.glob("*/orders.json")
+        count: int = json.loads(path.read_text())["failed"][host][0]
+        return count
 
     async def certificate(self, host: str, number: int = 1) -> str:
         await eventually(lambda: len(self.put.get(host, [])) >= number, SECONDS, f"certificate {number} for {host}")
@@ -167,3 +178,273 @@ async def test_a_certificate_is_issued_and_good_by_openssl(tmp_path: Path, autho
     assert openssl("pkey", "-in", path, "-pubout") == openssl("x509", "-in", path, "-noout", "-pubkey")
     assert [stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()] == [0o600] * 3
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+async def test_two_names_at_once_are_ordered_one_after_the_other(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, running, most = Acme._order, 0, 0
+
+    def counted(self: Acme, host: str) -> str:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            return order(self, host)
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(Acme, "_order", counted)
+    async with Wanting(tmp_path / "state", authority, "t.example.com").running() as wanting:
+        await wanting.certificate("t.example.com")
+        wanting.hosts += ["one.t.example.com", "two.t.example.com"]
+        wanting.acme.wake()
+        one, two = [await wanting.certificate(f"{name}.t.example.com") for name in ("one", "two")]
+    assert most == 1
+    assert "DNS:one.t.example.com\n" in openssl("x509", "-noout", "-ext", "subjectAltName", text=one)
+    assert openssl("pkey", text=one) != openssl("pkey", text=two)
+    assert authority.accounts == 1
+
+
+async def test_what_is_kept_is_used_and_nothing_is_ordered_again(tmp_path: Path, authority: Authority) -> None:
+    async with Wanting(tmp_path / "state", authority, "web.t.example.com").running() as wanting:
+        text = await wanting.certificate("web.t.example.com")
+    orders = authority.orders
+    async with Wanting(tmp_path / "state", authority, "web.t.example.com", "x.t.example.com").running() as again:
+        assert again.put == {"web.t.example.com": [text]}
+        await again.certificate("x.t.example.com")
+    assert authority.orders == orders + len(again.put) - 1
+    assert again.put["web.t.example.com"] == [text]
+
+
+async def test_a_certificate_is_renewed_when_a_third_of_its_time_is_left(tmp_path: Path, authority: Authority) -> None:
+    late = 0.0
+    wanting = Wanting(tmp_path / "state", authority, "web.t.example.com", clock=lambda: time.time() + late)
+    async with wanting.running():
+        first = await wanting.certificate("web.t.example.com")
+        days = (wanting.acme._renewals["web.t.example.com"] - time.time()) / 86400
+        assert 90 * (1 - 1.1 / 3) - 0.1 < days < 90 * 2 / 3 + 0.1
+        late = 61 * 86400
+        wanting.acme.wake()
+        second = await wanting.certificate("web.t.example.com", 2)
+    assert openssl("x509", "-noout", "-serial", text=first) != openssl("x509", "-noout", "-serial", text=second)
+    assert len(wanting.acme._issued) <= 1  # a renewal is none of the week's new ones
+
+
+async def test_authorities_of_short_certificates_are_not_asked_all_the_time(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is wrong, so that what comes is due at once."""
+    async with Wanting(tmp_path / "state", authority, "web.t.example.com").running() as wanting:
+        await wanting.certificate("web.t.example.com")
+    monkeypatch.setattr(pytunnel, "ACME_BACKOFF", 100.0)
+    late = Wanting(tmp_path / "state", authority, "web.t.example.com", clock=lambda: time.time() + 80 * 86400)
+    async with late.running():
+        await late.certificate("web.t.example.com", 2)
+        assert 75 <= late.acme._due("web.t.example.com") - late.acme._clock() <= 125
+
+
+# ---------------------------------------------------------------------------------------- What goes wrong
+
+
+async def test_a_challenge_that_fails_is_told_and_tried_again(
+    tmp_path: Path, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanting = Wanting(tmp_path / "state", authority, "web.t.example.com")
+    wanting.answers = False
+    async with wanting.running():
+        line = await a_warning(caplog, "404")
+        assert line.startswith("no certificate for web.t.example.com: https://127.0.0.1:")
+        assert "the next try is in 0 s" in line
+        assert "\n" not in line
+        assert not wanting.put
+        wanting.answers = True
+        await wanting.certificate("web.t.example.com")
+    assert wanting.failures("web.t.example.com") == 0
+    assert len(wanting.challenges) > 1
+    assert [wanting.acme.challenge(target) for target in wanting.challenges] == [None] * len(wanting.challenges)
+
+
+async def test_an_authority_that_is_down_is_tried_again_and_the_old_certificate_stays(
+    tmp_path: Path, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    late = 0.0
+    wanting = Wanting(tmp_path / "state", authority, "web.t.example.com", clock=lambda: time.time() + late)
+    async with wanting.running():
+        text = await wanting.certificate("web.t.example.com")
+        await authority.stop()
+        late = 61 * 86400
+        wanting.acme.wake()
+        assert "dir cannot be reached: Connection refused" in await a_warning(caplog, "cannot be reached")
+        await eventually(lambda: wanting.failures("web.t.example.com") >= 3, what="tries")
+        assert wanting.put["web.t.example.com"] == [text]
+        assert not wanting.acme.pending("web.t.example.com")  # it has one
+        (path,) = wanting.state.glob("*/*.pem")
+        assert path.read_text() == text
+        await authority.start()
+        await wanting.certificate("web.t.example.com", 2)
+
+
+async def test_an_order_that_is_refused_is_told_and_others_go_on(
+    tmp_path: Path, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Wanting(tmp_path / "state", authority, "blocked.example.com", "web.t.example.com").running() as wanting:
+        await wanting.certificate("web.t.example.com")
+        line = await a_warning(caplog, "no certificate for blocked.example.com")
+        assert "dir says: Order included an identifier for which issuance is forbidden by policy" in line
+        assert list(wanting.put) == ["web.t.example.com"]
+
+
+@pytest.mark.parametrize("before", range(0, 13, 3))
+async def test_waits_double_and_outlive_the_server(
+    tmp_path: Path, before: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, directory = "web.t.example.com", tmp_path / "127.0.0.1_1_dir"
+
+    def acme() -> Acme:
+        made = Acme(tmp_path, "http://127.0.0.1:1/dir", EMAIL, lambda: [host], never)
+        made.load()
+        return made
+
+    pytunnel.write_private(directory / "orders.json", json.dumps({"failed": {host: [before, 0.0]}, "issued": {}}))
+    one = acme()
+    assert one.pending(host)
+    task = asyncio.ensure_future(one.run())
+    await a_warning(caplog, "no certificate for web.t.example.com: http://127.0.0.1:1/dir cannot be reached")
+    assert not one.pending(host)
+    await pytunnel.end_tasks(task)
+    left = one._due(host) - time.time()
+    assert 0.74 <= left / min(60 * 2**before, 86400) <= 1.25
+    assert acme()._failed == {host: (before + 1, one._due(host))}
+
+
+async def test_a_week_has_so_many_new_certificates(
+    tmp_path: Path, authority: Authority, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytunnel, "MAX_NEW_HOSTS", 1)
+    late = 0.0
+    hosts = ("one.t.example.com", "two.t.example.com")
+    async with Wanting(tmp_path / "state", authority, *hosts, clock=lambda: time.time() + late).running() as wanting:
+        await wanting.certificate(hosts[0])
+        line = await a_warning(caplog, "no more new certificates until")
+        assert "1 came within a week (two.t.example.com)" in line
+        assert not wanting.acme.pending(hosts[1])
+    again = Wanting(tmp_path / "state", authority, *hosts, clock=lambda: time.time() + late)
+    async with again.running():
+        await again.certificate(hosts[0])
+        week = again.acme._due(hosts[1]) - time.time()
+        assert 7 * 86400 - 60 < week < 7 * 86400
+        late = week + 1
+        again.acme.wake()
+        await again.certificate(hosts[1])
+    assert sum("no more new" in line for line in warnings_of(caplog)) == 2
+
+
+GARBAGE: dict[str, tuple[int, bytes]] = {
+    "no JSON": (200, b"<html>"),
+    "no object": (200, b"[1]"),
+    "null": (200, b"null"),
+    "empty": (200, b"{}"),
+    "numbers": (200, b'{"newNonce": 5, "newAccount": [], "newOrder": {}}'),
+    "not found": (404, b"nothing"),
+    "an error": (500, b'{"type": "urn:ietf:params:acme:error:serverInternal", "detail": "a\\u001b[31m\\nb"}'),
+    "an odd error": (500, b'{"type": [], "detail": 3}'),
+    "redirects": (302, b""),
+    "an account": (200, b'{"newNonce": "/", "meta": {"externalAccountRequired": true}}'),
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+async def test_an_authority_that_talks_nonsense_costs_a_line(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    status, content = GARBAGE[kind]
+    fields = [(b"Location", b"/dir")] if status == 302 else []
+    async with RawOrigin(lambda *_: answer(_[2])) as origin:
+
+        async def answer(writer: asyncio.StreamWriter) -> None:
+            writer.write(response(content, status, fields))
+
+        acme = Acme(tmp_path, f"http://127.0.0.1:{origin.port}/dir", EMAIL, lambda: ["web.t.example.com"], never)
+        task = asyncio.ensure_future(acme.run())
+        line = await a_warning(caplog, "no certificate for web.t.example.com: ")
+        await pytunnel.end_tasks(task)
+    assert line.isprintable()
+    assert len(line) < 600
+    assert len(warnings_of(caplog)) == 1
+
+
+def never(host: str, path: Path) -> None:
+    raise AssertionError(f"a certificate for {host}")
+
+
+async def test_who_stops_does_not_wait_for_an_authority_that_hangs(tmp_path: Path) -> None:
+    hangs = asyncio.Event()
+    released = asyncio.Event()
+
+    async def hang(*_: object) -> None:
+        hangs.set()
+        await released.wait()
+
+    async with RawOrigin(hang) as origin:
+        acme = Acme(tmp_path, f"http://127.0.0.1:{origin.port}/dir", EMAIL, lambda: ["web.t.example.com"], never)
+        task = asyncio.ensure_future(acme.run())
+        await hangs.wait()
+        assert acme.pending("web.t.example.com")
+        async with asyncio.timeout(1):
+            await pytunnel.end_tasks(task)
+        saved = json.loads(acme._log_path.read_text())
+        assert saved == {"failed": {}, "issued": {}}  # to be stopped is no failure
+        released.set()
+
+
+async def test_an_authority_that_hangs_is_given_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytunnel, "ACME_TIMEOUT", 0.2)
+    released = asyncio.Event()
+
+    async def hang(*_: object) -> None:
+        await released.wait()
+
+    async with RawOrigin(hang) as origin:
+        acme = Acme(tmp_path, f"http://127.0.0.1:{origin.port}/dir", EMAIL, lambda: ["web.t.example.com"], never)
+        task = asyncio.ensure_future(acme.run())
+        await a_warning(caplog, "/dir does not answer; the next try is in ")
+        await pytunnel.end_tasks(task)
+        released.set()
+
+
+async def test_a_certificate_that_cannot_be_kept_is_no_reason_to_ask_again_at_once(
+    tmp_path: Path, authority: Authority, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytunnel, "ACME_BACKOFF", 60.0)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pytunnel, "write_private", full)
+    async with Wanting(tmp_path / "state", authority, "web.t.example.com").running():
+        await a_warning(caplog, "No space left on device")
+    assert authority.orders == 0  # what cannot be noted is not asked for
+
+
+async def test_what_is_damaged_or_over_is_told(tmp_path: Path, authority: Authority) -> None:
+    async with Wanting(tmp_path / "state", authority, "web.t.example.com").running() as wanting:
+        await wanting.certificate("web.t.example.com")
+    (path,) = wanting.state.glob("*/*.pem")
+    (path.parent / "broken.pem").write_text("not a certificate")
+    (path.parent / "broken.pem").chmod(0o600)
+    (path.parent / "other.example.com.pem").write_text(path.read_text())
+    (path.parent / "other.example.com.pem").chmod(0o600)
+    later = Wanting(tmp_path / "state", authority)
+    later.acme.load()
+    assert list(later.put) == ["web.t.example.com"]
+    assert sorted(file.name for file in path.parent.glob("*.pem")) == [path.name]
+    over = Wanting(tmp_path / "state", authority, clock=lambda: time.time() + 91 * 86400)
+    over.acme.load()
+    assert not over.put
+    assert not path.exists()
+    (path.parent / "orders.json").write_text("{}")
+    with pytest.raises(TunnelError, match=r"orders\.json is damaged; move it away"):
+        over.acme.load()
