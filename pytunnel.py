@@ -4541,6 +4541,11 @@ class TunnelRegistry:
             session.expiry.cancel()
         session.link.end(error)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the tunnels that there are now."""
+        return list(self._tunnels)
+
     def current(self, name: str) -> Registration | None:
         """Return the session that has a tunnel's name, wherever its client is."""
         return self._tunnels.get(name)
@@ -4645,7 +4650,8 @@ class Certificate(NamedTuple):
     """A certificate that is fit for visitors."""
 
     names: tuple[str, ...]  # DNS names that it is for, in lower case; `*.` may stand for a label
-    expires: float  # seconds since the epoch
+    begins: float  # seconds since the epoch
+    expires: float  # the same
     context: ssl.SSLContext
 
     @classmethod
@@ -4678,7 +4684,8 @@ class Certificate(NamedTuple):
         except OSError as error:
             raise TunnelError(f"cannot read {error.filename}: {(error.strerror or str(error)).lower()}") from None
         names = tuple(str(name).lower() for kind, name in said.get("subjectAltName", ()) if kind == "DNS")
-        return cls(names, ssl.cert_time_to_seconds(said["notAfter"]), context)
+        begins, expires = (ssl.cert_time_to_seconds(said[end]) for end in ("notBefore", "notAfter"))
+        return cls(names, begins, expires, context)
 
 
 def _introduce(context: ssl.SSLContext, leaf: str) -> Any:
@@ -5026,85 +5033,81 @@ async def in_thread(work: Callable[[], _T]) -> _T:
 
 
 class Acme:
-    """Obtains certificates, and renews them.
-
-    `hosts` returns what is wanted now, the most urgent first; `put` is called for each certificate that there is, with
-    a file of the private key and the chain, at first from `load`.
-    """
+    """Obtains the certificates that a server wants, renews them, and keeps them in a directory."""
 
     def __init__(
-        self,
-        directory: Path,
-        url: str,
-        email: str,
-        hosts: Callable[[], Iterable[str]],
-        put: Callable[[str, Path], None],
-        clock: Callable[[], float] = time.time,
+        self, certificates: Certificates, state: Path, email: str, url: str, clock: Callable[[], float] = time.time
     ) -> None:
+        """`url` is an authority's directory. Raises TunnelError when certbot's library is missing."""
         try:
             import acme.client  # noqa: F401
             import cryptography  # noqa: F401
         except ImportError:
             raise TunnelError("--acme needs certbot's library; run: pip install 'pytunnel[acme]'") from None
-        self._directory = directory / re.sub(r"[^A-Za-z0-9.-]+", "_", url.partition("://")[2])  # each has its own
-        self._log_path = self._directory / "orders.json"
-        self._url, self._email, self._hosts, self._put, self._clock = url, email, hosts, put, clock
+        self._directory = state / "acme" / re.sub(r"[^A-Za-z0-9.-]+", "_", url.partition("://")[2])  # one for each
+        self._certificates, self._email, self._url, self._clock = certificates, email, url, clock
+        self._wanted: Callable[[], Iterable[str]] = list
         self._challenges: dict[str, bytes] = {}  # path -> what the authority wants to see there
-        self._renewals: dict[str, float] = {}  # host that has a certificate -> when it is to be renewed
+        self._renewals: dict[str, float] = {}  # host that has a certificate from here -> when it is to be renewed
         self._failed: dict[str, tuple[int, float]] = {}  # host -> how often in a row, and when it is tried again
         self._issued: dict[str, float] = {}  # host -> when its first certificate came, of the last week
+        self._expected: dict[str, contextlib.ExitStack] = {}  # hosts whose visitors wait for a first certificate
         self._ordering = ""  # the host whose order is under way
         self._full = False  # the week's certificates are used up
-        self._woken, self._settled = asyncio.Event(), asyncio.Event()
+        self._woken = asyncio.Event()
+        self._running: asyncio.Future[None] | None = None
 
     def load(self) -> None:
-        """Put the certificates that are kept; what is no use any more is removed. Raises TunnelError."""
+        """Use the certificates that are kept; what is no use any more is removed. Raises TunnelError."""
+        path = self._directory / "orders.json"
         try:
-            saved = parse_object(read_private(self._log_path))
+            saved = parse_object(read_private(path))
             self._failed = {str(host): (int(count), float(until)) for host, (count, until) in saved["failed"].items()}
             self._issued = {str(host): float(when) for host, when in saved["issued"].items()}
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise TunnelError(f"{self._log_path} is damaged; move it away") from None
+            raise TunnelError(f"{path} is damaged; move it away") from None
         for path in self._directory.glob("*.pem"):
-            host = path.stem
             try:
-                renewal = self._check(host, read_private(path))
-                self._put(host, path)
-                self._renewals[host] = renewal
-            except ValueError as error:
-                log.info("%s is removed: %s", path, escape(str(error)))
+                self._use(path.stem, path)
+            except TunnelError as error:
+                log.info("%s is removed: %s", path.name, escape(str(error), 400))
                 with contextlib.suppress(OSError):
                     path.unlink()
-            except (OSError, TunnelError) as error:
-                log.warning("%s is not used: %s", path, escape(str(error)))
+
+    def start(self, wanted: Callable[[], Iterable[str]]) -> None:
+        """Order what is due, of the hosts that `wanted` returns whenever it is asked, until `close`."""
+        self._wanted = wanted
+        self.wake()
+        self._running = asyncio.ensure_future(self._run())
+
+    async def close(self) -> None:
+        """Stop at once, whatever an authority does."""
+        if self._running:
+            await end_tasks(self._running)
+        self._wanted = list
+        self._expect()
 
     def wake(self) -> None:
-        """Look at once at what is wanted: that has changed."""
+        """What is wanted has changed: visitors of a new host wait from now on, and it is ordered next."""
+        self._expect()
         self._woken.set()
 
-    def challenge(self, target: str) -> bytes | None:
+    def challenge(self, path: str) -> bytes | None:
         """Return the answer to an authority's look at us, None for any other request."""
-        return self._challenges.get(target)
+        return self._challenges.get(path)
 
-    def pending(self, host: str) -> bool:
-        """Whether a host's first certificate is about to come: not when it has to wait after a failure."""
-        if host in self._renewals:
-            return False
-        return host == self._ordering or (host in self._hosts() and self._due(host) <= self._clock())
+    def _hosts(self) -> list[str]:
+        """Return what is wanted, without the hosts that a certificate from elsewhere is for."""
+        return [host for host in self._wanted() if host in self._renewals or not self._certificates.find(host)]
 
-    async def wait(self, host: str) -> None:
-        """Wait while a host's first certificate is about to come."""
-        while self.pending(host):
-            await self._settled.wait()
-
-    async def run(self) -> None:
-        """Order what is due, for ever."""
+    async def _run(self) -> None:
         while True:
             self._woken.clear()
+            self._expect()
             dues = [(host, self._due(host)) for host in self._hosts()]
-            host, due = min(dues, key=lambda one: one[1], default=("", math.inf))
+            host, due = min(dues, key=lambda one: one[1], default=("", math.inf))  # the first of those that are equal
             if (left := due - self._clock()) <= 0:
                 await self._obtain(host)
             else:
@@ -5127,6 +5130,17 @@ class Acme:
         retry = self._failed[host][1] if host in self._failed else 0.0
         return max(due, retry if retry < now + 2 * ACME_BACKOFF_MAX else 0.0)  # else the clock was wrong then
 
+    def _expect(self) -> None:
+        """Let visitors wait for the hosts whose first certificate is about to come, and for no others."""
+        now = self._clock()
+        first = [host for host in self._hosts() if host not in self._renewals]
+        soon = {host for host in first if host == self._ordering or self._due(host) <= now}
+        for host in self._expected.keys() - soon:
+            self._expected.pop(host).close()
+        for host in soon - self._expected.keys():
+            self._expected[host] = contextlib.ExitStack()
+            self._expected[host].enter_context(self._certificates.expected(host))
+
     async def _obtain(self, host: str) -> None:
         before, is_new = self._failed.get(host), host not in self._renewals
         failures = before[0] + 1 if before else 1
@@ -5137,11 +5151,11 @@ class Acme:
             text = await in_thread(lambda: self._order(host))
             if is_new:
                 self._issued[host] = self._clock()
-            renewal = self._check(host, text)
             path = self._directory / f"{host}.pem"
-            write_private(path, text)
-            self._put(host, path)
-            self._renewals[host] = renewal
+            fresh = path.with_suffix(".new")
+            write_private(fresh, text)
+            self._use(host, fresh)
+            os.replace(fresh, path)
             self._put_off(host, 0)
         except asyncio.CancelledError:
             self._failed.pop(host)
@@ -5157,38 +5171,29 @@ class Acme:
             self._ordering = ""
             with contextlib.suppress(OSError):  # it could be written before
                 self._save()
-            self._settled.set()
-            self._settled = asyncio.Event()
 
     def _put_off(self, host: str, failures: int) -> float:
         """Return in how many seconds a host's order may be made again. After a success, too: it may be due at once."""
-        left = min(ACME_BACKOFF * 2 ** min(max(failures - 1, 0), 32), ACME_BACKOFF_MAX) * random.uniform(0.75, 1.25)
+        left = min(ACME_BACKOFF * 2.0 ** min(max(failures - 1, 0), 32), ACME_BACKOFF_MAX) * random.uniform(0.75, 1.25)
         self._failed[host] = failures, self._clock() + left
         return left
 
-    def _check(self, host: str, text: str) -> float:
-        """Return when a host's certificate is to be renewed. Raises ValueError when it is no good."""
-        from cryptography import x509
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-        certificate = x509.load_pem_x509_certificates(text.encode())[0]
-        if load_pem_private_key(text.encode(), None).public_key() != certificate.public_key():
-            raise ValueError("the certificate has another key")
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        if host not in names.get_values_for_type(x509.DNSName):
-            raise ValueError(f"the certificate is not for {host}")
-        begin: float = certificate.not_valid_before_utc.timestamp()
-        end: float = certificate.not_valid_after_utc.timestamp()
-        if end <= self._clock():
-            raise ValueError("the certificate has expired")
+    def _use(self, host: str, path: Path) -> None:
+        """Let visitors of a host see the certificate in a file. Raises TunnelError when it is no good."""
+        certificate = Certificate.load(path)
+        if host not in certificate.names:
+            raise TunnelError(f"the certificate is for {', '.join(certificate.names) or 'no host'}, not for {host}")
+        self._certificates.put(path)
+        end, life = certificate.expires, certificate.expires - certificate.begins
+        self._renewals[host] = end - life * RENEWAL_SHARE * random.uniform(1.0, 1.1)
         until = datetime.datetime.fromtimestamp(end).isoformat(" ", "minutes")
         log.info("the certificate for %s is good until %s", host, until)
-        return end - (end - begin) * RENEWAL_SHARE * random.uniform(1.0, 1.1)
 
     def _save(self) -> None:
         now = self._clock()
         self._failed = {host: one for host, one in self._failed.items() if one[1] > now - ACME_WEEK}
-        write_private(self._log_path, json.dumps({"failed": self._failed, "issued": self._issued}, indent=1))
+        text = json.dumps({"failed": self._failed, "issued": self._issued}, indent=1)
+        write_private(self._directory / "orders.json", text)
 
     # In the thread
 
@@ -5829,6 +5834,7 @@ class TunnelServer:
         listen: Sequence[tuple[str | None, int]] = ((None, DEFAULT_PORT),),
         domain: Origin | None = None,
         certificates: Certificates | None = None,
+        acme: Acme | None = None,
         hsts: float | None = None,
         trusted_proxies: Iterable[str] = (),
         grace: float = GRACE,
@@ -5846,6 +5852,7 @@ class TunnelServer:
         self.ports: list[int] = []  # the real ones, in this order
         self.certificates = certificates  # with any, even none yet, visitors and clients have to use TLS
         self._domain = domain._replace(scheme="https") if domain and certificates else domain
+        self._acme = acme  # which brings certificates; it takes a domain
         self._gate = Gate(
             each=max_each,
             total=max(1, min(MAX_VISITORS, file_limit() - RESERVED_FILES)),
@@ -5869,6 +5876,8 @@ class TunnelServer:
         self._stamp = self._tokens.stamp()
         self._read_tokens()
         self._http = _visitor_server(self._handle, self._gate)
+        if self._acme:
+            self._acme.load()
         self._listeners: list[asyncio.Server] = []
         for host, port in self._listen:
             try:
@@ -5884,6 +5893,8 @@ class TunnelServer:
             self._listeners.append(listener)
             self.ports.append(listener.sockets[0].getsockname()[1])
         self._watching = asyncio.ensure_future(self._watch())
+        if self._acme:
+            self._acme.start(self._secured_hosts)
 
     async def drain(self) -> None:
         """Take no new visitors or streams, send the clients away, and return when what runs has finished."""
@@ -5900,6 +5911,8 @@ class TunnelServer:
         """End everything that is left, at once."""
         self._stop_listening()
         await end_tasks(self._watching)
+        if self._acme:
+            await self._acme.close()
         for session in list(self._registry.sessions.values()):
             self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, "the server stops"))
             session.link.finish()
@@ -5909,6 +5922,11 @@ class TunnelServer:
     def port(self) -> int:
         """The first one it listens on."""
         return self.ports[0]
+
+    def _secured_hosts(self) -> list[str]:
+        """Return the hosts that need a certificate: our own, which clients dial, and those of the tunnels."""
+        assert self._domain
+        return [self._domain.zone, *(f"{name}.{self._domain.zone}" for name in self._registry.names)]
 
     def _stop_listening(self) -> None:
         for listener in self._listeners:
@@ -6032,7 +6050,11 @@ class TunnelServer:
             visitor.target, visitor.headers = target, hosts
         visitor.host = host = parse_host(host_field.decode("latin-1"))[0]
         name = self._registry.tunnel_name(host)
-        if self.certificates and self._must_redirect(visitor, name, host, target):
+        if self._acme and (answer := self._acme.challenge(target.decode("latin-1"))):
+            fields = [(b"Content-Type", b"application/octet-stream"), (b"Content-Length", b"%d" % len(answer))]
+            head = visitor.encoder.head(ResponseHead(200, b"OK", fields), _date())
+            visitor.write(head + visitor.encoder.data(answer))
+        elif self.certificates and self._must_redirect(visitor, name, host, target):
             self._redirect(visitor, host, target)
         elif name is not None:
             await self._forward(visitor, name, host_field)
@@ -6321,6 +6343,8 @@ class TunnelServer:
         self._registry.claim(key, names)
         session = Registration(key, names, state, access)
         self._registry.bind(session, previous)
+        if self._acme:
+            self._acme.wake()
         return session, 0
 
 
@@ -9728,7 +9752,8 @@ def _foreground_group() -> int:
 async def _serve(options: argparse.Namespace, console: Console) -> None:
     state = state_directory()
     raise_file_limit()
-    certificates = Certificates(_pairs(options.cert, options.key)) if options.cert or options.key else None
+    uses_tls = options.cert or options.key or options.acme
+    certificates = Certificates(_pairs(options.cert, options.key)) if uses_tls else None
     if options.hsts is not None and not certificates:
         raise UsageError("--hsts is about TLS; give a certificate with --cert, or let the front in front of it do that")
     default = [":80", ":443"] if certificates else [f":{DEFAULT_PORT}"]
@@ -9739,6 +9764,7 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
     else:
         kept.make_default()
     domain = Origin.from_url(parse_server(options.domain)) if options.domain else None
+    acme = _acme(options, certificates, state) if certificates else None
     try:
         server = TunnelServer(
             tokens=[given] if given else [],
@@ -9746,6 +9772,7 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
             listen=listen,
             domain=domain,
             certificates=certificates,
+            acme=acme,
             hsts=options.hsts,
             trusted_proxies=options.trusted_proxy,
             grace=options.grace,
@@ -9781,6 +9808,20 @@ def _pairs(certs: Sequence[str], keys: Sequence[str]) -> list[tuple[Path, Path |
         numbers = f"there are {len(certs)} of --cert and {len(keys)} of --key"
         raise UsageError(f"{numbers}; give a key for each, or none where each --cert file has its key, too")
     return [(Path(cert), Path(key) if key else None) for cert, key in itertools.zip_longest(certs, keys)]
+
+
+def _acme(options: argparse.Namespace, certificates: Certificates, state: Path) -> Acme | None:
+    """Return what --acme asks for. Raises UsageError."""
+    if not options.acme:
+        return None
+    if "@" not in options.acme:
+        raise UsageError(f"{escape(options.acme)!r} is no e-mail address: give yours, like --acme you@example.com")
+    if not options.acme_directory.startswith("https://"):
+        raise UsageError(f"{escape(options.acme_directory)!r} is no authority's directory: its URL begins with https://")
+    if not options.domain:
+        advice = "or the address of this host, which then gets names from sslip.io"
+        raise UsageError(f"--acme needs to know for what: add --domain with your domain, {advice}")
+    return Acme(certificates, state, options.acme, options.acme_directory)
 
 
 def _invitation(host: str | None, server: TunnelServer, domain: Origin | None, token: str, kept: Path) -> str:
@@ -10335,6 +10376,10 @@ def _parser() -> CommandParser:
     serve.add_argument("--key", action="append", default=[], metavar="FILE", help=what)
     what = "tell browsers to use https only, for a year or =S"
     serve.add_argument("--hsts", type=seconds, metavar="S", nargs="?", const=HSTS_AGE, help=what)
+    what = "get certificates, with this address in the account; needs --domain"
+    serve.add_argument("--acme", type=filled, metavar="EMAIL", help=what)
+    what = "of another authority than Let's Encrypt, or of its staging"
+    serve.add_argument("--acme-directory", default=LETS_ENCRYPT, metavar="URL", help=what)
     serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
     for flag, default, what in (
         ("--grace", GRACE, f"sessions outlive links by {GRACE:g} s"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import functools
 import json
 import logging
@@ -18,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from support import Process, RawOrigin, RawRequest, eventually, free_port, response
 
 import pytunnel
-from pytunnel import Acme, TunnelError
+from pytunnel import Acme, Certificates, TunnelError
 
 EMAIL = "you@example.com"
 SECONDS = 30.0  # for one order: the library looks once a second whether there is something new
@@ -108,18 +112,14 @@ async def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
 
 
 class Wanting:
-    """An Acme, what it is to get, and what it has put."""
+    """An Acme, what it is to get, and who answers the authority."""
 
     def __init__(self, state: Path, authority: Authority, *hosts: str, **options: Any) -> None:
-        self.state = state
-        self.hosts, self.put = list(hosts), dict[str, list[str]]()
-        self.acme = Acme(state, authority.url, EMAIL, lambda: self.hosts, self._take, **options)
+        self.hosts, self.state, self.certificates = list(hosts), state, Certificates()
+        self.acme = Acme(self.certificates, state, EMAIL, authority.url, **options)
         self.challenges: list[str] = []  # what the authority has asked for
-        self._port, self.answers = authority.http_port, True
-
-    def _take(self, host: str, path: Path) -> None:
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        self.put.setdefault(host, []).append(path.read_text())
+        self.answers = True
+        self._port = authority.http_port
 
     async def _answer(self, seen: RawRequest, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         target = seen.target.decode()
@@ -131,21 +131,31 @@ class Wanting:
     async def running(self) -> AsyncIterator[Wanting]:
         self.acme.load()
         async with RawOrigin(self._answer, port=self._port):
-            task = asyncio.ensure_future(self.acme.run())
+            self.acme.start(lambda: self.hosts)
             try:
                 yield self
             finally:
-                await pytunnel.end_tasks(task)
+                await self.acme.close()
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The certificates that are kept, by host."""
+        return {path.stem: path.read_text() for path in self.state.glob("acme/*/*.pem")}
 
     def failures(self, host: str) -> int:
         """How often in a row the file says that orders for a host have failed, or are under way."""
-        (path,) = self.state.glob("*/orders.json")
+        (path,) = self.state.glob("acme/*/orders.json")
         count: int = json.loads(path.read_text())["failed"][host][0]
         return count
 
-    async def certificate(self, host: str, number: int = 1) -> str:
-        await eventually(lambda: len(self.put.get(host, [])) >= number, SECONDS, f"certificate {number} for {host}")
-        return self.put[host][number - 1]
+    async def certificate(self, host: str, not_this: str = "") -> str:
+        """The file of a certificate for a host, once it is used."""
+
+        def used() -> bool:
+            return self.certificates.find(host) is not None and self.files.get(host, not_this) != not_this
+
+        await eventually(used, SECONDS, f"a certificate for {host}")
+        return self.files[host]
 
 
 def openssl(*words: str | Path, text: str = "") -> str:
@@ -170,7 +180,7 @@ async def test_a_certificate_is_issued_and_good_by_openssl(tmp_path: Path, autho
     async with Wanting(tmp_path / "state", authority, "web.t.example.com").running() as wanting:
         text = await wanting.certificate("web.t.example.com")
         root = await authority.root(tmp_path / "root.pem")
-    (path,) = (tmp_path / "state").glob("*/*.pem")
+    (path,) = (tmp_path / "state").glob("acme/*/*.pem")
     assert path.name == "web.t.example.com.pem"
     assert path.read_text() == text
     verify = ("verify", "-CAfile", root, "-untrusted", path, "-verify_hostname", "web.t.example.com", path)
@@ -211,10 +221,10 @@ async def test_what_is_kept_is_used_and_nothing_is_ordered_again(tmp_path: Path,
         text = await wanting.certificate("web.t.example.com")
     orders = authority.orders
     async with Wanting(tmp_path / "state", authority, "web.t.example.com", "x.t.example.com").running() as again:
-        assert again.put == {"web.t.example.com": [text]}
+        assert again.certificates.names == ["web.t.example.com"]
         await again.certificate("x.t.example.com")
-    assert authority.orders == orders + len(again.put) - 1
-    assert again.put["web.t.example.com"] == [text]
+        assert again.files["web.t.example.com"] == text
+    assert orders < authority.orders < orders + 4  # more than one where a nonce was refused
 
 
 async def test_a_certificate_is_renewed_when_a_third_of_its_time_is_left(tmp_path: Path, authority: Authority) -> None:
@@ -226,7 +236,7 @@ async def test_a_certificate_is_renewed_when_a_third_of_its_time_is_left(tmp_pat
         assert 90 * (1 - 1.1 / 3) - 0.1 < days < 90 * 2 / 3 + 0.1
         late = 61 * 86400
         wanting.acme.wake()
-        second = await wanting.certificate("web.t.example.com", 2)
+        second = await wanting.certificate("web.t.example.com", first)
     assert openssl("x509", "-noout", "-serial", text=first) != openssl("x509", "-noout", "-serial", text=second)
     assert len(wanting.acme._issued) <= 1  # a renewal is none of the week's new ones
 
@@ -236,11 +246,11 @@ async def test_authorities_of_short_certificates_are_not_asked_all_the_time(
 ) -> None:
     """The clock is wrong, so that what comes is due at once."""
     async with Wanting(tmp_path / "state", authority, "web.t.example.com").running() as wanting:
-        await wanting.certificate("web.t.example.com")
+        first = await wanting.certificate("web.t.example.com")
     monkeypatch.setattr(pytunnel, "ACME_BACKOFF", 100.0)
     late = Wanting(tmp_path / "state", authority, "web.t.example.com", clock=lambda: time.time() + 80 * 86400)
     async with late.running():
-        await late.certificate("web.t.example.com", 2)
+        await late.certificate("web.t.example.com", first)
         assert 75 <= late.acme._due("web.t.example.com") - late.acme._clock() <= 125
 
 
@@ -257,7 +267,7 @@ async def test_a_challenge_that_fails_is_told_and_tried_again(
         assert line.startswith("no certificate for web.t.example.com: https://127.0.0.1:")
         assert "the next try is in 0 s" in line
         assert "\n" not in line
-        assert not wanting.put
+        assert not wanting.files
         wanting.answers = True
         await wanting.certificate("web.t.example.com")
     assert wanting.failures("web.t.example.com") == 0
@@ -271,18 +281,16 @@ async def test_an_authority_that_is_down_is_tried_again_and_the_old_certificate_
     late = 0.0
     wanting = Wanting(tmp_path / "state", authority, "web.t.example.com", clock=lambda: time.time() + late)
     async with wanting.running():
-        text = await wanting.certificate("web.t.example.com")
+        first = await wanting.certificate("web.t.example.com")
         await authority.stop()
         late = 61 * 86400
         wanting.acme.wake()
         assert "dir cannot be reached: Connection refused" in await a_warning(caplog, "cannot be reached")
         await eventually(lambda: wanting.failures("web.t.example.com") >= 3, what="tries")
-        assert wanting.put["web.t.example.com"] == [text]
-        assert not wanting.acme.pending("web.t.example.com")  # it has one
-        (path,) = wanting.state.glob("*/*.pem")
-        assert path.read_text() == text
+        assert wanting.files == {"web.t.example.com": first}
+        assert wanting.certificates.context("web.t.example.com")
         await authority.start()
-        await wanting.certificate("web.t.example.com", 2)
+        await wanting.certificate("web.t.example.com", first)
 
 
 async def test_an_order_that_is_refused_is_told_and_others_go_on(
@@ -292,27 +300,27 @@ async def test_an_order_that_is_refused_is_told_and_others_go_on(
         await wanting.certificate("web.t.example.com")
         line = await a_warning(caplog, "no certificate for blocked.example.com")
         assert "dir says: Order included an identifier for which issuance is forbidden by policy" in line
-        assert list(wanting.put) == ["web.t.example.com"]
+        assert list(wanting.files) == ["web.t.example.com"]
 
 
 @pytest.mark.parametrize("before", range(0, 13, 3))
 async def test_waits_double_and_outlive_the_server(
     tmp_path: Path, before: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host, directory = "web.t.example.com", tmp_path / "127.0.0.1_1_dir"
+    host, directory = "web.t.example.com", tmp_path / "acme" / "127.0.0.1_1_dir"
 
     def acme() -> Acme:
-        made = Acme(tmp_path, "http://127.0.0.1:1/dir", EMAIL, lambda: [host], never)
+        made = Acme(Certificates(), tmp_path, EMAIL, "http://127.0.0.1:1/dir")
         made.load()
         return made
 
     pytunnel.write_private(directory / "orders.json", json.dumps({"failed": {host: [before, 0.0]}, "issued": {}}))
     one = acme()
-    assert one.pending(host)
-    task = asyncio.ensure_future(one.run())
+    one.start(lambda: [host])
+    assert one._certificates.awaited(host)
     await a_warning(caplog, "no certificate for web.t.example.com: http://127.0.0.1:1/dir cannot be reached")
-    assert not one.pending(host)
-    await pytunnel.end_tasks(task)
+    await eventually(lambda: not one._certificates.awaited(host), what="nobody waits")
+    await one.close()
     left = one._due(host) - time.time()
     assert 0.74 <= left / min(60 * 2**before, 86400) <= 1.25
     assert acme()._failed == {host: (before + 1, one._due(host))}
@@ -328,7 +336,7 @@ async def test_a_week_has_so_many_new_certificates(
         await wanting.certificate(hosts[0])
         line = await a_warning(caplog, "no more new certificates until")
         assert "1 came within a week (two.t.example.com)" in line
-        assert not wanting.acme.pending(hosts[1])
+        assert not wanting.certificates.awaited(hosts[1])
     again = Wanting(tmp_path / "state", authority, *hosts, clock=lambda: time.time() + late)
     async with again.running():
         await again.certificate(hosts[0])
@@ -365,17 +373,13 @@ async def test_an_authority_that_talks_nonsense_costs_a_line(
         async def answer(writer: asyncio.StreamWriter) -> None:
             writer.write(response(content, status, fields))
 
-        acme = Acme(tmp_path, f"http://127.0.0.1:{origin.port}/dir", EMAIL, lambda: ["web.t.example.com"], never)
-        task = asyncio.ensure_future(acme.run())
+        acme = Acme(Certificates(), tmp_path, EMAIL, f"http://127.0.0.1:{origin.port}/dir")
+        acme.start(lambda: ["web.t.example.com"])
         line = await a_warning(caplog, "no certificate for web.t.example.com: ")
-        await pytunnel.end_tasks(task)
+        await acme.close()
     assert line.isprintable()
     assert len(line) < 600
     assert len(warnings_of(caplog)) == 1
-
-
-def never(host: str, path: Path) -> None:
-    raise AssertionError(f"a certificate for {host}")
 
 
 async def test_who_stops_does_not_wait_for_an_authority_that_hangs(tmp_path: Path) -> None:
@@ -387,13 +391,15 @@ async def test_who_stops_does_not_wait_for_an_authority_that_hangs(tmp_path: Pat
         await released.wait()
 
     async with RawOrigin(hang) as origin:
-        acme = Acme(tmp_path, f"http://127.0.0.1:{origin.port}/dir", EMAIL, lambda: ["web.t.example.com"], never)
-        task = asyncio.ensure_future(acme.run())
+        acme = Acme(Certificates(), tmp_path, EMAIL, f"http://127.0.0.1:{origin.port}/dir")
+        acme.start(lambda: ["web.t.example.com"])
         await hangs.wait()
-        assert acme.pending("web.t.example.com")
+        assert (awaited := acme._certificates.awaited("web.t.example.com"))
         async with asyncio.timeout(1):
-            await pytunnel.end_tasks(task)
-        saved = json.loads(acme._log_path.read_text())
+            await acme.close()
+        assert awaited.done()
+        path = tmp_path / "acme" / f"127.0.0.1_{origin.port}_dir" / "orders.json"
+        saved = json.loads(path.read_text())
         assert saved == {"failed": {}, "issued": {}}  # to be stopped is no failure
         released.set()
 
@@ -408,10 +414,10 @@ async def test_an_authority_that_hangs_is_given_up(
         await released.wait()
 
     async with RawOrigin(hang) as origin:
-        acme = Acme(tmp_path, f"http://127.0.0.1:{origin.port}/dir", EMAIL, lambda: ["web.t.example.com"], never)
-        task = asyncio.ensure_future(acme.run())
+        acme = Acme(Certificates(), tmp_path, EMAIL, f"http://127.0.0.1:{origin.port}/dir")
+        acme.start(lambda: ["web.t.example.com"])
         await a_warning(caplog, "/dir does not answer; the next try is in ")
-        await pytunnel.end_tasks(task)
+        await acme.close()
         released.set()
 
 
@@ -429,22 +435,29 @@ async def test_a_certificate_that_cannot_be_kept_is_no_reason_to_ask_again_at_on
     assert authority.orders == 0  # what cannot be noted is not asked for
 
 
-async def test_what_is_damaged_or_over_is_told(tmp_path: Path, authority: Authority) -> None:
+async def test_what_is_damaged_or_over_is_removed(tmp_path: Path, authority: Authority) -> None:
     async with Wanting(tmp_path / "state", authority, "web.t.example.com").running() as wanting:
-        await wanting.certificate("web.t.example.com")
-    (path,) = wanting.state.glob("*/*.pem")
-    (path.parent / "broken.pem").write_text("not a certificate")
-    (path.parent / "broken.pem").chmod(0o600)
-    (path.parent / "other.example.com.pem").write_text(path.read_text())
-    (path.parent / "other.example.com.pem").chmod(0o600)
+        text = await wanting.certificate("web.t.example.com")
+    (path,) = wanting.state.glob("acme/*/*.pem")
+    write(path.with_name("broken.pem"), "not a certificate")
+    write(path.with_name("other.example.com.pem"), text)
+    write(path.with_name("old.example.com.pem"), expired("old.example.com"))
     later = Wanting(tmp_path / "state", authority)
     later.acme.load()
-    assert list(later.put) == ["web.t.example.com"]
-    assert sorted(file.name for file in path.parent.glob("*.pem")) == [path.name]
-    over = Wanting(tmp_path / "state", authority, clock=lambda: time.time() + 91 * 86400)
-    over.acme.load()
-    assert not over.put
-    assert not path.exists()
-    (path.parent / "orders.json").write_text("{}")
+    assert later.certificates.names == ["web.t.example.com"]
+    assert later.files == {"web.t.example.com": text}
+    write(path.with_name("orders.json"), "{}").chmod(0o600)
     with pytest.raises(TunnelError, match=r"orders\.json is damaged; move it away"):
-        over.acme.load()
+        later.acme.load()
+
+
+def expired(host: str) -> str:
+    """A certificate of last year, with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
+    begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=365)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, begin, begin + datetime.timedelta(days=90))
+    certificate = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), False)
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    private = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
+    return (private + certificate.sign(key, hashes.SHA256()).public_bytes(pem)).decode()
