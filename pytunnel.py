@@ -9763,7 +9763,8 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
         check_token(given)
     else:
         kept.make_default()
-    domain = Origin.from_url(parse_server(options.domain)) if options.domain else None
+    scheme = "https://" * bool(certificates and options.domain and "://" not in options.domain)  # an address, too
+    domain = Origin.from_url(parse_server(scheme + options.domain)) if options.domain else None
     acme = _acme(options, certificates, state) if certificates else None
     try:
         server = TunnelServer(
@@ -10230,6 +10231,8 @@ EXAMPLES = {
   pytunnel serve --domain t.example.com    tunnels at NAME.t.example.com, whatever they dial
   pytunnel serve --cert fullchain.pem --key privkey.pem --domain t.example.com
                                            https on port 443, and from port 80 to there
+  pytunnel serve --domain t.example.com --acme you@example.com
+                                           https on ports 80 and 443, with certificates from Let's Encrypt
   pytunnel serve --listen 127.0.0.1:8080 --domain https://t.example.com --trusted-proxy 127.0.0.1
                                            behind Caddy or nginx on the same host
 """,

@@ -11,8 +11,10 @@ import datetime
 import functools
 import json
 import logging
+import signal
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,7 +24,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from support import Process, RawOrigin, RawRequest, eventually, free_port, response
+from support import PROGRAM, Process, RawOrigin, RawRequest, eventually, free_port, response, with_limits
 
 import pytunnel
 from pytunnel import Acme, Certificates, TunnelError
@@ -461,3 +463,145 @@ def expired(host: str) -> str:
     pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     private = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
     return (private + certificate.sign(key, hashes.SHA256()).public_bytes(pem)).decode()
+
+
+# ---------------------------------------------------------------------------------------- serve
+
+DOMAIN = "t.example.com"
+NAMES = "import socket; real = socket.getaddrinfo; "  # a client for which example.com is this host
+NAMES += "socket.getaddrinfo = lambda host, *rest, **named: "
+NAMES += "real('127.0.0.1' if str(host).endswith('.example.com') else host, *rest, **named); "
+PROXY = f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import pytunnel; sys.exit(pytunnel.main())"
+TOKEN = "0123456789abcdef0123"
+
+
+class Host:
+    """`pytunnel serve --acme` where pebble looks, the client of a tunnel, and visitors."""
+
+    def __init__(self, authority: Authority, directory: Path, domain: str = DOMAIN) -> None:
+        self.authority, self.port = authority, authority.http_port
+        self.home, self.root = directory / "server", directory / "root.pem"
+        self.home.mkdir(exist_ok=True)
+        self._domain = domain
+
+    async def serve(self, *more: str) -> Process:
+        words = ["--json", "--listen", f"127.0.0.1:{self.port}", "--domain", f"{self._domain}:{self.port}"]
+        words += ["--acme", EMAIL, "--acme-directory", self.authority.url, *more]
+        environment = {"SSL_CERT_FILE": str(self.authority.ca), "PYTUNNEL_TOKEN": TOKEN}
+        command = with_limits(ACME_BACKOFF=0.1)
+        server = await Process.start("serve", *words, env=environment, home=self.home, command=command)
+        await server.event("listening")
+        return server
+
+    async def connect(self, name: str, port: int) -> Process:
+        environment = {"SSL_CERT_FILE": str(self.root), "PYTUNNEL_TOKEN": TOKEN, "PYTUNNEL_LOOP": "asyncio"}
+        words = ["connect", str(port), "--name", name, "--server", f"https://{DOMAIN}:{self.port}", "--json"]
+        return await Process.start(*words, env=environment, command=[sys.executable, "-c", NAMES + PROXY])
+
+    async def curl(self, url: str, *words: str) -> tuple[int, str]:
+        """Exit status and output."""
+        host, port = url.split("/")[2].split(":")
+        where = ["--resolve", f"{host}:{port}:127.0.0.1", "--cacert", str(self.root), "--max-time", "30"]
+        async with await Process.start(command=["curl", "-sS", *where, *words, url]) as curl:
+            status = await curl.wait(40)
+        return status, "\n".join([*curl.stdout, *curl.stderr])
+
+    @property
+    def kept(self) -> set[str]:
+        return {path.stem for path in self.home.glob("state/acme/*/*.pem")}
+
+    async def wait_kept(self, *hosts: str) -> None:
+        await eventually(lambda: self.kept >= set(hosts), SECONDS, f"certificates for {hosts}")
+
+
+async def test_a_tunnel_has_https_when_its_client_is_there(tmp_path: Path, authority: Authority) -> None:
+    """From nothing, and no visitor sees an error: the first one waits for the certificate."""
+    host = Host(authority, tmp_path)
+    await authority.root(host.root)
+    async with RawOrigin(response(b"hello")) as origin, await host.serve() as server:
+        async with await host.connect("web", origin.port) as client:
+            event = await client.event("url", SECONDS)
+            assert event["url"] == f"https://web.{DOMAIN}:{host.port}"
+            assert await host.curl(event["url"]) == (0, "hello")
+            assert host.kept == {DOMAIN, f"web.{DOMAIN}"}
+            # What a stranger asks for
+            orders = authority.orders
+            for name in (f"evil.{DOMAIN}", "example.org", f"*.{DOMAIN}", "x" * 255, ""):
+                assert "unrecognized name" in await s_client(host.port, name)
+            _, said = await host.curl(f"http://evil.{DOMAIN}:{host.port}/.well-known/acme-challenge/x", "-D", "-")
+            assert said.startswith("HTTP/1.1 308 ")
+            assert await host.curl(event["url"]) == (0, "hello")
+            assert authority.orders == orders
+            assert host.kept == {DOMAIN, f"web.{DOMAIN}"}
+        server.send_signal(signal.SIGTERM)
+        assert await server.wait(5) == 0
+    verify = ("verify", "-CAfile", host.root, "-untrusted")
+    for path in host.home.glob("state/acme/*/*.pem"):
+        assert openssl(*verify, path, path).strip() == f"{path}: OK"
+
+
+async def s_client(port: int, name: str) -> str:
+    """What `openssl s_client` says who asks for a name, "" for none."""
+    words = ["-servername", name] if name else ["-noservername"]
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", *words]
+    async with await Process.start(command=command) as client:
+        await client.wait()
+        return client.output()
+
+
+async def test_a_server_that_starts_again_has_its_certificates_at_once(tmp_path: Path, authority: Authority) -> None:
+    host = Host(authority, tmp_path)
+    await authority.root(host.root)
+    async with await host.serve() as server:
+        await host.wait_kept(DOMAIN)
+        server.send_signal(signal.SIGTERM)
+        assert await server.wait(5) == 0
+    await authority.stop()
+    async with await host.serve():
+        status, said = await host.curl(f"https://{DOMAIN}:{host.port}/healthz")
+        assert (status, said) == (0, "ok")
+
+
+async def test_a_bare_address_gets_https_by_names_from_sslip(tmp_path: Path, authority: Authority) -> None:
+    host = Host(authority, tmp_path, "203.0.113.7")
+    await authority.root(host.root)
+    async with await host.serve():
+        await host.wait_kept("203-0-113-7.sslip.io")
+        assert await host.curl(f"https://203-0-113-7.sslip.io:{host.port}/healthz") == (0, "ok")
+
+
+async def test_a_server_stops_at_once_while_an_authority_hangs(tmp_path: Path) -> None:
+    async with RawOrigin(b"never: this does not speak TLS") as silent:
+        port = free_port()
+        words = ["--listen", f"127.0.0.1:{port}", "--domain", DOMAIN, "--acme", EMAIL]
+        directory = f"https://127.0.0.1:{silent.port}/dir"
+        async with await Process.start("serve", "--json", *words, "--acme-directory", directory) as server:
+            await server.event("listening")
+            await silent.wait_for(lambda: silent.connections, SECONDS, "a look at the directory")
+            began = time.monotonic()
+            server.send_signal(signal.SIGTERM)
+            assert await server.wait(5) == 0
+            assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--acme", EMAIL], "--acme needs to know for what: add --domain with your domain"),
+        (["--acme", "you", "--domain", DOMAIN], "'you' is no e-mail address"),
+        (["--acme", EMAIL, "--domain", DOMAIN, "--acme-directory", "x"], "'x' is no authority's directory"),
+    ],
+)
+async def test_what_is_missing_is_told_in_a_line(words: list[str], error: str) -> None:
+    async with await Process.start("serve", "--listen", "127.0.0.1:0", *words) as server:
+        assert await server.wait() == 2
+        (line,) = server.stderr
+        assert line.startswith(f"error: {error}")
+
+
+async def test_the_missing_extra_is_told_in_a_line() -> None:
+    command = [sys.executable, "-c", f"import sys; sys.modules['acme'] = None; {PROXY}"]
+    words = ["serve", "--listen", "127.0.0.1:0", "--acme", EMAIL, "--domain", DOMAIN]
+    async with await Process.start(*words, command=command) as server:
+        assert await server.wait() == 1
+        assert server.stderr == ["error: --acme needs certbot's library; run: pip install 'pytunnel[acme]'"]
