@@ -5060,6 +5060,9 @@ class Acme:
     def load(self) -> None:
         """Use the certificates that are kept; what is no use any more is removed. Raises TunnelError."""
         path = self._directory / "orders.json"
+        for directory in reversed(self._directory.parents[:2]):  # what `write_private` would make for everybody
+            with contextlib.suppress(OSError):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             saved = parse_object(read_private(path))
             self._failed = {str(host): (int(count), float(until)) for host, (count, until) in saved["failed"].items()}
@@ -5258,8 +5261,8 @@ class Acme:
 
         problem: Any = error
         if isinstance(error, errors.ValidationError):
-            found = [one.error for one in error.failed_authzrs[0].body.challenges if one.error]
-            problem = found[0] if found else error
+            failed = [one for authorization in error.failed_authzrs for one in authorization.body.challenges if one.error]
+            problem = failed[0].error if failed else error
         elif isinstance(error, errors.IssuanceError):
             problem = error.error
         if isinstance(problem, messages.Error):
