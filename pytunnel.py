@@ -5261,8 +5261,8 @@ class Acme:
 
         problem: Any = error
         if isinstance(error, errors.ValidationError):
-            failed = [one for authorization in error.failed_authzrs for one in authorization.body.challenges if one.error]
-            problem = failed[0].error if failed else error
+            looks = [look for authorization in error.failed_authzrs for look in authorization.body.challenges]
+            problem = next((look.error for look in looks if look.error), error)
         elif isinstance(error, errors.IssuanceError):
             problem = error.error
         if isinstance(problem, messages.Error):

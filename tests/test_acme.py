@@ -520,7 +520,7 @@ async def test_a_tunnel_has_https_when_its_client_is_there(tmp_path: Path, autho
     await authority.root(host.root)
     async with RawOrigin(response(b"hello")) as origin, await host.serve() as server:
         async with await host.connect("web", origin.port) as client:
-            event = await client.event("url", SECONDS)
+            event = await client.event("ready", SECONDS)
             assert event["url"] == f"https://web.{DOMAIN}:{host.port}"
             assert await host.curl(event["url"]) == (0, "hello")
             assert host.kept == {DOMAIN, f"web.{DOMAIN}"}
