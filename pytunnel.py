@@ -9788,7 +9788,7 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
     except ValueError as error:
         raise UsageError(f"--trusted-proxy: {error}; give an address or a network, like 10.0.0.0/8") from None
     await server.start()
-    if domain and certificates and not certificates.find(f"any.{domain.zone}"):
+    if domain and certificates and not acme and not certificates.find(f"any.{domain.zone}"):
         named = ", ".join(certificates.names) or "none"
         log.warning("no certificate is for *.%s: browsers warn of tunnels but of those named: %s", domain.zone, named)
     signals: asyncio.Queue[int] = asyncio.Queue()

@@ -167,7 +167,8 @@ def openssl(*words: str | Path, text: str = "") -> str:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    ours = [record for record in caplog.records if record.name == "pytunnel"]
+    return [record.getMessage() for record in ours if record.levelno >= logging.WARNING]
 
 
 async def a_warning(caplog: pytest.LogCaptureFixture, text: str, seconds: float = SECONDS) -> str:

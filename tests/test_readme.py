@@ -96,7 +96,7 @@ def test_there_are_command_lines() -> None:
     assert len(COMMANDS) >= 30
     assert [line for line in COMMANDS if " -- " in line]
     assert {line.split()[0] for line in COMMANDS} == set(PARSERS)
-    assert len(re.findall(r"^ExecStart=\S+/pytunnel serve ", README, re.MULTILINE)) == 2
+    assert len(re.findall(r"^ExecStart=\S+/pytunnel serve ", README, re.MULTILINE)) == 3
 
 
 def test_flags_are_the_programs() -> None:

@@ -867,7 +867,7 @@ HOOK = re.search(r"^```sh\n(#!/bin/sh\nset -eu\nstate=.*?)^```", README, re.MULT
 
 @pytest.mark.parametrize("command", EXEC)
 async def test_systemd_takes_the_unit(command: str, tmp_path: Path) -> None:
-    assert UNIT and len(EXEC) == 2
+    assert UNIT and len(EXEC) == 3
     text = UNIT[1].replace(EXEC[0], command).replace("/opt/pytunnel/venv/bin/pytunnel", "/bin/true")
     unit = tmp_path / "pytunnel.service"
     unit.write_text(text, encoding="utf-8")
