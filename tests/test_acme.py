@@ -212,6 +212,7 @@ async def test_two_names_at_once_are_ordered_one_after_the_other(
         await wanting.certificate("t.example.com")
         wanting.hosts += ["one.t.example.com", "two.t.example.com"]
         wanting.acme.wake()
+        assert all(map(wanting.certificates.awaited, wanting.hosts[1:]))  # also the one whose turn is later
         one, two = [await wanting.certificate(f"{name}.t.example.com") for name in ("one", "two")]
     assert most == 1
     assert "DNS:one.t.example.com\n" in openssl("x509", "-noout", "-ext", "subjectAltName", text=one)
@@ -225,6 +226,7 @@ async def test_what_is_kept_is_used_and_nothing_is_ordered_again(tmp_path: Path,
     orders = authority.orders
     async with Wanting(tmp_path / "state", authority, "web.t.example.com", "x.t.example.com").running() as again:
         assert again.certificates.names == ["web.t.example.com"]
+        assert again.acme._due("web.t.example.com") > time.time() + 50 * 86400
         await again.certificate("x.t.example.com")
         assert again.files["web.t.example.com"] == text
     assert orders < authority.orders < orders + 4  # more than one where a nonce was refused
