@@ -75,6 +75,8 @@ State
 Tokens
 Link
 Registry
+Certificates
+ACME
 Visitors
 Server
 Local service
@@ -255,9 +257,19 @@ BACKOFF_MAX = 30.0
 STABLE = 2.0  # seconds a link must hold before its loss is answered by a dial at once
 CLOCK_JUMP = 5.0  # seconds between the wall and the monotonic clock that mean this machine has slept
 
+ACME_TIMEOUT = 20.0  # seconds for an answer of a certificate authority
+ORDER_TIMEOUT = 90.0  # seconds for its look at us, and for the certificate after that
+ACME_BACKOFF = 60.0  # seconds until an order that has failed is tried again; doubled to
+ACME_BACKOFF_MAX = 86400.0  # at the most: Let's Encrypt bears 5 failures of a name at once, and 5 an hour after that
+ACME_WEEK = 7 * 86400.0  # seconds in which no more than
+MAX_NEW_HOSTS = 40  # hosts get their first certificate: Let's Encrypt allows 50 below a domain
+RENEWAL_SHARE = 1 / 3  # of a certificate's lifetime that is left when it is renewed
+ACME_TICK = 3600.0  # seconds at most between two looks at what is due, whatever a clock that is set does
+
 CHECK_TIMEOUT = 5.0  # seconds for each of doctor's checks
 MAX_SKEW = 60.0  # seconds between this machine's clock and the server's before doctor minds
-EXPIRES_SOON = 7 * 86400.0  # seconds that a certificate is still good for when doctor begins to mind
+EXPIRES_SOON = 7 * 86400.0  # seconds that a certificate is still good for when doctor and serve begin to mind
+REMIND = 86400.0  # seconds between two lines about that in serve's log
 
 MAX_LINES = 1000  # lines of output that wait for a slow reader
 GATHER = 0.02  # seconds in which lines of output wait for company, after the first
@@ -297,15 +309,21 @@ MAX_GUESSED = 256  # matters about which an address has been wrong lately, befor
 MAX_CALLER_LINES, CALLER_LINE_RATE = 1, 1.0  # lines in the log about an address at once, and a second after that
 MAX_BUFFERED = 256 * MiB  # bytes that all sessions of a server keep; at this bound no more requests are taken
 SHORT_OF_MEMORY = MAX_BUFFERED // 2  # bytes of these from which on no window is larger than at first
-TICK = 0.5  # seconds between two looks at that, at how late the event loop is, and at the files of tokens
+TICK = 0.5  # seconds between two looks at that, at how late the event loop is, and at files of tokens and certificates
 INSPECTOR_PORTS = 20  # ports from INSPECTOR_PORT on that are tried
 MAX_POLL = 25.0  # seconds the inspector's page waits for something new: below what browsers and proxies allow
+MAX_CLIENT_HELLO = 32 * KiB  # bytes of a TLS ClientHello with its framing; browsers send 2, post-quantum keys included
+MAX_HELLO_RECORDS = 16  # records that it may be cut into, as all are looked at again whenever more of it comes
+MAX_SECURED, SECURE_RATE = 500, 50.0  # TLS handshakes of an address at once, and a second after that: each takes up to
+# 2 ms, so that one address has a tenth of a core at the most
 MAX_HOSTS = 256  # Host fields whose reading is remembered; a browser sends the same one again and again
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
 
+HSTS_AGE = 365 * 86400.0  # seconds; what browsers ask of sites for their list of those that are https only
 DEFAULT_PORT = 8080
 INSPECTOR_PORT = 4040
 DEFAULT_PORTS = {"http": 80, "https": 443}  # of URLs that name none
+LETS_ENCRYPT = "https://acme-v02.api.letsencrypt.org/directory"
 LINK_PATH = "/_pytunnel/link"
 SUBPROTOCOL = "pytunnel.1"
 LABEL_PATTERN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,63}")  # of a token; a hyphen in front would be a flag
@@ -2062,8 +2080,10 @@ class ResponseParser:
 class ResponseEncoder:
     """Frames one response for a visitor: nothing that the client or the local service says can produce another one."""
 
-    def __init__(self, method: bytes, *, http11: bool, keep_alive: bool) -> None:
+    def __init__(self, method: bytes, *, http11: bool, keep_alive: bool, hsts: bytes = b"") -> None:
+        """`hsts` is the Strict-Transport-Security of a response that has none of its own."""
         self.keep_alive = keep_alive
+        self._hsts = hsts
         self.started = False  # the final head has been encoded
         self.until_close = False  # only the connection's end tells the visitor where the content ends
         self._method, self._http11 = method, http11
@@ -2100,6 +2120,8 @@ class ResponseEncoder:
             hop.append((b"Connection", b", ".join(options)))
         if head.status >= 200 and not field_values(head.headers, b"date"):
             hop.append((b"Date", date))  # RFC 9110 section 6.6.1
+        if self._hsts and not field_values(head.headers, b"strict-transport-security"):
+            hop.append((b"Strict-Transport-Security", self._hsts))
         self.started = True
         return _wire_head(status_line, [*head.headers, *hop])
 
@@ -2433,12 +2455,13 @@ class Allowance:
 class Caller:
     """An address from which visitors or clients call."""
 
-    __slots__ = ("_guesses", "aborts", "handshakes", "lines", "open", "proved", "unsaid")
+    __slots__ = ("_guesses", "aborts", "handshakes", "lines", "open", "proved", "secured", "unsaid")
 
     def __init__(self) -> None:
         self.open = 0  # connections; of a visitor behind a trusted proxy, requests
         self.handshakes = 0  # of these, links that have not shown their token yet
         self.aborts = Allowance(MAX_ABORTS, ABORT_RATE)  # requests that it did not wait for
+        self.secured = Allowance(MAX_SECURED, SECURE_RATE)  # TLS handshakes
         self.proved: set[str] = set()  # keys of the tokens that it has shown
         self._guesses: dict[str, Allowance] = {}
         self.lines = Allowance(MAX_CALLER_LINES, CALLER_LINE_RATE)  # in the log
@@ -2496,6 +2519,8 @@ METRICS = {  # name -> type, help
     "pytunnel_refusals_total": ("counter", "Requests and connections that got a page of our own, by X-Pytunnel-Error."),
     "pytunnel_aborts_total": ("counter", "Requests whose visitor went away."),
     "pytunnel_handshakes_total": ("counter", "Handshakes of clients by result."),
+    "pytunnel_tls_handshakes_total": ("counter", "TLS handshakes by result."),
+    "pytunnel_certificate_seconds": ("gauge", "Until the first certificate in use expires."),
     "pytunnel_resumes_total": ("counter", "Links that went on with a session."),
     "pytunnel_event_loop_lag_seconds": ("histogram", "How late the event loop ran what was due."),
     "process_open_fds": ("gauge", "File descriptors in use."),
@@ -4517,6 +4542,11 @@ class TunnelRegistry:
             session.expiry.cancel()
         session.link.end(error)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the tunnels that there are now."""
+        return list(self._tunnels)
+
     def current(self, name: str) -> Registration | None:
         """Return the session that has a tunnel's name, wherever its client is."""
         return self._tunnels.get(name)
@@ -4575,6 +4605,681 @@ class TunnelRegistry:
             if not self._unsaved:
                 log.warning("names are not kept, which goes on until they can be: %s", error)
             self._unsaved = True
+
+
+# ---- Certificates ---------------------------------------------------------------------------------------------------
+# Which certificate a visitor gets to see, and TLS between a connection and who speaks HTTP on it. Each listener takes
+# both TLS and plain connections: the first byte tells them apart. A certificate is used only after a handshake with
+# itself, which shows that its key fits, that it has not expired, and its names.
+
+_LEAF = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+
+
+def server_name(data: bytes) -> str | None:
+    """Return the name that a TLS ClientHello asks for, "" for none (RFC 8446 section 4.1.2, RFC 6066 section 3).
+
+    It is None as long as some of the message has to come. What is wrong with it is for OpenSSL to say.
+    """
+    message, at = b"", 0
+    for _ in range(MAX_HELLO_RECORDS):  # a message may be cut into records anywhere
+        kind, length = data[at : at + 2], int.from_bytes(data[at + 3 : at + 5])
+        message += data[at + 5 : at + 5 + length]
+        if not b"\x16\x03".startswith(kind) or length > 16 * KiB or not b"\1".startswith(message[:1]):
+            return ""
+        at += 5 + length
+        if len(message) >= 4 and len(message) >= (end := 4 + int.from_bytes(message[1:4])):
+            break
+        if len(data) <= at:
+            return None
+    else:
+        return ""
+    at = 4 + 2 + 32  # after version and random
+    for size in (1, 2, 1):  # session id, cipher suites, compression methods
+        at += size + int.from_bytes(message[at : at + size])
+    at += 2
+    while at < end:
+        extension, length = int.from_bytes(message[at : at + 2]), int.from_bytes(message[at + 2 : at + 4])
+        if extension == 0:
+            size = int.from_bytes(message[at + 7 : at + 9])
+            name = message[at + 9 : at + 9 + size].decode("ascii", "replace")
+            return name.lower().removesuffix(".") if name.isascii() and name.isprintable() else ""
+        at += 4 + length
+    return ""
+
+
+class Certificate(NamedTuple):
+    """A certificate that is fit for visitors."""
+
+    names: tuple[str, ...]  # DNS names that it is for, in lower case; `*.` may stand for a label
+    begins: float  # seconds since the epoch
+    expires: float  # the same
+    context: ssl.SSLContext
+
+    @classmethod
+    def load(cls, chain: Path, key: Path | None = None) -> Certificate:
+        """Read PEM files: certificate with chain, and its key, which may stand in the same file. Raises TunnelError."""
+        key = key or chain
+
+        def password() -> str:
+            raise TunnelError(f"{key} is encrypted; write it without a passphrase: openssl pkey -in {key} -out FILE")
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2")  # of TLS 1.2; those of 1.3 are all modern
+        context.set_alpn_protocols(["http/1.1"])
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        try:
+            leaf = _LEAF.search(chain.read_text("latin-1"))
+            key.read_bytes()  # so that the error tells which of them cannot be read
+            if not leaf:
+                raise TunnelError(f"{chain} holds no certificate; give a PEM file that begins with the server's own")
+            context.load_cert_chain(chain, key, password)
+            said = _introduce(context, leaf[0])
+        except ssl.SSLCertVerificationError as error:
+            raise TunnelError(f"{chain} is not good: {error.verify_message}; renew it") from None
+        except ssl.SSLError as error:
+            if error.reason == "KEY_VALUES_MISMATCH":
+                raise TunnelError(f"the key in {key} is not that of the certificate in {chain}") from None
+            reason = (error.reason or "not PEM").lower().replace("_", " ")
+            raise TunnelError(f"{chain} with the key in {key} cannot be used: {reason}") from None
+        except OSError as error:
+            raise TunnelError(f"cannot read {error.filename}: {(error.strerror or str(error)).lower()}") from None
+        names = tuple(str(name).lower() for kind, name in said.get("subjectAltName", ()) if kind == "DNS")
+        begins, expires = (ssl.cert_time_to_seconds(said[end]) for end in ("notBefore", "notAfter"))
+        return cls(names, begins, expires, context)
+
+
+def _introduce(context: ssl.SSLContext, leaf: str) -> Any:
+    """Return what a server's certificate says to a client that trusts this one only. Raises ssl.SSLError."""
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    client.load_verify_locations(cadata=leaf)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    visitor, server = client.wrap_bio(back, there), context.wrap_bio(there, back, server_side=True)
+    for end in (visitor, server, visitor, server):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    return visitor.getpeercert()
+
+
+class Certificates:
+    """The certificates of a server by name: of given pairs of files, and those that are put here meanwhile."""
+
+    def __init__(self, pairs: Iterable[tuple[Path, Path | None]] = ()) -> None:
+        """Read the pairs: certificate with chain, and its key. Raises TunnelError."""
+        self._pairs = list(pairs)
+        self._stamps = [self._stamp(pair) for pair in self._pairs]
+        self._given = [Certificate.load(*pair) for pair in self._pairs]
+        self._problems: list[tuple[str, int]] = [("", 0)] * len(self._pairs)  # and how often it was seen
+        self._remind_at = 0.0  # seconds since the epoch
+        self._obtained: dict[str, Certificate] = {}
+        self._expected: dict[str, asyncio.Future[None]] = {}
+        self._index()
+
+    @property
+    def names(self) -> list[str]:
+        """All names that there is a certificate for, those of the first pair first."""
+        return list(dict.fromkeys(name for certificate in self._all() for name in certificate.names))
+
+    @property
+    def expires(self) -> float:
+        """When the first of them expires, in seconds since the epoch."""
+        return min((certificate.expires for certificate in self._all()), default=math.inf)
+
+    def find(self, name: str) -> Certificate | None:
+        """Return the certificate for a name, without the one that stands in where there is none."""
+        return self._by_name.get(name) or self._by_name.get("*." + name.partition(".")[2])
+
+    def context(self, name: str) -> ssl.SSLContext | None:
+        """Return what a visitor gets who asks for this name, "" for none; None is a refusal."""
+        certificate = self.find(name) or next(iter(self._given), None)
+        return certificate.context if certificate else None
+
+    def put(self, chain: Path, key: Path | None = None) -> Certificate:
+        """Add a certificate, or replace the one for the same names, from now on. Raises TunnelError."""
+        certificate = Certificate.load(chain, key)
+        self._obtained.update(dict.fromkeys(certificate.names, certificate))
+        self._index()
+        return certificate
+
+    @contextlib.contextmanager
+    def expected(self, name: str) -> Iterator[None]:
+        """While the context lasts, visitors who ask for a name without a certificate wait: its first is on the way."""
+        done = self._expected.setdefault(name, asyncio.get_running_loop().create_future())
+        try:
+            yield
+        finally:
+            if self._expected.pop(name, None):
+                done.set_result(None)
+
+    def awaited(self, name: str) -> asyncio.Future[None] | None:
+        """Return what is done when it is no use any more to wait for a name's certificate."""
+        return None if self.find(name) else self._expected.get(name)
+
+    def reload(self) -> None:
+        """Read again what has changed; of what is no good now the old one stays in use, which is told once.
+
+        Call it often. It tells as well what expires soon.
+        """
+        for number, pair in enumerate(self._pairs):
+            if (stamp := self._stamp(pair)) == self._stamps[number]:
+                continue
+            try:
+                self._given[number] = certificate = Certificate.load(*pair)
+            except TunnelError as error:  # maybe half of a pair was replaced so far; then it is well the next time
+                before, times = self._problems[number]
+                times = times + 1 if str(error) == before else 1
+                self._problems[number] = str(error), times
+                if times == 2:
+                    log.warning("the certificate of %s stays as it was: %s", pair[0], escape(str(error), 400))
+                continue
+            self._stamps[number], self._problems[number] = stamp, ("", 0)
+            self._index()
+            log.info("the certificate of %s is new (%s)", pair[0], escape(", ".join(certificate.names)))
+        if (now := time.time()) >= self._remind_at:
+            self._remind_at = now + REMIND
+            for pair, certificate in zip(self._pairs, self._given, strict=True):
+                if (left := certificate.expires - now) < EXPIRES_SOON:
+                    ends = f"expires in {left / 86400:.1f} days" if left > 0 else "has expired"
+                    log.warning("the certificate of %s %s; renew it, and it is taken as it is then", pair[0], ends)
+
+    def _all(self) -> list[Certificate]:
+        return [*self._given, *self._obtained.values()]
+
+    def _index(self) -> None:
+        self._by_name = {name: certificate for certificate in reversed(self._all()) for name in certificate.names}
+
+    @staticmethod
+    def _stamp(pair: tuple[Path, Path | None]) -> list[object]:
+        stamps: list[object] = []
+        for path in filter(None, pair):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                stamps.append((path, status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode))
+        return stamps
+
+
+class SecureTransport(asyncio.Transport, asyncio.Protocol):
+    """A connection on which a visitor speaks TLS or not: a protocol to the event loop, a transport to who speaks HTTP.
+
+    asyncio's own would keep 256 KiB for each connection, does not know what has not been sent, and half-closes nothing.
+    """
+
+    def __init__(self, protocol: Any, certificates: Certificates, metrics: Metrics) -> None:
+        super().__init__()
+        self._protocol, self._certificates, self._metrics = protocol, certificates, metrics
+        self._hello = b""  # what came before it was clear who is to read it
+        self._plain = False
+        self._tls: ssl.SSLObject | None = None
+        self._secure = False  # the handshake is over
+        self._early = b""  # an answer to who has not said anything
+        self._eof = False
+
+    # The event loop's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._raw = cast(asyncio.Transport, transport)
+        self._protocol.connection_made(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._tls:
+            self._incoming.write(data)
+            return self._read() if self._secure else self._shake()
+        self._hello += data
+        if self._hello[0] == 0x16:  # the type of a record with a handshake message, and no letter
+            self._begin()
+        else:
+            self._plain = True
+            self._raw.set_protocol(self._protocol)  # it reads for itself from now on
+            if self._early:
+                self._raw.write(self._early)
+            if self._eof:
+                self._raw.write_eof()
+            self._protocol.data_received(self._hello)
+
+    def eof_received(self) -> bool | None:
+        keep: bool | None = self._protocol.eof_received()
+        return keep and not self._tls
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._protocol.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+
+    def _begin(self) -> None:
+        name = server_name(self._hello)
+        if self._early or len(self._hello) > MAX_CLIENT_HELLO:
+            return self._raw.abort()  # a handshake only to refuse it would be too dear
+        if name is None:
+            return
+        if awaited := self._certificates.awaited(name):
+            self._raw.pause_reading()
+            self._protocol.expect_head(HOLD)
+            awaited.add_done_callback(lambda _: self._go_on(name))
+        elif not self._protocol.may_secure():
+            self._raw.abort()
+        elif context := self._certificates.context(name):
+            self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+            self._incoming.write(self._hello)
+            self._shake()
+        else:
+            self._fail("unknown-name", b"\x15\x03\x03\x00\x02\x02\x70")  # unrecognized_name (RFC 6066 section 3)
+
+    def _go_on(self, name: str) -> None:
+        if not self._tls and not self._raw.is_closing():
+            self._raw.resume_reading()
+            self._protocol.expect_head(HEAD_TIMEOUT)
+            self._begin()
+
+    def _shake(self) -> None:
+        assert self._tls
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return self._flush()
+        except ssl.SSLError as error:
+            peer = (self._raw.get_extra_info("peername") or ("",))[0]
+            log.debug("a TLS handshake with %s failed: %s", peer, error.reason)
+            return self._fail("failed", self._outgoing.read())
+        self._hello, self._secure = b"", True
+        self._metrics['pytunnel_tls_handshakes_total{result="done"}'] += 1
+        self._flush()
+        self._read()
+
+    def _fail(self, result: str, alert: bytes) -> None:
+        self._metrics[f'pytunnel_tls_handshakes_total{{result="{result}"}}'] += 1
+        if alert:
+            self._raw.write(alert)
+        self._raw.close()
+
+    def _read(self) -> None:
+        """Hand everything on that has come: never more than the event loop reads at a time."""
+        assert self._tls
+        parts, ended, broken = [], False, False
+        try:
+            while not ended:
+                parts.append(self._tls.read(16 * KiB))
+                ended = not parts[-1]
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError:
+            broken = True
+        self._flush()
+        if data := b"".join(parts):
+            self._deliver(data)
+        if broken and not self._raw.is_closing():
+            self._raw.abort()
+        elif ended and not self._raw.is_closing() and not self._protocol.eof_received():
+            self.close()
+
+    def _deliver(self, data: bytes) -> None:
+        protocol = self._protocol
+        if not isinstance(protocol, asyncio.BufferedProtocol):
+            protocol.data_received(data)
+            return
+        rest = memoryview(data)
+        while rest:
+            buffer = memoryview(protocol.get_buffer(len(rest)))
+            size = min(len(rest), len(buffer))
+            buffer[:size] = rest[:size]
+            protocol.buffer_updated(size)
+            rest = rest[size:]
+
+    def _flush(self) -> None:
+        if (data := self._outgoing.read()) and not self._raw.is_closing():
+            self._raw.write(data)
+
+    # The protocol's side
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        if name == "sslcontext":
+            return self._tls.context if self._tls else default
+        return self._raw.get_extra_info(name, default)
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._protocol = protocol
+        if self._plain:
+            self._raw.set_protocol(protocol)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return cast(asyncio.BaseProtocol, self._protocol)
+
+    def is_closing(self) -> bool:
+        return self._raw.is_closing()
+
+    def close(self) -> None:
+        self._say_goodbye()
+        self._raw.close()
+
+    def abort(self) -> None:
+        self._raw.abort()
+
+    def pause_reading(self) -> None:
+        self._raw.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._raw.resume_reading()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._raw.set_write_buffer_limits(high, low)
+
+    def get_write_buffer_size(self) -> int:
+        return self._raw.get_write_buffer_size()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._plain:
+            self._raw.write(data)
+        elif not self._secure:
+            self._early += data
+        elif data and not self._eof and not self._raw.is_closing():
+            assert self._tls
+            try:
+                self._tls.write(data)
+            except ssl.SSLError:  # the peer broke the protocol
+                return self._raw.abort()
+            self._flush()
+
+    def write_eof(self) -> None:
+        self._say_goodbye()
+        self._eof = True
+        if self._plain or self._secure:
+            self._raw.write_eof()
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def _say_goodbye(self) -> None:
+        """Tell a TLS peer that nothing comes after this: else it could not tell that from a cut."""
+        if self._secure and not self._eof and not self._raw.is_closing():
+            assert self._tls
+            with contextlib.suppress(ssl.SSLError):  # it wants to read the peer's, for which nobody waits
+                self._tls.unwrap()
+            self._flush()
+# ---- ACME -----------------------------------------------------------------------------------------------------------
+# Certificates from an authority (RFC 8555), for the hosts that are wanted: one order at a time, proved by HTTP-01. The
+# authority's limits are kept whatever happens here: each try is noted on disk before it is made, so that a server that
+# is started again and again does not ask again and again. certbot's library blocks, so it has a thread.
+
+
+async def in_thread(work: Callable[[], _T]) -> _T:
+    """Run what blocks. Unlike asyncio.to_thread's, the thread does not keep a process that is about to end."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def settle(result: Any, error: Exception | None) -> None:
+        if future.done():  # whoever waited has been cancelled
+            return
+        if error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def run() -> None:
+        outcome: tuple[_T | None, Exception | None]
+        try:
+            outcome = work(), None
+        except Exception as error:
+            outcome = None, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, name="in_thread", daemon=True).start()
+    return await future
+
+
+class Acme:
+    """Obtains the certificates that a server wants, renews them, and keeps them in a directory."""
+
+    def __init__(
+        self, certificates: Certificates, state: Path, email: str, url: str, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`url` is an authority's directory. Raises TunnelError when certbot's library is missing."""
+        try:
+            import acme.client  # noqa: F401
+            import cryptography  # noqa: F401
+        except ImportError:
+            raise TunnelError("--acme needs certbot's library; run: pip install 'pytunnel[acme]'") from None
+        self._directory = state / "acme" / re.sub(r"[^A-Za-z0-9.-]+", "_", url.partition("://")[2])  # one for each
+        self._certificates, self._email, self._url, self._clock = certificates, email, url, clock
+        self._wanted: Callable[[], Iterable[str]] = list
+        self._challenges: dict[str, bytes] = {}  # path -> what the authority wants to see there
+        self._renewals: dict[str, float] = {}  # host that has a certificate from here -> when it is to be renewed
+        self._failed: dict[str, tuple[int, float]] = {}  # host -> how often in a row, and when it is tried again
+        self._issued: dict[str, float] = {}  # host -> when its first certificate came, of the last week
+        self._expected: dict[str, contextlib.ExitStack] = {}  # hosts whose visitors wait for a first certificate
+        self._ordering = ""  # the host whose order is under way
+        self._full = False  # the week's certificates are used up
+        self._woken = asyncio.Event()
+        self._running: asyncio.Future[None] | None = None
+
+    def load(self) -> None:
+        """Use the certificates that are kept; what is no use any more is removed. Raises TunnelError."""
+        path = self._directory / "orders.json"
+        for directory in reversed(self._directory.parents[:2]):  # what `write_private` would make for everybody
+            with contextlib.suppress(OSError):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            saved = parse_object(read_private(path))
+            self._failed = {str(host): (int(count), float(until)) for host, (count, until) in saved["failed"].items()}
+            self._issued = {str(host): float(when) for host, when in saved["issued"].items()}
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TunnelError(f"{path} is damaged; move it away") from None
+        for path in self._directory.glob("*.pem"):
+            try:
+                self._use(path.stem, path)
+            except TunnelError as error:
+                log.info("%s is removed: %s", path.name, escape(str(error), 400))
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def start(self, wanted: Callable[[], Iterable[str]]) -> None:
+        """Order what is due, of the hosts that `wanted` returns whenever it is asked, until `close`."""
+        self._wanted = wanted
+        self.wake()
+        self._running = asyncio.ensure_future(self._run())
+
+    async def close(self) -> None:
+        """Stop at once, whatever an authority does."""
+        if self._running:
+            await end_tasks(self._running)
+        self._wanted = list
+        self._expect()
+
+    def wake(self) -> None:
+        """What is wanted has changed: visitors of a new host wait from now on, and it is ordered next."""
+        self._expect()
+        self._woken.set()
+
+    def challenge(self, path: str) -> bytes | None:
+        """Return the answer to an authority's look at us, None for any other request."""
+        return self._challenges.get(path)
+
+    def _hosts(self) -> list[str]:
+        """Return what is wanted, without the hosts that a certificate from elsewhere is for."""
+        return [host for host in self._wanted() if host in self._renewals or not self._certificates.find(host)]
+
+    async def _run(self) -> None:
+        while True:
+            self._woken.clear()
+            self._expect()
+            dues = [(host, self._due(host)) for host in self._hosts()]
+            host, due = min(dues, key=lambda one: one[1], default=("", math.inf))  # the first of those that are equal
+            if (left := due - self._clock()) <= 0:
+                await self._obtain(host)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, ACME_TICK)):
+                        await self._woken.wait()
+
+    def _due(self, host: str) -> float:
+        """Return when a host's next order is to be made."""
+        now = self._clock()
+        due = self._renewals.get(host)
+        if due is None:
+            self._issued = {name: when for name, when in self._issued.items() if now - ACME_WEEK < when <= now}
+            full = len(self._issued) >= MAX_NEW_HOSTS
+            due = min(self._issued.values()) + ACME_WEEK if full else 0.0
+            if full and not self._full:
+                until = f"until {datetime.datetime.fromtimestamp(due):%Y-%m-%d %H:%M}"
+                log.warning("no more new certificates %s: %d came within a week (%s)", until, MAX_NEW_HOSTS, host)
+            self._full = full
+        retry = self._failed[host][1] if host in self._failed else 0.0
+        return max(due, retry if retry < now + 2 * ACME_BACKOFF_MAX else 0.0)  # else the clock was wrong then
+
+    def _expect(self) -> None:
+        """Let visitors wait for the hosts whose first certificate is about to come, and for no others."""
+        now = self._clock()
+        first = [host for host in self._hosts() if host not in self._renewals]
+        soon = {host for host in first if host == self._ordering or self._due(host) <= now}
+        for host in self._expected.keys() - soon:
+            self._expected.pop(host).close()
+        for host in soon - self._expected.keys():
+            self._expected[host] = contextlib.ExitStack()
+            self._expected[host].enter_context(self._certificates.expected(host))
+
+    async def _obtain(self, host: str) -> None:
+        before, is_new = self._failed.get(host), host not in self._renewals
+        failures = before[0] + 1 if before else 1
+        self._ordering = host
+        try:
+            self._put_off(host, failures)
+            self._save()
+            text = await in_thread(lambda: self._order(host))
+            if is_new:
+                self._issued[host] = self._clock()
+            path = self._directory / f"{host}.pem"
+            fresh = path.with_suffix(".new")
+            write_private(fresh, text)
+            self._use(host, fresh)
+            os.replace(fresh, path)
+            self._put_off(host, 0)
+        except asyncio.CancelledError:
+            self._failed.pop(host)
+            if before:
+                self._failed[host] = before
+            raise
+        except Exception as error:  # the library does not say which ones it raises for what an authority sends
+            left = self._put_off(host, failures)
+            trace = error if log.isEnabledFor(logging.DEBUG) else None
+            again = f"the next try is in {left:.0f} s"
+            log.warning("no certificate for %s: %s; %s", host, self._reason(error), again, exc_info=trace)
+        finally:
+            self._ordering = ""
+            with contextlib.suppress(OSError):  # it could be written before
+                self._save()
+
+    def _put_off(self, host: str, failures: int) -> float:
+        """Return in how many seconds a host's order may be made again. After a success, too: it may be due at once."""
+        left = min(ACME_BACKOFF * 2.0 ** min(max(failures - 1, 0), 32), ACME_BACKOFF_MAX) * random.uniform(0.75, 1.25)
+        self._failed[host] = failures, self._clock() + left
+        return left
+
+    def _use(self, host: str, path: Path) -> None:
+        """Let visitors of a host see the certificate in a file. Raises TunnelError when it is no good."""
+        certificate = Certificate.load(path)
+        if host not in certificate.names:
+            raise TunnelError(f"the certificate is for {', '.join(certificate.names) or 'no host'}, not for {host}")
+        self._certificates.put(path)
+        end, life = certificate.expires, certificate.expires - certificate.begins
+        self._renewals[host] = end - life * RENEWAL_SHARE * random.uniform(1.0, 1.1)
+        until = datetime.datetime.fromtimestamp(end).isoformat(" ", "minutes")
+        log.info("the certificate for %s is good until %s", host, until)
+
+    def _save(self) -> None:
+        now = self._clock()
+        self._failed = {host: one for host, one in self._failed.items() if one[1] > now - ACME_WEEK}
+        text = json.dumps({"failed": self._failed, "issued": self._issued}, indent=1)
+        write_private(self._directory / "orders.json", text)
+
+    # In the thread
+
+    def _order(self, host: str) -> str:
+        """Return private key and chain of a fresh certificate. Raises many things."""
+        from acme import challenges, messages
+        from acme.client import ClientNetwork, ClientV2
+        from acme.crypto_util import make_csr
+        from josepy.jwa import ES256
+        from josepy.jwk import JWK
+
+        account = JWK.load(read_or_make(self._directory / "account.key", self._make_key).encode())
+        trusted = cast(Any, os.environ.get("SSL_CERT_FILE") or True)  # as for everything else here
+        agent = f"pytunnel/{__version__}"
+        net = ClientNetwork(account, alg=ES256, verify_ssl=trusted, user_agent=agent, timeout=cast(Any, ACME_TIMEOUT))
+        paths: list[str] = []
+        try:
+            client = ClientV2(ClientV2.get_directory(self._url, net), net)
+            self._register(client)
+            own_key = self._make_key()
+            order = client.new_order(make_csr(own_key.encode(), [host]))
+            for authorization in order.authorizations:
+                if authorization.body.status == messages.STATUS_VALID:  # from an order before
+                    continue
+                for challenge in authorization.body.challenges:
+                    if isinstance(challenge.chall, challenges.HTTP01):
+                        response, validation = challenge.response_and_validation(account)
+                        paths.append(challenge.path)
+                        self._challenges[challenge.path] = validation.encode()
+                        client.answer_challenge(challenge, response)
+            deadline = datetime.datetime.now() + datetime.timedelta(seconds=ORDER_TIMEOUT)
+            return own_key + client.poll_and_finalize(order, deadline).fullchain_pem
+        finally:
+            for path in paths:
+                del self._challenges[path]
+            net.session.close()
+
+    def _register(self, client: Any) -> None:
+        """Make an account for our key, or find the one that there is. Raises many things."""
+        from acme import errors, messages
+
+        if client.external_account_required():
+            raise TunnelError("this authority wants an account that was made on its site, which pytunnel cannot use")
+        wanted = messages.NewRegistration.from_data(email=self._email, terms_of_service_agreed=True)
+        try:
+            client.new_account(wanted)
+        except errors.ConflictError as known:
+            client.net.account = messages.RegistrationResource(uri=known.location, body=messages.Registration())
+
+    @staticmethod
+    def _make_key() -> str:
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+
+    def _reason(self, error: Exception) -> str:
+        """Return in one line why an order has failed, in the words of the authority when it has any."""
+        import requests
+        from acme import errors, messages
+
+        problem: Any = error
+        if isinstance(error, errors.ValidationError):
+            looks = [look for authorization in error.failed_authzrs for look in authorization.body.challenges]
+            problem = next((look.error for look in looks if look.error), error)
+        elif isinstance(error, errors.IssuanceError):
+            problem = error.error
+        if isinstance(problem, messages.Error):
+            return escape(f"{self._url} says: {problem.detail or problem.typ}", 400)
+        if isinstance(error, errors.TimeoutError):
+            return f"{self._url} has not finished the order within {ORDER_TIMEOUT:g} s"
+        if isinstance(error, requests.Timeout):
+            return f"{self._url} does not answer"
+        if isinstance(error, requests.ConnectionError):
+            cause: BaseException = error
+            while inner := cause.__cause__ or cause.__context__:
+                cause = inner
+            return escape(f"{self._url} cannot be reached: {getattr(cause, 'strerror', None) or cause}", 400)
+        if isinstance(error, TunnelError | ValueError | OSError):
+            return escape(str(error), 400)
+        return escape(f"{self._url}: {type(error).__name__}: {error}", 400)
 
 
 # ---- Visitors -------------------------------------------------------------------------------------------------------
@@ -4687,6 +5392,7 @@ class Gate:
 
     def __init__(self, *, each: int = MAX_VISITORS, total: int = MAX_VISITORS, trusted: Networks = ()) -> None:
         self.each, self.total, self.trusted = each, total, trusted
+        self.hsts = b""  # Strict-Transport-Security of responses over TLS; others must have none (RFC 6797 section 7.2)
         self.open = 0  # connections
         self.callers = Callers()
         self.metrics = Metrics()
@@ -4733,7 +5439,8 @@ class Visitor:
         # aiohttp (3.14.5) hands the last trailer of a chunked request to the next request on the connection, as a field
         # of its head. Behind a front that may be somebody else's, so there is no next one.
         keep_alive = keep_alive and http11 and not message.should_close and not message.chunked
-        self.encoder = ResponseEncoder(self.method, http11=http11, keep_alive=keep_alive)
+        hsts = gate.hsts if gate.hsts and request.scheme == "https" else b""
+        self.encoder = ResponseEncoder(self.method, http11=http11, keep_alive=keep_alive, hsts=hsts)
 
     @property
     def unread(self) -> bool:
@@ -4934,6 +5641,7 @@ def _visitor_server(
 
     class VisitorProtocol(web.RequestHandler):
         __slots__ = (
+            "_address",
             "_busy",
             "_chunked_bytes",
             "_counted",
@@ -4947,6 +5655,7 @@ def _visitor_server(
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             address = (transport.get_extra_info("peername") or ("",))[0]  # uvloop has none once the peer has reset it
+            self._address = address
             self.caller = gate.callers[address]
             self._counted = not gate.is_trusted(address)
             self.caller.open += self._counted
@@ -4973,6 +5682,18 @@ def _visitor_server(
             """Do not count this connection among those of its address any more: it is a client's link."""
             self.caller.open -= self._counted
             self._counted = False
+
+        def may_secure(self) -> bool:
+            """Whether its address may have another TLS handshake, which takes much more of us than of a peer."""
+            if not self._counted or self.caller.secured.take(time.monotonic()):
+                return True
+            gate.log(self.caller, f"refused a TLS handshake with {self._address}: it had {MAX_SECURED} of them")
+            return False
+
+        def expect_head(self, seconds: float) -> None:
+            """Wait that long for a request's head, from now on."""
+            self._end_head()
+            self._head_timer = self._loop.call_later(seconds, self._head_is_late)
 
         def data_received(self, data: bytes) -> None:
             request = self._current_request
@@ -5096,6 +5817,13 @@ def find_crowded(kept: collections.Counter[str]) -> set[str]:
     return {key for key, _ in most}
 
 
+def _dialled(host: str | None, everywhere: str) -> str:
+    """Return the host of a URL that reaches what listens on `host`; `everywhere` stands for all addresses."""
+    if host in (None, "0.0.0.0", "::"):
+        return everywhere
+    return f"[{host}]" if ":" in host else host
+
+
 class TunnelServer:
     """`pytunnel serve`: gives clients who know a token tunnels under names below this host.
 
@@ -5107,9 +5835,11 @@ class TunnelServer:
         *,
         tokens: Iterable[str],
         state: Path,
-        host: str | None = None,
-        port: int = DEFAULT_PORT,
+        listen: Sequence[tuple[str | None, int]] = ((None, DEFAULT_PORT),),
         domain: Origin | None = None,
+        certificates: Certificates | None = None,
+        acme: Acme | None = None,
+        hsts: float | None = None,
         trusted_proxies: Iterable[str] = (),
         grace: float = GRACE,
         hold: float = HOLD,
@@ -5122,12 +5852,18 @@ class TunnelServer:
         self._default: list[Grant] = []  # the token that serve has made for itself
         self._fake_secret = secrets.token_bytes(32)
         self._state, self._grace, self._hold = state, grace, hold
-        self._host, self.port, self._domain = host, port, domain
+        self._listen = listen  # hosts and ports; no host means all addresses
+        self.ports: list[int] = []  # the real ones, in this order
+        self.certificates = certificates  # with any, even none yet, visitors and clients have to use TLS
+        self._domain = domain._replace(scheme="https") if domain and certificates else domain
+        self._acme = acme  # which brings certificates; it takes a domain
         self._gate = Gate(
             each=max_each,
             total=max(1, min(MAX_VISITORS, file_limit() - RESERVED_FILES)),
             trusted=[ipaddress.ip_network(cidr) for cidr in trusted_proxies],
         )
+        if hsts is not None:
+            self._gate.hsts = b"max-age=%d" % hsts
         self.metrics = self._gate.metrics
         self._max_body, self._metrics_public = max_body, metrics_public
         self._handshakes = self._exchanges = 0
@@ -5135,7 +5871,7 @@ class TunnelServer:
         self._crowded: set[str] = set()  # keys of tokens whose sessions keep too much
 
     async def start(self) -> None:
-        """Listen; `port` is then the real one. Raises TunnelError when the address or the state cannot be had."""
+        """Listen; `ports` are known then. Raises TunnelError when an address or the state cannot be had."""
         import zstandard  # noqa: F401 - it is missed here, where it is missing, and not in the middle of a response
 
         self._registry = TunnelRegistry(self._state / "names.json", grace=self._grace, hold=self._hold)
@@ -5144,20 +5880,30 @@ class TunnelServer:
         self._stamp = self._tokens.stamp()
         self._read_tokens()
         self._http = _visitor_server(self._handle, self._gate)
-        loop = asyncio.get_running_loop()
-        try:
-            self._listener = await loop.create_server(self._http, self._host, self.port, backlog=1024)
-        except OSError as error:
-            where = f"{self._host or '*'}:{self.port}"
-            reason = os.strerror(error.errno or 0).lower()
-            raise TunnelError(f"cannot listen on {where}: {reason}; choose another with --listen") from None
-        self.port = self._listener.sockets[0].getsockname()[1]
+        if self._acme:
+            self._acme.load()
+        self._listeners: list[asyncio.Server] = []
+        for host, port in self._listen:
+            try:
+                listener = await asyncio.get_running_loop().create_server(self._protocol, host, port, backlog=1024)
+            except OSError as error:
+                self._stop_listening()
+                where = f"{_dialled(host, '*')}:{port}"
+                reason = os.strerror(error.errno or 0).lower()
+                advice = "choose another with --listen"
+                if error.errno == errno.EACCES:
+                    advice += ", or see the README's systemd unit for how to have it without being root"
+                raise TunnelError(f"cannot listen on {where}: {reason}; {advice}") from None
+            self._listeners.append(listener)
+            self.ports.append(listener.sockets[0].getsockname()[1])
         self._watching = asyncio.ensure_future(self._watch())
+        if self._acme:
+            self._acme.start(self._secured_hosts)
 
     async def drain(self) -> None:
         """Take no new visitors or streams, send the clients away, and return when what runs has finished."""
         self._registry.drain()
-        self._listener.close()
+        self._stop_listening()
         for session in self._registry.sessions.values():
             session.link.session.send_goaway(ErrorCode.SHUTDOWN, "the server is restarting")
             session.link.wake()
@@ -5167,15 +5913,36 @@ class TunnelServer:
 
     async def close(self) -> None:
         """End everything that is left, at once."""
-        self._listener.close()
+        self._stop_listening()
         await end_tasks(self._watching)
+        if self._acme:
+            await self._acme.close()
         for session in list(self._registry.sessions.values()):
             self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, "the server stops"))
             session.link.finish()
         await self._http.shutdown(0.2)
 
+    @property
+    def port(self) -> int:
+        """The first one it listens on."""
+        return self.ports[0]
+
+    def _secured_hosts(self) -> list[str]:
+        """Return the hosts that need a certificate: our own, which clients dial, and those of the tunnels."""
+        assert self._domain
+        return [self._domain.zone, *(f"{name}.{self._domain.zone}" for name in self._registry.names)]
+
+    def _stop_listening(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+
+    def _protocol(self) -> asyncio.BaseProtocol:
+        """Return what an accepted connection gets."""
+        protocol = self._http()
+        return SecureTransport(protocol, self.certificates, self.metrics) if self.certificates else protocol
+
     async def _watch(self) -> None:
-        """See how late the event loop is, whether the sessions keep too much, and what `pytunnel token` changes.
+        """See how late the event loop is, whether the sessions keep too much, and what has become of the files.
 
         Tokens that cannot be read are tried again, so that no revocation is missed.
         """
@@ -5192,6 +5959,8 @@ class TunnelServer:
             for key in self._crowded - before:
                 label = self._registry.grants[key].label if key in self._registry.grants else "revoked"
                 log.warning("token %s: its sessions keep too much, and get no new requests until that is less", label)
+            if self.certificates:
+                self.certificates.reload()
             if (stamp := self._tokens.stamp()) != self._stamp:
                 try:
                     self._read_tokens()
@@ -5220,7 +5989,7 @@ class TunnelServer:
 
     def _metrics_text(self) -> bytes:
         sessions = [session.link.session for session in self._registry.sessions.values()]
-        gauges = {
+        gauges: dict[str, float] = {
             "pytunnel_sessions": len(sessions),
             "pytunnel_links": sum(session.connected for session in sessions),
             "pytunnel_streams": sum(session.streams for session in sessions),
@@ -5229,6 +5998,8 @@ class TunnelServer:
             "pytunnel_tasks": len(asyncio.all_tasks()),
             "pytunnel_saved_bytes_total": self._registry.saved + sum(session.saved for session in sessions),
         }
+        if self.certificates and self.certificates.names:
+            gauges["pytunnel_certificate_seconds"] = self.certificates.expires - time.time()
         with contextlib.suppress(OSError):  # Linux
             gauges["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1  # without the one that lists them
             pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -5283,7 +6054,13 @@ class TunnelServer:
             visitor.target, visitor.headers = target, hosts
         visitor.host = host = parse_host(host_field.decode("latin-1"))[0]
         name = self._registry.tunnel_name(host)
-        if name is not None:
+        if self._acme and (answer := self._acme.challenge(target.decode("latin-1"))):
+            fields = [(b"Content-Type", b"application/octet-stream"), (b"Content-Length", b"%d" % len(answer))]
+            head = visitor.encoder.head(ResponseHead(200, b"OK", fields), _date())
+            visitor.write(head + visitor.encoder.data(answer))
+        elif self.certificates and self._must_redirect(visitor, name, host, target):
+            self._redirect(visitor, host, target)
+        elif name is not None:
             await self._forward(visitor, name, host_field)
         elif target == LINK_PATH.encode():
             return await self._serve_link(visitor)
@@ -5297,6 +6074,24 @@ class TunnelServer:
         else:
             raise Unserved("unknown-tunnel")
         return None
+
+    def _must_redirect(self, visitor: Visitor, name: str | None, host: str, target: bytes) -> bool:
+        """Whether a request should have come over TLS: a front's need not, nor those about the server's health."""
+        if visitor.request.scheme == "https" or self._gate.is_trusted(visitor.peer):
+            return False
+        health = target == b"/healthz" or (target == b"/metrics" and self._may_see_metrics(visitor, host))
+        return name is not None or not health
+
+    def _redirect(self, visitor: Visitor, host: str, target: bytes) -> None:
+        """Send a visitor to the same place over TLS: on port 443 where there is one, else on this one."""
+        own = cast("tuple[str, int]", visitor.request.get_extra_info("sockname") or ("", 443))  # none: it has gone
+        port = 443 if 443 in self.ports else own[1]
+        where = host.encode() + (b"" if port == 443 else b":%d" % port)
+        location = b"https://%b%b" % (where, target if target.startswith(b"/") else b"/")
+        visitor.encoder.keep_alive = False
+        fields = [(b"Location", location), (b"Content-Length", b"0")]
+        self.metrics['pytunnel_responses_total{class="3xx"}'] += 1
+        visitor.write(visitor.encoder.head(ResponseHead(308, b"Permanent Redirect", fields), _date()))
 
     async def _forward(self, visitor: Visitor, name: str, host: bytes) -> None:
         if self._registry.draining:
@@ -5552,6 +6347,8 @@ class TunnelServer:
         self._registry.claim(key, names)
         session = Registration(key, names, state, access)
         self._registry.bind(session, previous)
+        if self._acme:
+            self._acme.wake()
         return session, 0
 
 
@@ -8396,13 +9193,6 @@ async def connect(
             await asyncio.gather(waiting, running, return_exceptions=True)
 
 
-def _dialled(host: str | None, everywhere: str) -> str:
-    """Return the host of a URL that reaches what listens on `host`; `everywhere` stands for all addresses."""
-    if host in (None, "0.0.0.0", "::"):
-        return everywhere
-    return f"[{host}]" if ":" in host else host
-
-
 class Served(NamedTuple):
     """A server that runs, and what a client needs to use it."""
 
@@ -8422,13 +9212,13 @@ async def serve(listen: str = "127.0.0.1:0", *, token: str = "", state: Path | N
     """
     import tempfile
 
-    host, port = parse_listen(listen)
+    address = parse_listen(listen)
     token = check_token(token or make_token())
     with tempfile.TemporaryDirectory(prefix="pytunnel-") as directory:
-        server = TunnelServer(tokens=[token], state=state or Path(directory), host=host, port=port)
+        server = TunnelServer(tokens=[token], state=state or Path(directory), listen=[address])
         await server.start()
         try:
-            yield Served(f"http://{_dialled(host, '127.0.0.1')}:{server.port}", token, server)
+            yield Served(f"http://{_dialled(address[0], '127.0.0.1')}:{server.port}", token, server)
         finally:
             await server.close()
 
@@ -8966,20 +9756,29 @@ def _foreground_group() -> int:
 async def _serve(options: argparse.Namespace, console: Console) -> None:
     state = state_directory()
     raise_file_limit()
-    host, port = parse_listen(options.listen)
+    uses_tls = options.cert or options.key or options.acme
+    certificates = Certificates(_pairs(options.cert, options.key)) if uses_tls else None
+    if options.hsts is not None and not certificates:
+        raise UsageError("--hsts is about TLS; give a certificate with --cert, or let the front in front of it do that")
+    default = [":80", ":443"] if certificates else [f":{DEFAULT_PORT}"]
+    listen = [parse_listen(text) for text in options.listen or default]
     given, kept = Setting.first(given_tokens(vars(options))).value, Tokens(state)
     if given:
         check_token(given)
     else:
         kept.make_default()
-    domain = Origin.from_url(parse_server(options.domain)) if options.domain else None
+    scheme = "https://" * bool(certificates and options.domain and "://" not in options.domain)  # an address, too
+    domain = Origin.from_url(parse_server(scheme + options.domain)) if options.domain else None
+    acme = _acme(options, certificates, state) if certificates else None
     try:
         server = TunnelServer(
             tokens=[given] if given else [],
             state=state,
-            host=host,
-            port=port,
+            listen=listen,
             domain=domain,
+            certificates=certificates,
+            acme=acme,
+            hsts=options.hsts,
             trusted_proxies=options.trusted_proxy,
             grace=options.grace,
             hold=options.hold,
@@ -8990,11 +9789,15 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
     except ValueError as error:
         raise UsageError(f"--trusted-proxy: {error}; give an address or a network, like 10.0.0.0/8") from None
     await server.start()
+    if domain and certificates and not acme and not certificates.find(f"any.{domain.zone}"):
+        named = ", ".join(certificates.names) or "none"
+        log.warning("no certificate is for *.%s: browsers warn of tunnels but of those named: %s", domain.zone, named)
     signals: asyncio.Queue[int] = asyncio.Queue()
     with _signals(signals.put_nowait):
-        console.emit("listening", host=host or "*", port=server.port)
+        for (host, _), port in zip(listen, server.ports, strict=True):
+            console.emit("listening", host=host or "*", port=port)
         if not options.json:
-            console.say(_invitation(host, server.port, domain, "" if given else kept.default(), kept.default_path))
+            console.say(_invitation(listen[0][0], server, domain, "" if given else kept.default(), kept.default_path))
         await signals.get()
         log.info("stopping; running requests have %g s, a second signal ends them", options.drain)
         drained = asyncio.ensure_future(server.drain())
@@ -9004,17 +9807,45 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
     await server.close()
 
 
-def _invitation(host: str | None, port: int, domain: Origin | None, token: str, kept: Path) -> str:
+def _pairs(certs: Sequence[str], keys: Sequence[str]) -> list[tuple[Path, Path | None]]:
+    """Return what --cert and --key name together. Raises UsageError."""
+    if keys and len(keys) != len(certs):
+        numbers = f"there are {len(certs)} of --cert and {len(keys)} of --key"
+        raise UsageError(f"{numbers}; give a key for each, or none where each --cert file has its key, too")
+    return [(Path(cert), Path(key) if key else None) for cert, key in itertools.zip_longest(certs, keys)]
+
+
+def _acme(options: argparse.Namespace, certificates: Certificates, state: Path) -> Acme | None:
+    """Return what --acme asks for. Raises UsageError."""
+    if not options.acme:
+        return None
+    if "@" not in options.acme:
+        raise UsageError(f"{escape(options.acme)!r} is no e-mail address: give yours, like --acme you@example.com")
+    if not options.acme_directory.startswith("https://"):
+        raise UsageError(f"{escape(options.acme_directory)!r} is no authority's directory: its URL begins with https://")
+    if not options.domain:
+        advice = "or the address of this host, which then gets names from sslip.io"
+        raise UsageError(f"--acme needs to know for what: add --domain with your domain, {advice}")
+    return Acme(certificates, state, options.acme, options.acme_directory)
+
+
+def _invitation(host: str | None, server: TunnelServer, domain: Origin | None, token: str, kept: Path) -> str:
     """Return the one line to paste. A log is no place for a token, so it stands there only on a terminal."""
+    tls = server.certificates
+    port = 443 if tls and 443 in server.ports else server.port
     if domain:
-        url = f"{domain.scheme}://{domain.zone}" + (f":{domain.port}" if domain.port else "")
+        url = f"{'https' if tls else domain.scheme}://{domain.zone}" + (f":{domain.port}" if domain.port else "")
+    elif tls:
+        name = next((name for name in tls.names if not name.startswith("*.")), _dialled(host, _own_address()))
+        url = f"https://{name}" + (f":{port}" if port != 443 else "")
     else:
         url = f"http://{_dialled(host, _own_address())}:{port}"
     secret = shlex.quote(token) if token and sys.stderr.isatty() else "…"
     where = f"   (the token is in {kept})" if token and not sys.stderr.isatty() else ""
     line = f"PYTUNNEL_TOKEN={secret} pytunnel connect 3000 --server {url}{where}"
     where = "" if domain else " (or with another address of this host that visitors can reach)"
-    return f"listening on port {port}; on the machine with your service, run{where}:\n\n  {line}\n"
+    ports = " and ".join(map(str, server.ports))
+    return f"listening on port {ports}; on the machine with your service, run{where}:\n\n  {line}\n"
 
 
 def _own_address() -> str:
@@ -9402,6 +10233,10 @@ EXAMPLES = {
     "serve": """\
   pytunnel serve                           port 8080, URLs from the address that clients dial
   pytunnel serve --domain t.example.com    tunnels at NAME.t.example.com, whatever they dial
+  pytunnel serve --cert fullchain.pem --key privkey.pem --domain t.example.com
+                                           https on port 443, and from port 80 to there
+  pytunnel serve --domain t.example.com --acme you@example.com
+                                           https on ports 80 and 443, with certificates from Let's Encrypt
   pytunnel serve --listen 127.0.0.1:8080 --domain https://t.example.com --trusted-proxy 127.0.0.1
                                            behind Caddy or nginx on the same host
 """,
@@ -9540,7 +10375,18 @@ def _parser() -> CommandParser:
     client.add_argument("--format", metavar="F", help="what stdout gets instead of the URL, like 'url={url}'")
 
     serve = add("serve", "Serve visitors and tunnels", secret)
-    serve.add_argument("--listen", default=f":{DEFAULT_PORT}", metavar="HOST:PORT", help="default: 8080, everywhere")
+    what = "again for more; default: 8080, with TLS 80 and 443"
+    serve.add_argument("--listen", action="append", default=[], metavar="HOST:PORT", help=what)
+    what = "TLS with this certificate and chain; again for more"
+    serve.add_argument("--cert", action="append", default=[], metavar="FILE", help=what)
+    what = "its key, unless FILE has that, too"
+    serve.add_argument("--key", action="append", default=[], metavar="FILE", help=what)
+    what = "tell browsers to use https only, for a year or =S"
+    serve.add_argument("--hsts", type=seconds, metavar="S", nargs="?", const=HSTS_AGE, help=what)
+    what = "get certificates, with this address in the account; needs --domain"
+    serve.add_argument("--acme", type=filled, metavar="EMAIL", help=what)
+    what = "of another authority than Let's Encrypt, or of its staging"
+    serve.add_argument("--acme-directory", default=LETS_ENCRYPT, metavar="URL", help=what)
     serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
     for flag, default, what in (
         ("--grace", GRACE, f"sessions outlive links by {GRACE:g} s"),

@@ -1622,7 +1622,9 @@ class Tunnel:
         env: Mapping[str, str] | None = None,
         command: Sequence[str] | None = None,
         settles: bool = True,
+        secure: bool = False,
     ) -> None:
+        self.scheme = "https" if secure else "http"  # that clients dial
         self.origin_port = origin_port
         self.name = name
         self.token = token
@@ -1697,7 +1699,8 @@ class Tunnel:
     @property
     def server_url(self) -> str:
         """What clients dial: the relay when there is one, else the server."""
-        return f"http://127.0.0.1:{self._relay.port if self._relay else self.port}"
+        host = "localhost" if self.scheme == "https" else "127.0.0.1"  # what the certificate is for
+        return f"{self.scheme}://{host}:{self._relay.port if self._relay else self.port}"
 
     async def start_server(self, *args: str) -> Process:
         """Start the server, on the same port and with the same state as before if there was one."""

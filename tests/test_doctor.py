@@ -39,7 +39,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextlib.asynccontextmanager
 async def serving(state: Path, **options: Any) -> AsyncIterator[int]:
     """A server in this process, and its port."""
-    server = pytunnel.TunnelServer(tokens=[TOKEN], state=state, host="127.0.0.1", port=0, **options)
+    server = pytunnel.TunnelServer(tokens=[TOKEN], state=state, listen=[("127.0.0.1", 0)], **options)
     await server.start()
     try:
         yield server.port

@@ -743,7 +743,7 @@ async def test_a_replay_ends_with_who_asked_for_it() -> None:
 async def test_through_a_real_tunnel(tmp_path: Path) -> None:
     """A visitor's request is seen while it waits, and replayed, by the client that forwarded it."""
     token = pytunnel.make_token()
-    server = TunnelServer(tokens=[token], state=tmp_path, host="127.0.0.1", port=0)
+    server = TunnelServer(tokens=[token], state=tmp_path, listen=[("127.0.0.1", 0)])
     await server.start()
     try:
         async with RawOrigin(Service(), read_body=True) as origin:

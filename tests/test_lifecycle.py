@@ -268,7 +268,7 @@ import pytunnel
 
 async def serve():
     state = pathlib.Path(sys.argv[sys.argv.index("--state") + 1])
-    server = pytunnel.TunnelServer(tokens=[{TOKEN!r}, {OTHER_TOKEN!r}], state=state, host="127.0.0.1", port=0)
+    server = pytunnel.TunnelServer(tokens=[{TOKEN!r}, {OTHER_TOKEN!r}], state=state, listen=[("127.0.0.1", 0)])
     await server.start()
     print(json.dumps({{"event": "listening", "port": server.port}}), flush=True)
     await asyncio.Event().wait()

@@ -85,7 +85,8 @@ def test_command_lines_parse(line: str, place: Path, monkeypatch: pytest.MonkeyP
     if options.command == "connect":
         assert pytunnel.Settings({**vars(options), "name": "".join(options.name)}).from_targets(options.targets)
     elif options.command == "serve":
-        pytunnel.parse_listen(options.listen)
+        for address in options.listen:
+            pytunnel.parse_listen(address)
     elif options.command == "start":
         assert set(options.names) <= set(pytunnel.read_settings(example_settings(place))["tunnels"])
     assert bool(options.run) == (" -- " in line)
@@ -95,7 +96,7 @@ def test_there_are_command_lines() -> None:
     assert len(COMMANDS) >= 30
     assert [line for line in COMMANDS if " -- " in line]
     assert {line.split()[0] for line in COMMANDS} == set(PARSERS)
-    assert len(re.findall(r"^ExecStart=\S+/pytunnel serve ", README, re.MULTILINE)) == 1
+    assert len(re.findall(r"^ExecStart=\S+/pytunnel serve ", README, re.MULTILINE)) == 3
 
 
 def test_flags_are_the_programs() -> None:

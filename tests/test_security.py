@@ -297,7 +297,7 @@ async def test_an_unknown_key_and_a_wrong_proof_look_the_same() -> None:
 @contextlib.asynccontextmanager
 async def serving_here(state: Path, *tokens: str) -> AsyncIterator[int]:
     """A server in this process, and its port."""
-    server = TunnelServer(tokens=tokens, state=state, host="127.0.0.1", port=0)
+    server = TunnelServer(tokens=tokens, state=state, listen=[("127.0.0.1", 0)])
     await server.start()
     try:
         yield server.port
@@ -854,7 +854,7 @@ import pytunnel
 
 async def serve():
     state = pathlib.Path(sys.argv[1])
-    server = pytunnel.TunnelServer(tokens=[{TOKEN!r}, {OTHER_TOKEN!r}], state=state, host="127.0.0.1", port=0)
+    server = pytunnel.TunnelServer(tokens=[{TOKEN!r}, {OTHER_TOKEN!r}], state=state, listen=[("127.0.0.1", 0)])
     await server.start()
     print(json.dumps({{"event": "listening", "port": server.port}}), flush=True)
     await asyncio.Event().wait()

@@ -306,7 +306,7 @@ async def test_a_token_that_is_given_stands_in_for_the_default(service: Service)
     pytunnel.write_private(service.home / "other" / "state" / "token", TOKEN)
     labelled = add(service.home / "other", "laptop")
     state = service.home / "other" / "state"
-    server = pytunnel.TunnelServer(tokens=[OTHER_TOKEN], state=state, host="127.0.0.1", port=0)
+    server = pytunnel.TunnelServer(tokens=[OTHER_TOKEN], state=state, listen=[("127.0.0.1", 0)])
     await server.start()
     try:
         url = f"http://127.0.0.1:{server.port}"
@@ -409,7 +409,7 @@ async def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.setenv("PYTUNNEL_STATE_DIR", str(tmp_path / "client"))
     monkeypatch.setenv("PYTUNNEL_CONFIG", str(tmp_path / "config.toml"))
     monkeypatch.setattr(pytunnel, "TICK", 0.01)
-    server = pytunnel.TunnelServer(tokens=[], state=tmp_path / "state", host="127.0.0.1", port=0, hold=0.0)
+    server = pytunnel.TunnelServer(tokens=[], state=tmp_path / "state", listen=[("127.0.0.1", 0)], hold=0.0)
     await server.start()
     try:
         yield Service(tmp_path, server)

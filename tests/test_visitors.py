@@ -439,7 +439,7 @@ async def test_two_hundred_tenants_never_get_each_others_bytes(tmp_path: Path) -
             assert body == proof + b" " + nonce * 20
 
     asyncio.get_running_loop().set_debug(False)  # all of them are in this process, with thousands of tasks
-    server = pytunnel.TunnelServer(tokens=tokens, state=tmp_path, host="127.0.0.1", port=0, max_each=1000)
+    server = pytunnel.TunnelServer(tokens=tokens, state=tmp_path, listen=[("127.0.0.1", 0)], max_each=1000)
     await server.start()
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(server.close)
