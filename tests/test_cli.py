@@ -64,8 +64,8 @@ CLIENT_FLAGS = ["--detach", "--no-tui", "--wait-local", "--max-retries", "--no-c
 EDIT_FLAGS = ["--header", "--remove-header", "--response-header", "--remove-response-header"]
 FLAGS = {
     "serve": [
-        "--listen", "--domain", "--trusted-proxy", "--grace", "--hold", "--drain", "--cert", "--key", "--hsts",
-        "--acme", "--acme-directory",
+        "--listen", "--cert", "--key", "--hsts", "--acme", "--acme-directory", "--domain", "--trusted-proxy", "--grace",
+        "--hold", "--drain",
         "--max-body", "--max-per-address", "--metrics-public", "--log-format", *TOKEN_FLAGS, *COMMON_FLAGS,
     ],
     "connect": [

@@ -269,15 +269,20 @@ def test_the_old_one_stays_until_a_good_one_comes(damage: Any, pair: Pair, caplo
     certificates = pytunnel.Certificates([pair.paths])
     before = certificates.context("t.example.com")
     damage(pair)
+    caplog.set_level("INFO", "pytunnel")
     for _ in range(5):
         certificates.reload()
         assert certificates.context("t.example.com") is before
     (line,) = [record.getMessage() for record in caplog.records]  # one, however often it is looked at
     assert "stays as it was" in line
     pair.write(*_made(("new.example",), 30, EC, 1))
-    certificates.reload()
+    for _ in range(3):
+        certificates.reload()
     assert certificates.context("new.example") is not before
     assert certificates.names == ["new.example"]
+    assert [record.getMessage() for record in caplog.records if "is new" in record.getMessage()] == [
+        f"the certificate of {pair.chain} is new (new.example)"
+    ]
 
 
 def test_half_of_a_new_pair_is_not_told(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
@@ -749,9 +754,9 @@ async def test_half_handshakes_are_bounded_as_connections_are(local: Pair, tmp_p
         contextlib.AsyncExitStack() as stack,
     ):
         visitors = [await stack.enter_async_context(RawVisitor(server.port)) for _ in range(30)]
-        for visitor in visitors:
+        for number, visitor in enumerate(visitors):
             with contextlib.suppress(ConnectionError):
-                await visitor.send(HELLO[:100])
+                await visitor.send(HELLO[:100] if number < 8 else HELLO)
         for visitor in visitors[8:]:  # at once
             assert await visitor.read_until_close() == b""
         assert server._gate.open <= 8
@@ -761,6 +766,36 @@ async def test_half_handshakes_are_bounded_as_connections_are(local: Pair, tmp_p
         for visitor in visitors[:8]:
             assert await visitor.read_until_close() == b""  # when the time for it is over
         assert (await ask(server.port, local.trust())).status == 200
+
+
+async def test_who_is_one_too_many_is_told_so_without_tls_only(local: Pair, tmp_path: Path) -> None:
+    async with (
+        serving(pytunnel.Certificates([local.paths]), tmp_path, max_each=1) as server,
+        RawVisitor(server.port) as first,
+    ):
+        await first.send(HELLO[:100])
+        async with RawVisitor(server.port, timeout=0.9 * pytunnel.REFUSAL_LINGER) as visitor:
+            await visitor.send(request("GET", b"/", b"localhost"))
+            assert b"HTTP/1.1 429 " in await visitor.read_until_close()
+        with pytest.raises((ConnectionError, ssl.SSLError)):
+            await ask(server.port, local.trust())
+
+
+def test_a_protocol_with_a_small_buffer_gets_everything() -> None:
+    class Small(asyncio.BufferedProtocol):
+        got = b""
+        buffer = bytearray(10)
+
+        def get_buffer(self, sizehint: int) -> bytearray:
+            return self.buffer
+
+        def buffer_updated(self, nbytes: int) -> None:
+            self.got += self.buffer[:nbytes]
+
+    protocol = Small()
+    transport = pytunnel.SecureTransport(protocol, pytunnel.Certificates(), pytunnel.Metrics())
+    transport._deliver(bytes(range(95)))
+    assert protocol.got == bytes(range(95))
 
 
 async def test_an_address_has_so_many_handshakes(
