@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,6 +22,7 @@ from support import (
     RawVisitor,
     Tunnel,
     eventually,
+    free_port,
     pattern,
     request,
     reset,
@@ -638,3 +642,124 @@ async def test_eight_transfers_get_their_share() -> None:
         assert max(got) < 1.5 * min(got), got
         for visitor in visitors:
             visitor.abort()
+
+
+# ---------------------------------------------------------------------------------------- Programs
+
+
+@contextlib.asynccontextmanager
+async def running(*words: str, ready: str, **options: object) -> AsyncIterator[None]:
+    """A program, once it has written a line with `ready` to stderr; it is ended with the block."""
+    process = await asyncio.create_subprocess_exec(
+        *words, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, **options
+    )  # type: ignore[call-overload]
+    seen = b""
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            while ready.encode() not in seen:
+                line = await process.stderr.readline()
+                assert line, f"{words[0]} has ended: {seen.decode(errors='replace')}"
+                seen += line
+        drain = asyncio.ensure_future(process.stderr.read())
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        await process.wait()
+    await drain
+
+
+@contextlib.asynccontextmanager
+async def sshd(directory: Path) -> AsyncIterator[int]:
+    """OpenSSH's daemon, with keys and configuration of its own."""
+    for name in ("host", "user"):
+        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)]
+        assert await (await asyncio.create_subprocess_exec(*words)).wait() == 0
+    if os.geteuid() == 0:
+        os.makedirs("/run/sshd", mode=0o755, exist_ok=True)  # where a daemon that root starts locks itself up
+    port, config = free_port(), directory / "sshd_config"
+    config.write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {directory}/host\nAuthorizedKeysFile {directory}/user.pub\n"
+        "UsePAM no\nStrictModes no\nPermitRootLogin yes\nPasswordAuthentication no\nPidFile none\n"
+    )
+    async with running("/usr/sbin/sshd", "-D", "-e", "-f", str(config), ready="Server listening"):
+        yield port
+
+
+async def test_an_ssh_session_goes_on_when_the_link_is_cut(tmp_path: Path) -> None:
+    async with sshd(tmp_path) as port, Tunnel(port, tcp=True, relay=True, name="ssh") as t:
+        words = [
+            "ssh", "-F", "/dev/null", "-p", str(port_of(t.ready["url"])), "-i", str(tmp_path / "user"),
+            "-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={tmp_path}/known", "-o", "BatchMode=yes",
+            "127.0.0.1", "cat",
+        ]  # fmt: skip
+        pipe = asyncio.subprocess.PIPE
+        ssh = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe)
+        assert ssh.stdin and ssh.stdout
+        ssh.stdin.write(b"hello\n")
+        assert await asyncio.wait_for(ssh.stdout.readexactly(6), TIMEOUT) == b"hello\n"
+
+        async def send(stdin: asyncio.StreamWriter) -> None:
+            for offset in range(0, SIZE, 64 * KIB):
+                stdin.write(pattern(offset, 64 * KIB))
+                await stdin.drain()
+            stdin.close()
+
+        sending, checker, cuts = asyncio.ensure_future(send(ssh.stdin)), PatternChecker(), list(KINDS)
+        while data := await asyncio.wait_for(ssh.stdout.read(64 * KIB), 60.0):
+            checker.feed(data)
+            if cuts and checker.offset > SIZE * (len(KINDS) - len(cuts)) / len(KINDS):
+                await t.relay.cut(cuts.pop(0))
+        await sending
+        assert (checker.offset, await ssh.wait(), cuts) == (SIZE, 0, [])
+        assert t.relay.accepted > len(KINDS)
+
+
+def postgres_programs() -> Path:
+    """Where Debian has those of the newest version that is installed."""
+    return max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+
+
+@contextlib.asynccontextmanager
+async def postgres() -> AsyncIterator[int]:
+    """PostgreSQL with a cluster of its own; it does not run as root."""
+    user: dict[str, object] = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+    with tempfile.TemporaryDirectory(prefix="pytunnel-test-") as directory:
+        if user:
+            shutil.chown(directory, "postgres", "postgres")
+        programs, port, data = postgres_programs(), free_port(), f"{directory}/data"
+        words = [f"{programs}/initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"]
+        quiet: dict[str, object] = {"stdout": asyncio.subprocess.DEVNULL, "cwd": directory, **user}
+        made = await asyncio.create_subprocess_exec(*words, **quiet)  # type: ignore[arg-type]
+        assert await made.wait() == 0
+        words = [f"{programs}/postgres", "-D", data, "-p", str(port), "-k", directory, "-h", "127.0.0.1", "-F"]
+        async with running(*words, ready="ready to accept connections", **quiet):
+            yield port
+
+
+async def test_a_database_connection_goes_on_when_the_link_is_cut() -> None:
+    async with postgres() as port, Tunnel(port, tcp=True, relay=True, name="db") as t:
+        at = ["-h", "127.0.0.1", "-p", str(port_of(t.ready["url"])), "-U", "postgres"]
+        pipe = asyncio.subprocess.PIPE
+        psql = await asyncio.create_subprocess_exec("psql", *at, "-XAtq", "postgres", stdin=pipe, stdout=pipe)
+        stdin, stdout = psql.stdin, psql.stdout
+        assert stdin and stdout
+
+        async def ask(text: bytes) -> bytes:
+            stdin.write(text + b"\n")
+            return (await asyncio.wait_for(stdout.readline(), 30.0)).strip()
+
+        backend = await ask(b"select pg_backend_pid();")
+        assert backend.isdigit()
+        for how in KINDS:
+            assert await t.relay.cut(how) == 1
+            assert await ask(b"select pg_backend_pid();") == backend
+        rows = 300_000
+        stdin.write(b"copy (select i from generate_series(1, %d) i) to stdout;\n" % rows)
+        for number in range(1, rows + 1):
+            assert int(await stdout.readline()) == number
+            if number in (1, rows // 3, rows // 2):
+                await t.relay.cut("reset")
+        assert await ask(b"select pg_backend_pid();") == backend
+        stdin.close()
+        assert await psql.wait() == 0
