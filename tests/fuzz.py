@@ -228,7 +228,7 @@ async def to_server(texts: list[str]) -> None:
 
 async def to_client(texts: list[str]) -> None:
     """What a server says: challenge and ready; the signature counts as good when it is SIGNATURE."""
-    target = SimpleNamespace(text="target")
+    target = SimpleNamespace(text="target", tcp=False)
     tunnel: Any = SimpleNamespace(name="web", target=target, open=list, access=pytunnel.EVERYBODY)
     client = pytunnel.TunnelClient("http://localhost", TOKEN, [tunnel])
     with (
