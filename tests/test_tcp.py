@@ -223,6 +223,13 @@ async def test_a_name_keeps_its_port(tmp_path: Path) -> None:
     assert first.port("three") == Registry(tmp_path / "other").port("three"), "a lost file changes no port of few"
 
 
+async def test_a_port_is_kept_as_soon_as_it_is_given(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    first = registry.port("one")
+    other = next(port for port in range(20000, 20004) if port != first)
+    assert registry.port("one", other) == Registry(tmp_path).port("one") == other
+
+
 async def test_a_port_is_its_name_s_until_that_is_free(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     assert registry.port("one", 20002) == 20002
@@ -396,7 +403,8 @@ async def test_a_visitor_who_takes_nothing_for_long_is_reset_and_so_is_the_servi
 
     command = with_limits(TCP_STALL_TIMEOUT=0.5)
     async with tunnelled(flood, command=command) as (service, t), t.tcp_visitor(rcvbuf=64 * KIB):
-        assert await service.ended.get() in ("ConnectionResetError", "BrokenPipeError")
+        ended = await asyncio.wait_for(service.ended.get(), TIMEOUT)
+        assert ended in ("ConnectionResetError", "BrokenPipeError")
 
 
 # ---------------------------------------------------------------------------------------- Links that are lost
@@ -544,6 +552,13 @@ async def test_many_tunnels_of_one_client_have_a_port_each() -> None:
                 async with RawVisitor(port_of(url)) as visitor:
                     await visitor.send(b"ping")
                     assert await visitor.read_exactly(4) == b"ping"
+
+
+async def test_two_tunnels_of_one_client_do_not_get_the_same_port() -> None:
+    async with Service(echo) as service, pytunnel.serve(tcp_ports=f"127.0.0.1:{free_port()}") as s:
+        with pytest.raises(Refused, match="are taken"):
+            async with pytunnel.connect(f"a=tcp:{service.port}", f"b=tcp:{service.port}", server=s.url, token=s.token):
+                pass
 
 
 async def test_a_server_without_ports_says_so() -> None:
