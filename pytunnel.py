@@ -6250,9 +6250,11 @@ class TunnelServer:
         return self.ports[0]
 
     def _secured_hosts(self) -> list[str]:
-        """Return the hosts that need a certificate: our own, which clients dial, and those of the tunnels."""
+        """Return the hosts that need a certificate: our own, which clients dial, and those of tunnels for HTTP."""
         assert self._domain
-        return [self._domain.zone, *(f"{name}.{self._domain.zone}" for name in self._registry.names)]
+        registry = self._registry
+        names = [name for name in registry.names if (session := registry.current(name)) and name not in session.ports]
+        return [self._domain.zone, *(f"{name}.{self._domain.zone}" for name in names)]
 
     def _stop_listening(self) -> None:
         for listener in [*self._listeners, *(listener for _, listener in self._tcp_listeners.values())]:
