@@ -375,8 +375,8 @@ def pytunnel(stage: Stage, loop: str) -> Running:
     server = stage.start(stage.server, *program, *words, name=f"server-{loop}", env=env, stdout=True)
     port = int(json.loads(_line(server))["port"])
     dial = f"http://{stage.server.address}:{port}"
-    words = ["connect", f"files={stage.files_port}", f"app={stage.app_port}", "--server", dial]
-    words += [f"tcp-files=tcp:{stage.files_port}", f"tcp-app=tcp:{stage.app_port}"] * has_tcp
+    more_targets = [f"tcp-files=tcp:{stage.files_port}", f"tcp-app=tcp:{stage.app_port}"] if has_tcp else []
+    words = ["connect", f"files={stage.files_port}", f"app={stage.app_port}", *more_targets, "--server", dial]
     client = stage.start(stage.home, *program, *words, name=f"client-{loop}", env=env, stdout=True)
     hosts = [urlsplit(_line(client)).netloc for _ in range(4 if has_tcp else 2)]
     targets = [Target(stage.server, "127.0.0.1", port, host) for host in hosts[:2]]
