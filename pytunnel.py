@@ -39,7 +39,8 @@ A link is a WebSocket at `GET /_pytunnel/link`, subprotocol `pytunnel.1`. The ha
     1 HEAD      status, reason, name, value, ...       END, INTERIM, ASK   yes
     2 OPEN      tunnel index (16 bits), kind (8 bits), END, ASK            yes
                 ms waited on the server (32 bits),
-                method, target, name, value, ...
+                method, target, name, value, ...;
+                of kind TCP: `TCP`, visitor's address
     3 RESET     code (16 bits), reason                                     yes
     6 PING      8 opaque bytes, link-level                                 no
     7 GOAWAY    code (16 bits), reason: no new streams                     yes
@@ -74,6 +75,7 @@ Screen
 State
 Tokens
 Link
+Connections
 Registry
 Certificates
 ACME
@@ -229,12 +231,13 @@ WRITE_TIMEOUT = 10.0  # seconds without room in the transport, or an ACK that wa
 HANDSHAKE_TIMEOUT = 10.0  # seconds for the whole handshake
 MAX_HANDSHAKES = 1024  # links at a time that have not shown their token yet,
 MAX_HANDSHAKES_EACH = 32  # and of these, of one address
-MAX_HELLO = 32 * KiB  # bytes of a handshake message: MAX_TUNNELS names take 4 KiB of it, and MAX_RULES
-MAX_RULES = 24 * KiB  # bytes of a hello that tell whom its tunnels let in; a password for each of MAX_TUNNELS takes 12
+MAX_HELLO = 32 * KiB  # bytes of a handshake message: MAX_TUNNELS names take 4 KiB of it, twice; and MAX_RULES
+MAX_RULES = 22 * KiB  # bytes of a hello that tell whom its tunnels let in; a password for each of MAX_TUNNELS takes 12
 MAX_CREDENTIALS = 32  # users with passwords of one tunnel; a visitor's is compared with each
 MAX_NETWORKS = 64  # networks of one tunnel
 MAX_TUNNELS = 64  # tunnels of one session, and of one token with a label unless `token add` says otherwise
 MAX_NAMES = 100  # names one token may own on a server; those unused the longest make room for new ones
+MAX_TCP_PORTS = 1000  # ports of a server for TCP tunnels; each takes two listening sockets, IPv4 and IPv6
 MAX_REVOKED = 1000  # revoked tokens whose names a server still frees when it sees them
 MAX_ZONES = 16  # host names by which who runs it has dialled this server; each serves tunnels below it
 MAX_REPLACED = 64  # sessions of one token that were replaced, and must not take their names back
@@ -298,6 +301,8 @@ VISITOR_KEEPALIVE = 75.0  # seconds an idle visitor connection is kept (nginx ke
 HEAD_TIMEOUT = 10.0  # seconds for a request's whole head, from its first byte or from the connection on
 BODY_TIMEOUT = 60.0  # seconds without a byte of a request's content before it counts as given up (nginx: 60)
 STALL_TIMEOUT = 60.0  # seconds in which a visitor takes not one byte of its response (nginx send_timeout: 60)
+TCP_STALL_TIMEOUT = 600.0  # the same for a TCP tunnel's, where it may be on purpose (nginx proxy_timeout: 600)
+TCP_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds of silence, and between probes
 REFUSAL_LINGER = 1.0  # seconds in which a visitor may read why its connection is closed
 MAX_VISITORS = 10_000  # connections of visitors and clients; less where there are not so many file descriptors
 RESERVED_FILES = 32  # file descriptors that are not for them
@@ -435,7 +440,7 @@ class Refused(TunnelError):
         self.code, self.retry = code, retry
         if code == "token":
             self.exit_status = ExitStatus.TOKEN_REFUSED
-        elif code in ("name", "limit", "replaced"):
+        elif code in ("name", "limit", "port", "replaced"):
             self.exit_status = ExitStatus.NAME_REFUSED
 
 
@@ -1091,6 +1096,7 @@ class Kind(enum.IntEnum):
 
     HTTP = 0
     UPGRADE = 1  # HTTP; a raw byte pipe after a 101
+    TCP = 2  # a visitor's connection: bytes both ways; its HEAD, a 101, says that the local service has accepted
 
 
 OPEN_HEADER = struct.Struct(">HBI")  # tunnel index, Kind, ms waited on the server; the request head follows
@@ -2190,12 +2196,13 @@ def split_target(method: bytes, target: bytes, headers: Headers) -> tuple[bytes,
 # prove that they know the token, it never crosses the wire, and what the server keeps would not let a thief of it in.
 #
 #     client  hello       version, key (a short hash of the token), nonce, what was dialled, tunnels, session to resume,
-#                         whom the tunnels let in, whether content may be compressed
+#                         whom the tunnels let in, which are for TCP, whether content may be compressed
 #     server  challenge   nonce, salt, iterations
 #     client  proof       ClientProof over the texts of hello and challenge
 #     server  ready       ServerSignature, session, tunnels, how much was received   or   refused: code, reason, retry
 #
-# A hello that has rules (Access) is for a server that enforces them: its ready says so, or the client leaves.
+# A hello that has rules (Access) is for a server that enforces them: its ready says so, or the client leaves. So it
+# does when a ready has another URL than tcp:// for a tunnel that is for TCP.
 
 PROTOCOL_VERSION = 1
 UNKNOWN_TOKEN = "the server does not know this token, or not any more; `pytunnel serve` or pytunnel token add gives one"
@@ -2292,6 +2299,13 @@ class Message:
                 raise ProtocolError(f"handshake field {name!r} is not of objects")
             member._fields = value
             yield key, member
+
+    def numbers(self, name: str, high: int) -> dict[str, int]:
+        """Return the members of a field, which are integers from 0 to `high`; none without it."""
+        values = self.get(name, dict, {})
+        if any(type(value) is not int or not 0 <= value <= high for value in values.values()):
+            raise ProtocolError(f"handshake field {name!r} is not of numbers within 0 to {high}")
+        return values
 
     def number(self, name: str, low: int, high: int, default: int | None = None) -> int:
         """Return an integer field, which must lie in the range."""
@@ -2418,6 +2432,11 @@ class Origin(NamedTuple):
         return f"{self.scheme}://{name}.{self.zone}{'' if self.port is None else f':{self.port}'}"
 
 
+def tcp_url(server: str, port: int) -> str:
+    """Return the public URL of a TCP tunnel on the host that a client has dialled. Raises MessageError."""
+    return f"tcp://{parse_host(server.partition('://')[2].partition('/')[0])[0]}:{port}"
+
+
 def tunnel_name(host: str, zones: Iterable[str]) -> str | None:
     """Return the tunnel that a visitor's host (from parse_host) means, None when it is the server's own host."""
     label, _, zone = host.partition(".")
@@ -2517,6 +2536,7 @@ METRICS = {  # name -> type, help
     "pytunnel_saved_bytes_total": ("counter", "Content that links did not have to carry, because it was compressed."),
     "pytunnel_responses_total": ("counter", "Responses to visitors by class of status, our own pages included."),
     "pytunnel_refusals_total": ("counter", "Requests and connections that got a page of our own, by X-Pytunnel-Error."),
+    "pytunnel_tcp_connections_total": ("counter", "Connections of visitors to TCP tunnels."),
     "pytunnel_aborts_total": ("counter", "Requests whose visitor went away."),
     "pytunnel_handshakes_total": ("counter", "Handshakes of clients by result."),
     "pytunnel_tls_handshakes_total": ("counter", "TLS handshakes by result."),
@@ -2708,6 +2728,11 @@ class Exchange:
         return self.target.partition("?")[0]
 
     @property
+    def is_tcp(self) -> bool:
+        """Whether it is a connection to a TCP tunnel; its target is the visitor's address."""
+        return self.method == "TCP"
+
+    @property
     def request_headers(self) -> Headers:
         return fields_of(self.request_head)
 
@@ -2749,6 +2774,8 @@ def one_line(summary: Mapping[str, Any]) -> str:
     """Return an exchange's summary as a line for a terminal."""
     error = f"  {escape(summary['error'])}" if summary["error"] else ""
     start = f"{summary['status'] or '---'} {escape(summary['method']):<7} {escape(summary['path'], 80)}"
+    if summary["method"] == "TCP":
+        start += f"  {summary['bytes_in']} bytes in, {summary['bytes_out']} out"
     return f"{start}  {summary['ms'] or 0:.0f} ms{error}"
 
 
@@ -2836,7 +2863,7 @@ class ExchangeLog:
             at = now - exchange.started
             notes = cast(collections.deque[Note], exchange.notes)
             notes.extend(Note(at, from_visitor, *note) for note in reader.feed(data))
-        room = 0 if isinstance(reader, WebSocketReader) else MAX_PREFIX - len(body)
+        room = 0 if isinstance(reader, WebSocketReader) or exchange.is_tcp else MAX_PREFIX - len(body)
         if room > 0 and exchange.id in self.exchanges:
             body += data[:room]
             self._keep(exchange, min(len(data), room))
@@ -2973,7 +3000,13 @@ def timings(exchange: Exchange) -> dict[str, float | None]:
 
 
 def as_curl(exchange: Exchange, url: str, *, reveal: bool = False) -> str:
-    """Return a shell command that sends the request to its tunnel at `url`; secrets are masked unless `reveal`."""
+    """Return a shell command that sends the request to its tunnel at `url`; secrets are masked unless `reveal`.
+
+    For a connection to a TCP tunnel it is one that makes another.
+    """
+    if exchange.is_tcp:
+        at = urllib.parse.urlsplit(url)
+        return shlex.join(["nc", at.hostname or "", str(at.port or "")])
     target = exchange.target if reveal else mask(exchange.target)
     words = ["curl", "--globoff"] if set(target) & set("[]{}") else ["curl"]
     if "/." in target:
@@ -3044,7 +3077,7 @@ def as_har(exchanges: Iterable[Exchange], urls: Mapping[str, str], *, reveal: bo
             "comment": e.error,
         }
 
-    entries = list(map(entry, exchanges))
+    entries = [entry(e) for e in exchanges if not e.is_tcp]
     return {"log": {"version": "1.2", "creator": {"name": "pytunnel", "version": __version__}, "entries": entries}}
 
 
@@ -3476,7 +3509,8 @@ def _details(snapshot: Snapshot, exchange: Exchange, width: int) -> Iterator[Spa
         moment = datetime.datetime.fromtimestamp(e.time + snapshot.utc_offset, datetime.UTC)
         duration = snapshot.now - e.started if e.ended is None else e.duration
         rows = {
-            "URL": printable(url) + _target(snapshot, e),
+            "URL": printable(url) + ("" if e.is_tcp else _target(snapshot, e)),
+            "Visitor": _target(snapshot, e) if e.is_tcp else "",
             "Target": f"{e.tunnel} → {printable(local)}",
             "Time": f"{moment:%Y-%m-%d %H:%M:%S}",
             "Number": f"{e.id}" + (f", a replay of {e.replay_of}" if e.replay_of else ""),
@@ -4378,6 +4412,209 @@ class Link:
             self._set_timer()
 
 
+# ---- Connections ----------------------------------------------------------------------------------------------------
+# TCP connections that are read and written as they are: to local services, and of a TCP tunnel's visitors.
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One connection to a local service, or of a TCP tunnel's visitor; one reader, one writer, back-pressure both ways.
+
+    What is large comes when it is asked for; of what is small, one read at the most waits for the reader.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = _read_buffer.view
+        self.closed = asyncio.Event()
+        self.idle_since = 0.0  # 0 while it is in use
+        self._transport: asyncio.Transport
+        self._chunks: collections.deque[bytes] = collections.deque()
+        self._limit = SEND_BUFFER
+        self._paused = False
+        self._eof = False
+        self._error: Exception | None = None
+        self._on_readable: Callable[[], object] | None = None  # called once
+        self._writable = asyncio.Event()
+        self._writable.set()
+
+    # The user's side
+
+    @property
+    def reusable(self) -> bool:
+        """Whether nothing has come, not even an end, since the last response."""
+        return not (self._eof or self._chunks or self.closed.is_set())
+
+    async def read(self, limit: int = SEND_BUFFER) -> bytes:
+        """Return the next bytes, about `limit` of them at the most, b"" at the end. Raises ConnectionError."""
+        self._limit = limit
+        while not (data := self.take()) and not self._eof:
+            readable = asyncio.get_running_loop().create_future()
+            self._on_readable = functools.partial(_wake, readable)
+            await readable
+        if self._error and not data:
+            raise ConnectionResetError(str(self._error))
+        return data
+
+    def watch(self, limit: int, on_readable: Callable[[], object]) -> None:
+        """Have it called, once, when there is something to read; a `read` takes its place."""
+        self._limit, self._on_readable = limit, on_readable
+
+    def take(self) -> bytes:
+        """Return the next bytes, b"" when there are none yet, or none any more."""
+        if not self._chunks:
+            return b""
+        data = self._chunks.popleft()
+        if self._paused and not self._chunks:
+            self._paused = False
+            self._transport.resume_reading()
+        return data
+
+    def send(self, data: bytes) -> None:
+        """Send bytes that are few, like a head; whether they could be sent is seen by who reads."""
+        if not self.closed.is_set():  # uvloop minds
+            self._transport.write(data)
+
+    async def write(self, data: bytes) -> None:
+        """Send bytes; waits while the other end does not take them. Raises ConnectionError."""
+        if self.closed.is_set():
+            raise ConnectionResetError("the connection was closed")
+        self.send(data)
+        if not self._writable.is_set():
+            await self._writable.wait()
+
+    def write_eof(self) -> None:
+        """Half-close, where the transport can."""
+        if self._transport.can_write_eof() and not self._transport.is_closing():
+            self._transport.write_eof()
+
+    async def close(self) -> None:
+        """Close it in good order, and wait until the other end has taken what was sent."""
+        self._transport.close()
+        await self.closed.wait()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def reset(self) -> None:
+        """End it so that the other end sees no orderly end. No effect on one that is closed."""
+        if not self.closed.is_set():
+            _reset(self._transport)
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer[: self._limit]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._chunks.append(bytes(self._buffer[:nbytes]))
+        busy = self._on_readable is None  # with what came before
+        if not self._paused and (busy or nbytes >= SEND_BUFFER):
+            self._paused = True
+            self._transport.pause_reading()
+        self._tell_reader()
+
+    def eof_received(self) -> bool:
+        self._eof = True
+        self._tell_reader()
+        return self._transport.can_write_eof() and not self.idle_since  # nothing more to say on an idle one: close it
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._eof, self._error = True, exc
+        self.closed.set()
+        self._tell_reader()
+        self._writable.set()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def _tell_reader(self) -> None:
+        if on_readable := self._on_readable:
+            self._on_readable = None
+            on_readable()
+
+
+def _unsent(transport: asyncio.WriteTransport) -> int:
+    """Return how many bytes the other end has not taken; those in the kernel, maybe megabytes, count on Linux only."""
+    unsent = transport.get_write_buffer_size()
+    if sys.platform == "linux":
+        import fcntl
+        import termios
+
+        with contextlib.suppress(OSError, ValueError):
+            answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+            unsent += int.from_bytes(answer, sys.byteorder)
+    return unsent
+
+
+def _reset(transport: asyncio.WriteTransport) -> None:
+    """End a connection with a TCP reset: whatever the kernel has not sent is dropped."""
+    linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    transport.abort()
+
+
+@contextlib.contextmanager
+def cut_when_stalled(transport: asyncio.WriteTransport, seconds: float) -> Iterator[None]:
+    """Reset a connection whose other end takes nothing for so long, while the context lasts."""
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle
+
+    def look(before: int) -> None:
+        nonlocal timer
+        if (unsent := _unsent(transport)) < before:
+            timer = loop.call_later(seconds, look, unsent)
+        else:
+            _reset(transport)
+
+    timer = loop.call_later(seconds, look, _unsent(transport))
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+async def pipe(
+    connection: Connection, stream: Stream, receive: Callable[[bytes], object], send: Callable[[bytes], object]
+) -> None:
+    """Move bytes both ways, whatever they are, until each way has ended; then close the connection.
+
+    Each chunk is told to `receive` (from the stream) or `send` (to it) first. An end is passed on, and the other way
+    goes on. What does not end well is reset, so that nobody takes a part for the whole. Raises StreamReset, or
+    ConnectionError when it was the connection.
+    """
+
+    async def to_stream() -> None:
+        while data := await connection.read(stream.room):
+            send(data)
+            await stream.write(data)
+        await stream.write(b"", end=True)
+
+    async def from_stream() -> None:
+        while data := await stream.read():
+            receive(data)
+            await connection.write(data)
+        connection.write_eof()
+
+    ways = [asyncio.ensure_future(to_stream()), asyncio.ensure_future(from_stream())]
+    try:
+        await asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION)
+        for way, cannot_write in zip(ways, (StreamReset, ConnectionError), strict=True):
+            if way.done() and isinstance(way.exception(), cannot_write):
+                await asyncio.wait(ways, timeout=LINGER)  # the other way has still to read what came before that
+        for way in ways:
+            if way.done():
+                way.result()
+        await connection.close()
+    finally:
+        connection.reset()
+        await end_tasks(*ways)
+
+
 # ---- Registry -------------------------------------------------------------------------------------------------------
 # Who has which name: the sessions of clients, and the names they serve. Entries end with their session, for whatever
 # reason it ends; whose a name is outlives the server, until its token is revoked.
@@ -4386,24 +4623,33 @@ class Link:
 class Registration:
     """A client's session in the registry: a link that comes and goes, and the names it serves."""
 
-    def __init__(self, key: str, names: list[str], session: Session, access: Mapping[str, Access] = {}) -> None:
+    def __init__(
+        self,
+        key: str,
+        names: list[str],
+        session: Session,
+        access: Mapping[str, Access] = {},
+        ports: Mapping[str, int] = {},
+    ) -> None:
         self.id = secrets.token_hex(16)
         self.key, self.names, self.access = key, names, access
+        self.ports = ports  # of those names that are TCP tunnels
         self.link = Link(session)
         self.expiry: asyncio.TimerHandle | None = None
 
 
 class TunnelRegistry:
-    def __init__(self, path: Path, *, grace: float, hold: float) -> None:
+    def __init__(self, path: Path, *, grace: float, hold: float, tcp_ports: range = range(0)) -> None:
         self.sessions: dict[str, Registration] = {}
         self.zones: list[str] = []  # host names below which tunnels are
         self.by_address = True  # and below what addresses lend (see Origin)
         self.draining = False
         self.saved = 0  # bytes by compression, in sessions that are over
+        self.ports: dict[str, int] = {}  # name -> port, of those that are TCP tunnels, or were
         self.grants: dict[str, Grant] = {}  # by key: the tokens that are good
         self._reserved: dict[str, str] = {}  # name -> key of the only token that may use it
         self._requests: collections.Counter[str] = collections.Counter()  # open now, by key
-        self._path, self._grace, self._hold = path, grace, hold
+        self._path, self._grace, self._hold, self._tcp_ports = path, grace, hold, tcp_ports
         self._unsaved = False  # the disk did not take the names
         self._tunnels: dict[str, Registration] = {}
         self._owners: dict[str, str] = {}
@@ -4415,6 +4661,7 @@ class TunnelRegistry:
             saved = parse_object(path.read_text())
             self._owners = {str(name): str(key) for name, key in saved["names"].items()}
             self.zones = [str(zone) for zone in saved["zones"]]
+            self.ports = {str(name): int(port) for name, port in saved.get("ports", {}).items()}
         except FileNotFoundError:
             pass
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -4479,8 +4726,49 @@ class TunnelRegistry:
 
     def _free(self, names: Iterable[str]) -> None:
         for name in names:
-            for kept in (self._owners, self._latest, self._last_seen):
+            for kept in (self._owners, self._latest, self._last_seen, self.ports):
                 kept.pop(name, None)
+
+    def choose_port(self, name: str, wanted: int, avoid: Collection[int] = ()) -> int:
+        """Return the port for a tunnel whose name its token has: the wanted one, else the one it had, else a free one.
+
+        Those in `avoid` cannot be had. Raises Refused.
+        """
+        ports, owner = self._tcp_ports, {port: name for name, port in self.ports.items()}
+        key, had = self._owners[name], self.ports.get(name, 0)
+        if not ports:
+            advice = "start it with serve --tcp-ports, like 20000-20100"
+            raise Refused("port", f"this server has no ports for TCP tunnels; {advice}")
+        # What a token's unused names had, those unused the longest first, may go to its other names.
+        idle = [other for other, its in self._owners.items() if its == key and other not in self._tunnels]
+        unused = [self.ports[other] for other in idle if other in self.ports]
+        if wanted:
+            if wanted not in ports:
+                reason = f"port {wanted} is none for TCP tunnels, those are {ports[0]} to {ports[-1]}"
+                raise Refused("port", f"{reason}; choose one of them with --remote-port")
+            if wanted in avoid or (owner.get(wanted, name) != name and wanted not in unused):
+                raise Refused("port", f"port {wanted} belongs to another tunnel; choose another --remote-port")
+            return wanted
+        start = zlib.crc32(name.encode()) % len(ports)  # so that a server that lost its file chooses the same
+        free = (port for port in [*ports[start:], *ports[:start]] if port not in owner)
+        candidates: Iterable[int] = itertools.chain([had], free, unused)
+        for port in candidates:
+            if port in ports and port not in avoid:
+                return port
+        raise Refused("port", f"all of this server's ports, {ports[0]} to {ports[-1]}, are taken; give it more of them")
+
+    def keep_port(self, name: str, port: int) -> None:
+        """Note a tunnel's port, which is nobody else's from now on."""
+        if self.ports.get(name) != port:
+            self.ports = {other: its for other, its in self.ports.items() if its != port} | {name: port}
+            self._save()
+
+    def listens(self, name: str) -> bool:
+        """Whether a TCP tunnel's port has to be open: its client is there, or may be expected."""
+        if session := self._tunnels.get(name):
+            return name in session.ports
+        last_seen = self._last_seen.get(name, -math.inf)
+        return name in self.ports and last_seen + self._hold > asyncio.get_running_loop().time()
 
     def bind(self, session: Registration, previous: str) -> None:
         """Give a new session its names. Whoever had one last is replaced, unless it was the same client: `previous`."""
@@ -4598,8 +4886,9 @@ class TunnelRegistry:
         self._save()
 
     def _save(self) -> None:
+        kept = {"names": self._owners, "zones": self.zones, "ports": self.ports}
         try:
-            write_private(self._path, json.dumps({"names": self._owners, "zones": self.zones}, indent=1))
+            write_private(self._path, json.dumps(kept, indent=1))
             self._unsaved = False
         except OSError as error:
             if not self._unsaved:
@@ -5303,6 +5592,7 @@ PROBLEMS = {  # X-Pytunnel-Error -> status, and one sentence that names the brok
     "shutting-down": (503, "The server is restarting. Try again soon."),
     "bad-request": (400, "The request is not valid HTTP."),
     "too-large": (431, "The request's header fields are too large."),
+    "not-http": (404, "The tunnel of this name is for TCP; its client tells the address, which is no web page."),
     "unauthorized": (401, "This tunnel is for those who have a user name and password for it. Ask its owner for them."),
     "not-allowed": (403, "This tunnel is not open to the network you come from. Ask its owner to allow your address."),
     "forbidden": (403, "This address is for pytunnel's client, not for web pages."),
@@ -5567,21 +5857,8 @@ class Visitor:
         transport = self.request.transport
         if transport is None or not self.request.protocol.writing_paused:
             return
-        loop = asyncio.get_running_loop()
-        timer: asyncio.TimerHandle
-
-        def look(before: int) -> None:
-            nonlocal timer
-            if (unsent := _unsent(transport)) < before:
-                timer = loop.call_later(STALL_TIMEOUT, look, unsent)
-            else:
-                _reset(transport)
-
-        timer = loop.call_later(STALL_TIMEOUT, look, _unsent(transport))
-        try:
+        with cut_when_stalled(transport, STALL_TIMEOUT):
             await self.request.writer.drain()
-        finally:
-            timer.cancel()
 
     def _switch_protocols(self, head: ResponseHead) -> RawPipe:
         if not self.upgrade:
@@ -5607,24 +5884,56 @@ class Visitor:
             raise
 
 
-def _unsent(transport: asyncio.WriteTransport) -> int:
-    """Return how many bytes the other end has not taken; those in the kernel, maybe megabytes, count on Linux only."""
-    unsent = transport.get_write_buffer_size()
-    if sys.platform == "linux":
-        import fcntl
-        import termios
+class TcpVisitor(Connection):
+    """A visitor's connection to the port of a TCP tunnel; `serve` is told of it, unless the gate is shut."""
 
-        with contextlib.suppress(OSError, ValueError):
-            answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-            unsent += int.from_bytes(answer, sys.byteorder)
-    return unsent
+    headers: ClassVar[Headers] = []  # as a Visitor has them
+    proxied = False
 
+    def __init__(self, gate: Gate, serve: Callable[[TcpVisitor], object]) -> None:
+        super().__init__()
+        self.on_lost: Callable[[], object] = lambda: None  # called when the connection is closed
+        self._gate, self._serve = gate, serve
 
-def _reset(transport: asyncio.WriteTransport) -> None:
-    """End a connection with a TCP reset: whatever the kernel has not sent is dropped."""
-    linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    transport.abort()
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        peer = transport.get_extra_info("peername") or ("", 0)  # uvloop has none once the peer has reset it
+        self.address = peer[0]
+        self.peer = f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
+        self.caller, gate = self._gate.callers[self.address], self._gate
+        self.caller.open += 1
+        gate.open += 1
+        gate.metrics["pytunnel_tcp_connections_total"] += 1
+        sock = transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # it has been reset
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in TCP_KEEPALIVE.items():
+                if hasattr(socket, option):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        if gate.open > gate.total:
+            self.reset()
+        elif self.caller.open > gate.each:
+            gate.log(self.caller, f"refused a connection from {self.address}: it has {gate.each} already")
+            self.reset()
+        else:
+            self._serve(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        # That we have cut it off is no end of what the visitor had to say.
+        super().connection_lost(exc if exc or self._eof else ConnectionAbortedError("cut off"))
+        self._gate.open -= 1
+        self.caller.open -= 1
+        self.on_lost()
+
+    async def write(self, data: bytes) -> None:
+        """As Connection's; a visitor who takes nothing for TCP_STALL_TIMEOUT is cut off."""
+        with cut_when_stalled(self._transport, TCP_STALL_TIMEOUT):
+            await super().write(data)
+
+    async def close(self) -> None:
+        """As Connection's; a visitor who takes nothing for TCP_STALL_TIMEOUT is cut off."""
+        with cut_when_stalled(self._transport, TCP_STALL_TIMEOUT):
+            await super().close()
 
 
 def _visitor_server(
@@ -5846,6 +6155,8 @@ class TunnelServer:
         max_body: float = math.inf,
         max_each: int = MAX_EACH,
         metrics_public: bool = False,
+        tcp_ports: range = range(0),
+        tcp_host: str | None = None,
     ) -> None:
         self._given = [Grant.from_token("given", token) for token in tokens]
         self._tokens = Tokens(state)
@@ -5859,7 +6170,7 @@ class TunnelServer:
         self._acme = acme  # which brings certificates; it takes a domain
         self._gate = Gate(
             each=max_each,
-            total=max(1, min(MAX_VISITORS, file_limit() - RESERVED_FILES)),
+            total=max(1, min(MAX_VISITORS, file_limit() - RESERVED_FILES - 2 * len(tcp_ports))),
             trusted=[ipaddress.ip_network(cidr) for cidr in trusted_proxies],
         )
         if hsts is not None:
@@ -5869,12 +6180,18 @@ class TunnelServer:
         self._handshakes = self._exchanges = 0
         self._idle = asyncio.Event()
         self._crowded: set[str] = set()  # keys of tokens whose sessions keep too much
+        self._tcp_ports, self._tcp_host = tcp_ports, tcp_host
+        self._tcp_listeners: dict[str, tuple[int, asyncio.Server]] = {}  # by the tunnel's name
+        self._tcp_opening = asyncio.Lock()
+        self._tcp_visitors: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Listen; `ports` are known then. Raises TunnelError when an address or the state cannot be had."""
         import zstandard  # noqa: F401 - it is missed here, where it is missing, and not in the middle of a response
 
-        self._registry = TunnelRegistry(self._state / "names.json", grace=self._grace, hold=self._hold)
+        self._registry = TunnelRegistry(
+            self._state / "names.json", grace=self._grace, hold=self._hold, tcp_ports=self._tcp_ports
+        )
         if self._domain:
             self._registry.zones, self._registry.by_address = [self._domain.zone], False
         self._stamp = self._tokens.stamp()
@@ -5896,6 +6213,10 @@ class TunnelServer:
                 raise TunnelError(f"cannot listen on {where}: {reason}; {advice}") from None
             self._listeners.append(listener)
             self.ports.append(listener.sockets[0].getsockname()[1])
+        for name, port in self._registry.ports.items():  # their clients are about to come back
+            if port in self._tcp_ports:
+                with contextlib.suppress(OSError):
+                    await self._listen_tcp(name, port)
         self._watching = asyncio.ensure_future(self._watch())
         if self._acme:
             self._acme.start(self._secured_hosts)
@@ -5920,6 +6241,7 @@ class TunnelServer:
         for session in list(self._registry.sessions.values()):
             self._registry.end(session, StreamReset(ErrorCode.LINK_LOST, "the server stops"))
             session.link.finish()
+        await end_tasks(*self._tcp_visitors)
         await self._http.shutdown(0.2)
 
     @property
@@ -5928,13 +6250,16 @@ class TunnelServer:
         return self.ports[0]
 
     def _secured_hosts(self) -> list[str]:
-        """Return the hosts that need a certificate: our own, which clients dial, and those of the tunnels."""
+        """Return the hosts that need a certificate: our own, which clients dial, and those of tunnels for HTTP."""
         assert self._domain
-        return [self._domain.zone, *(f"{name}.{self._domain.zone}" for name in self._registry.names)]
+        registry = self._registry
+        names = [name for name in registry.names if (session := registry.current(name)) and name not in session.ports]
+        return [self._domain.zone, *(f"{name}.{self._domain.zone}" for name in names)]
 
     def _stop_listening(self) -> None:
-        for listener in self._listeners:
+        for listener in [*self._listeners, *(listener for _, listener in self._tcp_listeners.values())]:
             listener.close()
+        self._tcp_listeners.clear()
 
     def _protocol(self) -> asyncio.BaseProtocol:
         """Return what an accepted connection gets."""
@@ -5961,6 +6286,8 @@ class TunnelServer:
                 log.warning("token %s: its sessions keep too much, and get no new requests until that is less", label)
             if self.certificates:
                 self.certificates.reload()
+            for name in [name for name in self._tcp_listeners if not self._registry.listens(name)]:
+                self._tcp_listeners.pop(name)[1].close()
             if (stamp := self._tokens.stamp()) != self._stamp:
                 try:
                     self._read_tokens()
@@ -6114,6 +6441,8 @@ class TunnelServer:
         visitor.caller.open += visitor.proxied
         try:
             session = await self._find(visitor, name)
+            if name in session.ports:
+                raise Unserved("not-http")
             head = self._request_head(visitor, host, session.access.get(name, EVERYBODY))
             tunnel, waited = session.names.index(name), time.monotonic() - arrived
             if session.key in self._crowded:
@@ -6137,7 +6466,7 @@ class TunnelServer:
             self._exchanges -= 1
             self._idle.set()
 
-    def _check_load(self, visitor: Visitor, now: float) -> None:
+    def _check_load(self, visitor: Visitor | TcpVisitor, now: float) -> None:
         """Raise Unserved when the visitor's address has too much open."""
         caller, problem = visitor.caller, ""
         if not caller.aborts.left(now):
@@ -6148,7 +6477,7 @@ class TunnelServer:
             self._gate.log(caller, f"refused a request from {visitor.address}: {problem}")
             raise Unserved("too-many-requests")
 
-    async def _find(self, visitor: Visitor, name: str) -> Registration:
+    async def _find(self, visitor: Visitor | TcpVisitor, name: str) -> Registration:
         """Return the session that serves a tunnel, once it is clear that it lets this visitor in. Raises Unserved."""
         before = self._registry.current(name)
         if before:  # so that no stranger takes up the room of those who wait for its client
@@ -6160,7 +6489,7 @@ class TunnelServer:
             self._check_access(visitor, session, name)
         return session
 
-    def _check_access(self, visitor: Visitor, session: Registration, name: str) -> None:
+    def _check_access(self, visitor: Visitor | TcpVisitor, session: Registration, name: str) -> None:
         """Check that a tunnel lets this visitor in. Raises Unserved."""
         access = session.access.get(name, EVERYBODY)
         if not access.allows(visitor.address):
@@ -6186,6 +6515,86 @@ class TunnelServer:
         trusted = self._gate.is_trusted(visitor.peer)
         headers = forwarded(headers, visitor.peer, visitor.request.scheme, host, trusted=trusted)
         return RequestHead(visitor.method, visitor.target, headers)
+
+    # Connections to TCP tunnels
+
+    async def _open_ports(self, wanted: Mapping[str, int]) -> dict[str, int]:
+        """Listen for these tunnels, each on the port it wants or on one that is chosen. Raises Refused."""
+        ports: dict[str, int] = {}
+        async with self._tcp_opening:
+            for name, port in wanted.items():
+                avoid = set(ports.values())
+                while name not in ports:
+                    chosen = self._registry.choose_port(name, port, avoid)
+                    try:
+                        await self._listen_tcp(name, chosen)
+                    except OSError as error:
+                        if port:
+                            reason = f"cannot listen on port {port}: {os.strerror(error.errno or 0).lower()}"
+                            raise Refused("port", f"the server {reason}; choose another --remote-port") from None
+                        avoid.add(chosen)
+                    else:
+                        ports[name] = chosen
+                        self._registry.keep_port(name, chosen)
+        return ports
+
+    async def _listen_tcp(self, name: str, port: int) -> None:
+        for other, (at, listener) in list(self._tcp_listeners.items()):
+            if (other == name) != (at == port):  # this tunnel had another port, or another tunnel had this one
+                listener.close()
+                del self._tcp_listeners[other]
+        if name not in self._tcp_listeners:
+            loop = asyncio.get_running_loop()
+            serve = functools.partial(self._on_tcp_visitor, name)
+            made = await loop.create_server(lambda: TcpVisitor(self._gate, serve), self._tcp_host, port, backlog=1024)
+            self._tcp_listeners[name] = port, made
+
+    def _on_tcp_visitor(self, name: str, visitor: TcpVisitor) -> None:
+        task = asyncio.ensure_future(self._serve_tcp(name, visitor))
+        visitor.on_lost = task.cancel  # until its stream is there, where that is seen
+        self._tcp_visitors.add(task)
+        task.add_done_callback(self._tcp_visitors.discard)
+
+    async def _serve_tcp(self, name: str, visitor: TcpVisitor) -> None:
+        """Move a visitor's bytes to a tunnel and back; what cannot be served, or does not end well, is reset."""
+        arrived, metrics = time.monotonic(), self.metrics
+        self._exchanges += 1
+        try:
+            self._check_load(visitor, arrived)
+            session = await self._find(visitor, name)
+            if name not in session.ports:  # it is for HTTP now
+                raise Unserved("unknown-tunnel")
+            if session.key in self._crowded:
+                raise Unserved("server-full")
+            self._registry.begin_request(session.key)
+            try:
+                tunnel, waited = session.names.index(name), time.monotonic() - arrived
+                head = RequestHead(b"TCP", visitor.peer.encode(), [])
+                with contextlib.closing(session.link.open(tunnel, Kind.TCP, head, end=False, waited=waited)) as stream:
+                    visitor.on_lost = lambda: None
+                    try:
+                        await pipe(
+                            visitor,
+                            stream,
+                            receive=lambda data: metrics.update(pytunnel_sent_bytes_total=len(data)),
+                            send=lambda data: metrics.update(pytunnel_received_bytes_total=len(data)),
+                        )
+                    except ConnectionError:  # what came before that still counts
+                        stream.abort(ErrorCode.NO_ERROR, "the visitor went away", flush=True)
+                        metrics["pytunnel_aborts_total"] += 1
+                        visitor.caller.aborts.take(time.monotonic())
+            finally:
+                self._registry.end_request(session.key)
+        except Unserved as error:
+            metrics[f'pytunnel_refusals_total{{reason="{error}"}}'] += 1
+        except StreamReset:
+            pass  # the client has a line about it
+        except Exception:
+            log.exception("a connection failed")
+        finally:
+            visitor.reset()
+            self._exchanges -= 1
+            self._idle.set()
 
     # Links
 
@@ -6219,6 +6628,8 @@ class TunnelServer:
             origin = self._domain or Origin.from_url(hello.get("server", str))
             self._registry.learn_zone(origin.zone, key)
             session, received = await self._session_for(hello, key)
+            host = f"tcp://{self._domain.zone}" if self._domain else hello.get("server", str)
+            urls = {name: tcp_url(host, port) for name, port in session.ports.items()}
             result = "ready"
             protocol.uncount()
         except (Refused, ProtocolError, MessageError) as error:
@@ -6242,7 +6653,7 @@ class TunnelServer:
             resumed=resumed,
             received=session.link.session.received,
             compress=session.link.session.compress,
-            tunnels=[{"name": name, "url": origin.url(name)} for name in session.names],
+            tunnels=[{"name": name, "url": urls.get(name) or origin.url(name)} for name in session.names],
             window=INITIAL_WINDOW,
             streams=MAX_STREAMS,
             enforced=ENFORCED,
@@ -6337,6 +6748,9 @@ class TunnelServer:
         names = [check_name(str(name)) for name in hello.get("tunnels", list)]
         if len(names) > MAX_TUNNELS or len(set(names)) != len(names) or not access.keys() <= set(names):
             raise ProtocolError(f"{len(names)} tunnels, allowed are {MAX_TUNNELS} with different names")
+        tcp = hello.numbers("tcp", 65535)
+        if not tcp.keys() <= set(names) or any(name in tcp and access[name].digests for name in access):
+            raise ProtocolError("a TCP tunnel that is none of the tunnels, or has passwords")
         state = Session(
             is_server=True,
             send_window=hello.number("window", 1, MAX_WINDOW, INITIAL_WINDOW),
@@ -6345,7 +6759,7 @@ class TunnelServer:
             compress=hello.get("compress", bool, False),
         )
         self._registry.claim(key, names)
-        session = Registration(key, names, state, access)
+        session = Registration(key, names, state, access, await self._open_ports(tcp))
         self._registry.bind(session, previous)
         if self._acme:
             self._acme.wake()
@@ -6382,10 +6796,11 @@ class Target(NamedTuple):
     port: int  # 0 for a Unix socket
     tls: bool = False
     folder: bool = False  # `host` is its path
+    tcp: bool = False  # it need not speak HTTP
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read `3000`, `host:port`, `http://…`, `https://…`, `unix:/path` or a folder's path. Raises UsageError."""
+        """Read `3000`, `host:port`, `http://…`, `https://…`, `tcp:…`, `unix:/path` or a folder. Raises UsageError."""
         if text.startswith((".", "/", "~")) or (not text.isdecimal() and os.path.isdir(text)):
             path = os.path.abspath(os.path.expanduser(text))
             if not os.path.isdir(path):
@@ -6394,16 +6809,20 @@ class Target(NamedTuple):
         if text.startswith("unix:/"):
             return cls(text, text.removeprefix("unix:"), 0)
         scheme, separator, rest = text.partition("://")
-        if not separator:
-            scheme, rest = "http", f"localhost:{text}" if re.fullmatch(r"[0-9]{1,5}", text) else text
+        if tcp := text.startswith("tcp:"):
+            scheme, separator, rest = "tcp", "", text.removeprefix("tcp:").removeprefix("//")
+        elif not separator:
+            scheme, rest = "http", text
+        if re.fullmatch(r"[0-9]{1,5}", rest) and not separator:
+            rest = f"localhost:{rest}"
         try:
             host, port = parse_host(rest.removesuffix("/"))
         except MessageError:
             host, port = "", None
-        if scheme not in ("http", "https") or not host or port == 0 or not (port or separator):
-            forms = "a port like 3000, host:port, http:// or https://host:port, unix:/path or a folder like ./dist"
+        if scheme not in ("http", "https", "tcp") or not host or port == 0 or not (port or separator):
+            forms = "a port like 3000, host:port, http:// or https://host:port, tcp:22, unix:/path or a folder (./dist)"
             raise UsageError(f"{escape(text)!r} is not a target: give {forms}")
-        return cls(text, host.strip("[]"), port or DEFAULT_PORTS[scheme], scheme == "https")
+        return cls(text, host.strip("[]"), port or DEFAULT_PORTS[scheme], scheme == "https", tcp=tcp)
 
     @property
     def authority(self) -> str:
@@ -6459,124 +6878,12 @@ class Edits(NamedTuple):
         return [*self.put, *(pair for pair in headers if pair[0].lower() not in drop)]
 
 
-class LocalConnection(asyncio.BufferedProtocol):
-    """One connection to a local service, with back-pressure both ways; one reader, one writer.
-
-    What is large comes when it is asked for; of what is small, one read at the most waits for the reader.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = _read_buffer.view
-        self.closed = asyncio.Event()
-        self.idle_since = 0.0  # 0 while it is in use
-        self._transport: asyncio.Transport
-        self._chunks: collections.deque[bytes] = collections.deque()
-        self._limit = SEND_BUFFER
-        self._paused = False
-        self._eof = False
-        self._error: Exception | None = None
-        self._on_readable: Callable[[], object] | None = None  # called once
-        self._writable = asyncio.Event()
-        self._writable.set()
-
-    # The user's side
-
-    @property
-    def reusable(self) -> bool:
-        """Whether nothing has come, not even an end, since the last response."""
-        return not (self._eof or self._chunks or self.closed.is_set())
-
-    async def read(self, limit: int = SEND_BUFFER) -> bytes:
-        """Return the next bytes, about `limit` of them at the most, b"" at the end. Raises ConnectionError."""
-        self._limit = limit
-        while not (data := self.take()) and not self._eof:
-            readable = asyncio.get_running_loop().create_future()
-            self._on_readable = functools.partial(_wake, readable)
-            await readable
-        if self._error and not data:
-            raise ConnectionResetError(str(self._error))
-        return data
-
-    def watch(self, limit: int, on_readable: Callable[[], object]) -> None:
-        """Have it called, once, when there is something to read; a `read` takes its place."""
-        self._limit, self._on_readable = limit, on_readable
-
-    def take(self) -> bytes:
-        """Return the next bytes, b"" when there are none yet, or none any more."""
-        if not self._chunks:
-            return b""
-        data = self._chunks.popleft()
-        if self._paused and not self._chunks:
-            self._paused = False
-            self._transport.resume_reading()
-        return data
-
-    def send(self, data: bytes) -> None:
-        """Send bytes that are few, like a head; whether they could be sent is seen by who reads."""
-        if not self.closed.is_set():  # uvloop minds
-            self._transport.write(data)
-
-    async def write(self, data: bytes) -> None:
-        """Send bytes; waits while the service does not take them. Raises ConnectionError."""
-        if self.closed.is_set():
-            raise ConnectionResetError("the local service closed the connection")
-        self.send(data)
-        if not self._writable.is_set():
-            await self._writable.wait()
-
-    def write_eof(self) -> None:
-        """Half-close, where the transport can."""
-        if self._transport.can_write_eof() and not self._transport.is_closing():
-            self._transport.write_eof()
-
-    def abort(self) -> None:
-        self._transport.abort()
-
-    # asyncio's side
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer[: self._limit]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self._chunks.append(bytes(self._buffer[:nbytes]))
-        busy = self._on_readable is None  # with what came before
-        if not self._paused and (busy or nbytes >= SEND_BUFFER):
-            self._paused = True
-            self._transport.pause_reading()
-        self._tell_reader()
-
-    def eof_received(self) -> bool:
-        self._eof = True
-        self._tell_reader()
-        return self._transport.can_write_eof() and not self.idle_since  # nothing more to say on an idle one: close it
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._eof, self._error = True, exc
-        self.closed.set()
-        self._tell_reader()
-        self._writable.set()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    def _tell_reader(self) -> None:
-        if on_readable := self._on_readable:
-            self._on_readable = None
-            on_readable()
-
-
 class LocalService:
     """Connections to one target, kept for the next request while they are fresh."""
 
     def __init__(self, target: Target, *, insecure: bool) -> None:
         self.target = target
-        self._idle: list[LocalConnection] = []
+        self._idle: list[Connection] = []
         self._pruning: asyncio.TimerHandle | None = None
         self._address = target.addresses[0]
         self._tls: ssl.SSLContext | None = None
@@ -6586,7 +6893,7 @@ class LocalService:
                 self._tls.check_hostname = False
                 self._tls.verify_mode = ssl.CERT_NONE
 
-    def take_idle(self) -> LocalConnection | None:
+    def take_idle(self) -> Connection | None:
         """Return a connection that was used before, the freshest one, if there is any."""
         oldest = asyncio.get_running_loop().time() - LOCAL_IDLE
         while self._idle:
@@ -6597,7 +6904,7 @@ class LocalService:
             connection.abort()
         return None
 
-    def give_back(self, connection: LocalConnection) -> None:
+    def give_back(self, connection: Connection) -> None:
         """Keep a connection whose response is complete."""
         loop = asyncio.get_running_loop()
         connection.idle_since = loop.time()
@@ -6613,15 +6920,15 @@ class LocalService:
             self._idle.pop(0).abort()
         self._pruning = loop.call_at(self._idle[0].idle_since + LOCAL_IDLE, self._prune) if self._idle else None
 
-    async def connect(self) -> LocalConnection:
+    async def connect(self) -> Connection:
         """Return a new connection. Raises StreamReset with the code for the visitor."""
         loop, target, tls, error = asyncio.get_running_loop(), self.target, self._tls, None
         name = target.host if tls else None
         for address in sorted(target.addresses, key=lambda address: address != self._address):
             if target.port:
-                dial = loop.create_connection(LocalConnection, address, target.port, ssl=tls, server_hostname=name)
+                dial = loop.create_connection(Connection, address, target.port, ssl=tls, server_hostname=name)
             else:
-                dial = loop.create_unix_connection(LocalConnection, address)
+                dial = loop.create_unix_connection(Connection, address)
             try:
                 async with asyncio.timeout(LOCAL_CONNECT_TIMEOUT):
                     _, connection = await dial
@@ -6682,6 +6989,46 @@ class Replay:
     def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None: ...
 
 
+class TcpForwarding:
+    """A connection of a TCP tunnel's visitor, from its stream to the local service."""
+
+    def __init__(self, stream: Stream, service: LocalService, exchange: Exchange, log: ExchangeLog) -> None:
+        self._stream, self._service, self._exchange, self._log = stream, service, exchange, log
+        self._time = asyncio.get_running_loop().time
+
+    def start(self, on_answer: Callable[[], object]) -> bool:
+        """As Forwarding's; there is nothing to send at once."""
+        return False
+
+    def answer(self) -> bool:
+        """As Forwarding's, which nobody calls."""
+        return False
+
+    async def run(self) -> None:
+        """Carry it to its end. Raises StreamReset when that is none in good order."""
+        if self._stream.is_cancelled:  # in the message that opened it
+            raise asyncio.CancelledError
+        connection = await self._service.connect()
+        exchange, head = self._exchange, ResponseHead(101, b"", [])
+        exchange.answered = self._time()
+        try:
+            payload = head.encode()
+            self._log.respond(exchange, head, payload)
+            self._stream.write_head(payload)
+        except BaseException:
+            connection.reset()
+            raise
+        try:
+            await pipe(
+                connection,
+                self._stream,
+                receive=lambda data: self._log.receive(exchange, data, self._time()),
+                send=lambda data: self._log.send(exchange, data, self._time()),
+            )
+        except ConnectionError as error:
+            raise StreamReset(ErrorCode.LOCAL_RESET, f"{self._service.target.text}: {_describe(error)}") from None
+
+
 class Forwarding:
     def __init__(
         self, stream: Stream | Replay, route: Route, head: RequestHead, exchange: Exchange, log: ExchangeLog
@@ -6693,7 +7040,7 @@ class Forwarding:
         self._parser = ResponseParser(head.method)
         self._has_body = stream.has_content and stream.kind is Kind.HTTP
         self._chunked = self._has_body and not field_values(head.headers, b"content-length")
-        self._idle: LocalConnection | None = None  # one that was used before, on which the request has gone out
+        self._idle: Connection | None = None  # one that was used before, on which the request has gone out
         self._failure: Exception | None = None  # for `run` to raise
 
     def start(self, on_answer: Callable[[], object]) -> bool:
@@ -6707,7 +7054,7 @@ class Forwarding:
 
     def answer(self) -> bool:
         """Pass on what has come; whether that was all, as it mostly is. Else `run` goes on, or fails for both."""
-        connection = cast(LocalConnection, self._idle)
+        connection = cast(Connection, self._idle)
         if not (data := connection.take()):
             return False
         try:
@@ -6738,7 +7085,7 @@ class Forwarding:
     def _wire_head(self) -> bytes:
         return self._head.to_wire(chunked=self._chunked, upgrade=self._stream.kind is Kind.UPGRADE)
 
-    async def _attempt(self, connection: LocalConnection) -> None:
+    async def _attempt(self, connection: Connection) -> None:
         """Carry on once the head has been sent."""
         upload, kept = None, False
         try:
@@ -6763,14 +7110,14 @@ class Forwarding:
             if upload:
                 await end_tasks(upload)
 
-    def _give_back(self, connection: LocalConnection) -> bool:
+    def _give_back(self, connection: Connection) -> bool:
         """Keep a connection for others, if it can be used again."""
         kept = self._parser.keep_alive and connection.reusable
         if kept:
             self._service.give_back(connection)
         return kept
 
-    async def _respond(self, connection: LocalConnection) -> None:
+    async def _respond(self, connection: Connection) -> None:
         if self._failure:
             raise self._failure
         while not self._parser.done:
@@ -6814,7 +7161,7 @@ class Forwarding:
         if field_values(head.headers, b"sec-websocket-accept") != list(map(accept_key, keys)):
             raise MessageError("101 with a Sec-WebSocket-Accept that is not the key's", 502)
 
-    async def _upload(self, connection: LocalConnection, *, chunked: bool) -> bool:
+    async def _upload(self, connection: Connection, *, chunked: bool) -> bool:
         """Send the request's content, or a pipe's bytes; True says that all of it went out."""
         try:
             while data := await self._stream.read():
@@ -6826,7 +7173,7 @@ class Forwarding:
         except (ConnectionError, StreamReset):
             return False  # the response, or its absence, tells the rest
 
-    async def _finish_upload(self, connection: LocalConnection, upload: asyncio.Future[bool], status: int) -> None:
+    async def _finish_upload(self, connection: Connection, upload: asyncio.Future[bool], status: int) -> None:
         """The response came early. The service may still want the rest; after an error it has LINGER seconds for it."""
         closed: asyncio.Future[bool] = asyncio.ensure_future(connection.closed.wait())
         try:
@@ -6835,7 +7182,7 @@ class Forwarding:
         finally:
             closed.cancel()
 
-    async def _pipe(self, connection: LocalConnection) -> None:
+    async def _pipe(self, connection: Connection) -> None:
         """Move the local service's bytes after a 101, whatever they are, until it ends."""
         data = self._parser.excess
         while data or (data := await connection.read(self._stream.room)):
@@ -6870,6 +7217,7 @@ class Tunnel(NamedTuple):
     insecure: bool = False  # do not verify the certificate of a service that is not on this machine
     spa: bool = False  # of a folder: its index.html for paths that are no file
     access: Access = EVERYBODY  # whom the server lets in
+    port: int = 0  # of a TCP tunnel: the one on the server that it wants; 0: any
 
     @property
     def targets(self) -> list[Target]:
@@ -7016,6 +7364,8 @@ class TunnelClient:
         make no request, or when the content is longer than what was kept.
         """
         body = edits.get("body")
+        if exchange.is_tcp:
+            raise MessageError("a TCP connection cannot be replayed")
         if body is None:
             if exchange.status == 101:
                 raise MessageError("a WebSocket cannot be replayed")
@@ -7201,6 +7551,7 @@ class TunnelClient:
             server=self.server,
             tunnels=[tunnel.name for tunnel in self.tunnels],
             access=self._access,
+            tcp={tunnel.name: tunnel.port for tunnel in self.tunnels if tunnel.target.tcp},
             session=self._session_id,
             received=link.session.received if link else 0,
             compress=self._compress,
@@ -7238,6 +7589,9 @@ class TunnelClient:
         urls = [escape(str(tunnel.get("url"))) for tunnel in ready.get("tunnels", list) if isinstance(tunnel, dict)]
         if len(urls) != len(self.tunnels):
             raise ProtocolError(f"{len(urls)} tunnels, asked for were {len(self.tunnels)}")
+        pairs = zip(self.tunnels, urls, strict=True)
+        if any(tunnel.target.tcp and not url.startswith("tcp://") for tunnel, url in pairs):
+            raise Refused("port", "this server is too old for TCP tunnels; upgrade it")
         resumed = ready.get("resumed", bool)
         if not resumed or not self._link:
             if self._link:
@@ -7308,15 +7662,22 @@ class TunnelClient:
             with contextlib.closing(stream):
                 return stream.abort(ErrorCode.REFUSED, "no more streams")
         try:
-            head = RequestHead.decode(stream.head)
-            target, _ = split_target(head.method, head.target, head.headers)
-            if target != head.target or head.method in (b"CONNECT", b"TRACE"):  # the server has sorted these out
+            head, tcp = RequestHead.decode(stream.head), stream.kind is Kind.TCP
+            if tcp != (head.method == b"TCP") or tcp != self.tunnels[stream.tunnel].target.tcp:
+                raise ProtocolError("a stream of the wrong kind")
+            if not tcp and split_target(head.method, head.target, head.headers)[0] != head.target:
                 raise ProtocolError("a request to a proxy")
+            if head.method in (b"CONNECT", b"TRACE"):  # the server has sorted these out
+                raise ProtocolError("a method that is not for tunnels")
             exchange = self._begin(stream.tunnel, head, stream.head, waited=stream.waited)
         except (ProtocolError, MessageError, IndexError):
             with contextlib.closing(stream):
                 return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
-        forwarding = self._forward(stream, stream.tunnel, head, exchange)
+        forwarding: Forwarding | TcpForwarding
+        if tcp:
+            forwarding = TcpForwarding(stream, self._routes[stream.tunnel][0].service, exchange, self.log)
+        else:
+            forwarding = self._forward(stream, stream.tunnel, head, exchange)
         task: asyncio.Task[None] | None = None  # none while the answer is all that there is to wait for
 
         def run() -> asyncio.Task[None]:
@@ -7368,7 +7729,9 @@ class TunnelClient:
         self.log.begin(exchange)
         return exchange
 
-    async def _exchange(self, forwarding: Forwarding, stream: Stream | Replay, exchange: Exchange) -> None:
+    async def _exchange(
+        self, forwarding: Forwarding | TcpForwarding, stream: Stream | Replay, exchange: Exchange
+    ) -> None:
         try:
             await forwarding.run()
         except StreamReset as error:
@@ -8773,6 +9136,18 @@ def parse_listen(text: str) -> tuple[str | None, int]:
     return bare or None, int(port)
 
 
+def parse_ports(text: str) -> tuple[str | None, range]:
+    """Return host and ports of `HOST:FIRST-LAST`, `FIRST-LAST` or one port; see `parse_listen`. Raises UsageError."""
+    first, _, last = text.rpartition(":")[2].partition("-")
+    if not re.fullmatch(r"[0-9]{1,5}", last or first):
+        raise UsageError(f"{escape(text)!r} are no ports: give FIRST-LAST, like 20000-20100")
+    host, start = parse_listen(text.rpartition("-")[0] if last else text)
+    ports = range(start, int(last or first) + 1)
+    if not 0 < len(ports) <= MAX_TCP_PORTS or start == 0 or ports[-1] > 65535:
+        raise UsageError(f"{escape(text)!r} are {len(ports)} ports: give 1 to {MAX_TCP_PORTS}, like 20000-20100")
+    return host, ports
+
+
 def read_token(path: str, source: str) -> str:
     """Return the first line of a file, `-` is stdin. Raises UsageError, which does not tell what `path` is: a token?"""
     line = b""
@@ -8886,6 +9261,7 @@ TUNNEL_FLAGS = {  # of `connect`, and settings of each tunnel in a file: type, w
     "auth": (list, "USER:PASS", "let in only visitors who know the password"),
     "allow": (list, "CIDR", "let in only visitors from this network or address"),
     "pass-auth": (bool, "", "the local service gets the visitor's password, too"),
+    "remote-port": (int, "N", "tcp: this port on the server"),
     "spa": (bool, "", "a folder: its index.html for pages that are no file"),
     "insecure": (bool, "", "do not verify a local service's certificate"),
 }
@@ -8908,12 +9284,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     for name, tunnel in settings.get("tunnels", {}).items():
         where = f"{path}: tunnel {escape(name)}: "
         if not isinstance(tunnel, dict):
-            raise UsageError(f"{where}it is not a table; write [tunnels.{escape(name)}] and below it target = \"3000\"")
+            raise UsageError(f'{where}it is not a table; write [tunnels.{escape(name)}] and below it target = "3000"')
         if type(tunnel.get("target")) is int:  # a port needs no quotes
             tunnel["target"] = str(tunnel["target"])
         _check_settings(tunnel, TUNNEL_SETTINGS, where)
         if "target" not in tunnel:
-            raise UsageError(f"{where}it has no target; add one, like target = \"3000\"")
+            raise UsageError(f'{where}it has no target; add one, like target = "3000"')
     return settings
 
 
@@ -8924,7 +9300,8 @@ def _check_settings(settings: dict[str, Any], known: Mapping[str, type], where: 
             raise UsageError(f"{where}unknown setting {escape(key)!r}; did you mean {nearest!r}?")
         items = value if isinstance(value, list) else []
         if type(value) is not known[key] or any(not isinstance(item, str) for item in items):
-            kind = {str: "text in quotes", list: "a list of texts", bool: "true or false", dict: "a table"}[known[key]]
+            kinds = {str: "text in quotes", list: "a list of texts", bool: "true or false", dict: "a table"}
+            kind = kinds.get(known[key], "a whole number")
             example = f'; write {key} = ["…"]' if known[key] is list else ""
             raise UsageError(f"{where}{key} is not {kind}{example}")
 
@@ -9015,6 +9392,9 @@ class Settings:
                 raise UsageError(f"{key} is an empty list, which would let everybody in; leave it out, or fill it")
         given = os.environ["PYTUNNEL_AUTH"].split("\n") if "PYTUNNEL_AUTH" in os.environ else []  # "" is an error
         auth = self._flags.get("auth") or given or options.get("auth") or ()
+        self._check_kind(parsed, {**options, "auth": auth})
+        if any(target.tcp for _, target in routes):
+            raise UsageError("a route leads to HTTP, not to TCP")
         return Tunnel(
             check_name(name) if name else default_name(self.checked_token(), self.memory.machine(), parsed.text),
             parsed,
@@ -9025,7 +9405,18 @@ class Settings:
             bool(options.get("insecure")),
             bool(options.get("spa")),
             Access.parse(options.get("allow") or (), auth, bool(options.get("pass_auth")), secrets.token_bytes(16)),
+            options.get("remote_port") or 0,
         )
+
+    @staticmethod
+    def _check_kind(target: Target, options: Mapping[str, Any]) -> None:
+        """Check that a tunnel has no options of the other kind. Raises UsageError."""
+        for key in TUNNEL_FLAGS:
+            if key != "allow" and options.get(key.replace("-", "_")) and target.tcp != (key == "remote-port"):
+                is_http = f"{key} is for HTTP, and {target.text} is TCP, which may have allow and remote-port"
+                raise UsageError(is_http if target.tcp else f"{key} is for TCP; write tcp:{target.text}")
+        if not 0 <= (options.get("remote_port") or 0) <= 65535:
+            raise UsageError(f"remote-port {options['remote_port']} is no port; it must be within 1 to 65535")
 
 
 # ---- Running clients ------------------------------------------------------------------------------------------------
@@ -9162,6 +9553,7 @@ async def connect(
     auth: Sequence[str] = (),
     allow: Sequence[str] = (),
     pass_auth: bool = False,
+    remote_port: int = 0,
     spa: bool = False,
     insecure: bool = False,
 ) -> AsyncIterator[TunnelClient]:
@@ -9205,17 +9597,21 @@ class Served(NamedTuple):
 
 
 @contextlib.asynccontextmanager
-async def serve(listen: str = "127.0.0.1:0", *, token: str = "", state: Path | None = None) -> AsyncIterator[Served]:
+async def serve(
+    listen: str = "127.0.0.1:0", *, token: str = "", state: Path | None = None, tcp_ports: str = ""
+) -> AsyncIterator[Served]:
     """Run a server while the context lasts, with `url` and `token` for clients. Raises TunnelError.
 
-    Which name belongs to which token is kept in the directory `state`, else nowhere.
+    Which name belongs to which token is kept in the directory `state`, else nowhere. `tcp_ports` are for TCP tunnels,
+    like `127.0.0.1:20000-20100`.
     """
     import tempfile
 
     address = parse_listen(listen)
     token = check_token(token or make_token())
     with tempfile.TemporaryDirectory(prefix="pytunnel-") as directory:
-        server = TunnelServer(tokens=[token], state=state or Path(directory), listen=[address])
+        kept, tcp = state or Path(directory), parse_ports(tcp_ports) if tcp_ports else (None, range(0))
+        server = TunnelServer(tokens=[token], state=kept, listen=[address], tcp_host=tcp[0], tcp_ports=tcp[1])
         await server.start()
         try:
             yield Served(f"http://{_dialled(address[0], '127.0.0.1')}:{server.port}", token, server)
@@ -9410,7 +9806,7 @@ async def check_idle(client: TunnelClient, seconds: float) -> Verdict:
 
 
 async def check_target(target: Target) -> Verdict:
-    """Whether a local service listens, at which of localhost's addresses, and speaks HTTP."""
+    """Whether a local service listens, at which of localhost's addresses, and speaks HTTP if it has to."""
     ok, details = False, []
     head = RequestHead(b"GET", b"/", [(b"Host", b"localhost"), (b"Connection", b"close")])
     for address in target.addresses:
@@ -9418,7 +9814,11 @@ async def check_target(target: Target) -> Verdict:
         route, detail = Route("", service, Edits(), Edits()), ""
         try:
             async with asyncio.timeout(CHECK_TIMEOUT / len(target.addresses)):
-                await Forwarding(Replay(b""), route, head, exchange, ExchangeLog()).run()
+                if target.tcp:
+                    (await service.connect()).abort()
+                    ok, detail = True, "connected"
+                else:
+                    await Forwarding(Replay(b""), route, head, exchange, ExchangeLog()).run()
         except StreamReset as error:
             detail = error.reason.removeprefix(f"{target.text}: ")
         except TimeoutError as error:
@@ -9770,6 +10170,7 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
     scheme = "https://" * bool(certificates and options.domain and "://" not in options.domain)  # an address, too
     domain = Origin.from_url(parse_server(scheme + options.domain)) if options.domain else None
     acme = _acme(options, certificates, state) if certificates else None
+    tcp_host, tcp_ports = parse_ports(options.tcp_ports) if options.tcp_ports else (None, range(0))
     try:
         server = TunnelServer(
             tokens=[given] if given else [],
@@ -9785,6 +10186,8 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
             max_body=options.max_body,
             max_each=options.max_per_address,
             metrics_public=options.metrics_public,
+            tcp_host=tcp_host,
+            tcp_ports=tcp_ports,
         )
     except ValueError as error:
         raise UsageError(f"--trusted-proxy: {error}; give an address or a network, like 10.0.0.0/8") from None
@@ -10239,6 +10642,7 @@ EXAMPLES = {
                                            https on ports 80 and 443, with certificates from Let's Encrypt
   pytunnel serve --listen 127.0.0.1:8080 --domain https://t.example.com --trusted-proxy 127.0.0.1
                                            behind Caddy or nginx on the same host
+  pytunnel serve --tcp-ports 20000-20100   takes TCP tunnels, too; open these ports in the firewall
 """,
     "connect": """\
   pytunnel connect 3000                            localhost:3000, under a name that stays the same
@@ -10246,6 +10650,7 @@ EXAMPLES = {
   pytunnel connect web=3000 api=https://10.0.0.7   two tunnels
   pytunnel connect 3000 --route /api=8080          one tunnel, /api goes to another port
   pytunnel connect ./dist --spa                    a folder
+  pytunnel connect ssh=tcp:22                      TCP, on a port of the server (serve --tcp-ports)
   pytunnel connect 5173 --host-header rewrite      for a development server that refuses unknown hosts
   pytunnel connect 3000 -- npm test                run a command with $PYTUNNEL_URL, exit with its status
   URL=$(pytunnel connect 3000 --detach)            go on in the background; see status, stop, expect
@@ -10398,17 +10803,21 @@ def _parser() -> CommandParser:
     serve.add_argument("--max-body", type=size, default=math.inf, metavar="SIZE", help=what)
     what = f"connections of one address at a time; default: {MAX_EACH}"
     serve.add_argument("--max-per-address", type=count, default=MAX_EACH, metavar="N", help=what)
+    what = "ports for TCP tunnels, like 20000-20100; default: none"
+    serve.add_argument("--tcp-ports", type=filled, metavar="[HOST:]A-B", help=what)
     serve.add_argument("--metrics-public", action="store_true", help="/metrics for everybody, not only this machine")
     serve.add_argument("--log-format", choices=("text", "json"), help="json: an object a line on stderr")
     serve.add_argument("--trusted-proxy", action="append", default=[], metavar="CIDR", help="believe its X-Forwarded-*")
     connect = add("connect", "Give local services public URLs", link, secret, client)
     connect.usage = "pytunnel connect [OPTION...] TARGET... [-- COMMAND...]"
-    what = "[NAME=] port, host:port, URL, unix:/path or ./folder"
+    what = "[NAME=] port, host:port, URL, tcp:port, unix:/path or ./folder"
     connect.add_argument("targets", nargs="+", metavar="TARGET", help=what)
     connect.add_argument("--name", action="append", default=[], metavar="N", help="default: one that stays the same")
     for flag, (type_, metavar, what) in TUNNEL_FLAGS.items():
-        action = {str: "store", list: "append", bool: "store_true"}[type_]
+        action = {str: "store", int: "store", list: "append", bool: "store_true"}[type_]
         value: dict[str, Any] = {"metavar": metavar} if metavar else {}
+        if type_ is int:
+            value["type"] = count
         connect.add_argument(f"--{flag}", action=action, help=what, **value)
     start = add("start", "Start tunnels that are set up in a file", link, secret, client)
     start.add_argument("names", nargs="*", metavar="NAME", help="default: the only one there is")

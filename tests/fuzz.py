@@ -228,7 +228,7 @@ async def to_server(texts: list[str]) -> None:
 
 async def to_client(texts: list[str]) -> None:
     """What a server says: challenge and ready; the signature counts as good when it is SIGNATURE."""
-    target = SimpleNamespace(text="target")
+    target = SimpleNamespace(text="target", tcp=False)
     tunnel: Any = SimpleNamespace(name="web", target=target, open=list, access=pytunnel.EVERYBODY)
     client = pytunnel.TunnelClient("http://localhost", TOKEN, [tunnel])
     with (
@@ -286,7 +286,7 @@ def handshake(data: bytes) -> None:
 def handshake_seeds() -> Iterator[bytes]:
     hello = encode_message(
         "hello", version=1, key="key", nonce=NONCE, server="https://t.example.com:8443", tunnels=["web", "api"],
-        session="", received=0, window=1, streams=1, agent="x",
+        session="", received=0, window=1, streams=1, agent="x", tcp={"api": 20000},
     )  # fmt: skip
     yield b"\1" + "\n".join([hello, encode_message("proof", proof=PROOF)]).encode()
     yield b"\1" + "\n".join([hello.replace("t.example.com", "[::1]"), encode_message("proof", proof="AA==")]).encode()

@@ -39,6 +39,7 @@ PROGRAM = ROOT / "pytunnel.py"
 
 TIMEOUT = 10.0  # seconds; a test that works needs a fraction of it, one that fails should not take long
 CHUNK = 64 * 1024  # bytes taken from a socket at once
+TCP_PORTS = 20  # of a server for TCP tunnels
 LINE_LIMIT = 16 * 1024 * 1024  # bytes in one line of a process's output
 
 Header = tuple[bytes, bytes]
@@ -1623,6 +1624,7 @@ class Tunnel:
         command: Sequence[str] | None = None,
         settles: bool = True,
         secure: bool = False,
+        tcp: bool = False,
     ) -> None:
         self.scheme = "https" if secure else "http"  # that clients dial
         self.origin_port = origin_port
@@ -1633,6 +1635,10 @@ class Tunnel:
         self.ready: dict[str, Any] = {}  # the first client's event
         self.clients: list[Process] = []
         self.serve_args = list(serve_args)
+        self._scheme = "tcp:" if tcp else ""
+        if tcp:  # the server takes those that are free; more tests run at the same time, and dial from above 32,768
+            first = random.randrange(12_000, 32_000, TCP_PORTS)
+            self.serve_args += ["--tcp-ports", f"127.0.0.1:{first}-{first + TCP_PORTS - 1}"]
         self.connect_args = list(connect_args)
         self._env = env
         self._command = command
@@ -1734,8 +1740,8 @@ class Tunnel:
         """Start one more client, and do not wait for its events. Clients of the same `home` share state."""
         name = name if name is not None else self.name
         client = await self._start(
-            home or "client", "connect", str(origin_port or self.origin_port), "--server", self.server_url,
-            "--token", token or self.token, *(("--name", name) if name else ()), "--json",
+            home or "client", "connect", f"{self._scheme}{origin_port or self.origin_port}",
+            "--server", self.server_url, "--token", token or self.token, *(("--name", name) if name else ()), "--json",
             *self.connect_args, *args, env=env,
         )  # fmt: skip
         self.clients.append(client)
@@ -1818,6 +1824,10 @@ class Tunnel:
     ) -> RawVisitor:
         """A visitor who goes straight to the server's port: `async with t.visitor() as v:`."""
         return RawVisitor(self.port, timeout=timeout, rcvbuf=rcvbuf, sndbuf=sndbuf, source=source)
+
+    def tcp_visitor(self, *, timeout: float = TIMEOUT, rcvbuf: int | None = None) -> RawVisitor:
+        """A visitor of the TCP tunnel's port."""
+        return RawVisitor(urlsplit(self.ready["url"]).port or 0, timeout=timeout, rcvbuf=rcvbuf)
 
     def request(
         self,

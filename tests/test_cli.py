@@ -66,11 +66,12 @@ FLAGS = {
     "serve": [
         "--listen", "--cert", "--key", "--hsts", "--acme", "--acme-directory", "--domain", "--trusted-proxy", "--grace",
         "--hold", "--drain",
-        "--max-body", "--max-per-address", "--metrics-public", "--log-format", *TOKEN_FLAGS, *COMMON_FLAGS,
+        "--max-body", "--max-per-address", "--metrics-public", "--log-format", "--tcp-ports",
+        *TOKEN_FLAGS, *COMMON_FLAGS,
     ],
     "connect": [
         "--name", "--route", "--host-header", "--spa", "--insecure", "--auth", "--allow", "--pass-auth",
-        *LINK_FLAGS, *CLIENT_FLAGS, *EDIT_FLAGS, *COMMON_FLAGS,
+        "--remote-port", *LINK_FLAGS, *CLIENT_FLAGS, *EDIT_FLAGS, *COMMON_FLAGS,
     ],
     "start": ["--all", *LINK_FLAGS, *CLIENT_FLAGS, *COMMON_FLAGS],
     "status": COMMON_FLAGS,

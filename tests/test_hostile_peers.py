@@ -458,6 +458,7 @@ class HostileServer:
         self.links: asyncio.Queue[ServerPeer] = asyncio.Queue()
         self.said: list[str] = []  # by clients, in handshakes
         self.first_words: list[str] = []  # before the challenge
+        self.scheme = "http"  # of the tunnels' URLs
         self.lies: list[tuple[str, dict[str, Any]]] = []  # one for each dial: the message, and what is wrong in it
         self._peers: list[ServerPeer] = []
 
@@ -501,7 +502,7 @@ class HostileServer:
         names = hello.get("tunnels", list)
         fields = {
             "signature": base64.b64encode(signature).decode(), "session": "its-id", "resumed": False, "received": 0,
-            "tunnels": [{"name": name, "url": f"http://{name}.localhost:{self.port}"} for name in names],
+            "tunnels": [{"name": name, "url": f"{self.scheme}://{name}.localhost:{self.port}"} for name in names],
             "window": SMALL, "streams": 1000,
         }  # fmt: skip
         await ws.send_str(encode_message("ready", **{**fields, **(lie if told == "ready" else {})}))
@@ -932,6 +933,26 @@ async def test_a_request_cannot_make_the_client_dial_anything_else() -> None:
         assert not elsewhere.connections
         assert {seen.target[:1] for seen in origin.requests} == {b"/"}
         assert_calm_client(client)
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+async def test_a_stream_of_another_kind_than_the_tunnel_s_is_refused(tcp: bool) -> None:
+    async with RawOrigin(response(b"ok")) as origin, HostileServer() as server:
+        server.scheme = "tcp" if tcp else "http"
+        http, raw = b"GET\0/\0Host\0web.localhost", b"TCP\x00192.0.2.1:1"
+        wrong = [(Kind.HTTP, raw), (Kind.UPGRADE, raw), (Kind.TCP, http), (Kind.HTTP, http) if tcp else (Kind.TCP, raw)]
+        async with dialling(server, f"{'tcp:' * tcp}{origin.port}") as client:
+            peer = await server.link()
+            assert peer.hello.get("tcp", dict) == ({"web": 0} if tcp else {})
+            for number, (kind, head) in enumerate(wrong, 1):
+                await peer.send(FrameType.OPEN, 0, number, OPEN_HEADER.pack(0, kind, 0) + head)
+                frame = await peer.frame_of(number)
+                assert frame.type == FrameType.RESET and decode_reason(frame.payload)[0] is ErrorCode.PROTOCOL
+            assert not origin.connections
+            right = OPEN_HEADER.pack(0, Kind.TCP, 0) + raw if tcp else OPEN_HEADER.pack(0, Kind.HTTP, 0) + http
+            await peer.send(FrameType.OPEN, 0, 99, right)
+            assert (await peer.frame_of(99)).type == FrameType.HEAD
+            assert_calm_client(client)
 
 
 OUTSIDE = (

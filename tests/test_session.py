@@ -931,7 +931,7 @@ def test_a_client_refuses_more_than_max_streams_and_lives() -> None:
     assert [e.stream_id for e in session.receive_data(reset(1) + open_(3), 0.0)] == [1, 3]
 
 
-@pytest.mark.parametrize("kind", [2, 255])
+@pytest.mark.parametrize("kind", [3, 255])
 def test_a_client_refuses_an_unknown_kind_and_lives(kind: int) -> None:
     """A newer server may ask for what this client does not know."""
     session = client_with_stream()

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -95,6 +96,7 @@ class Running:
     client: subprocess.Popen[bytes] | None = None
     origin: Target | None = None  # the app, from its own side
     more: Callable[[int], None] | None = None  # starts so many more idle clients
+    tcp: tuple[Target, Target] | None = None  # files and app where bytes go through as they are
 
     @property
     def is_pytunnel(self) -> bool:
@@ -243,7 +245,7 @@ def start_origin(stage: Stage, files: Path) -> None:
 def straight(stage: Stage) -> Running:
     """No contender at all: what everything else is measured against."""
     where = [Target(stage.server, stage.home.address, port) for port in (stage.files_port, stage.app_port)]
-    return Running("straight", *where)
+    return Running("straight", *where, tcp=(where[0], where[1]))
 
 
 def nginx(stage: Stage) -> Running:
@@ -303,7 +305,7 @@ def ssh(stage: Stage, *options: str) -> Running:
             wait_for_answer(stage, target, "/small")
 
     client = connect((targets[0], stage.files_port), (targets[1], stage.app_port))
-    return Running(title, *targets, server=server, client=client, more=more)
+    return Running(title, *targets, server=server, client=client, more=more, tcp=(targets[0], targets[1]))
 
 
 def frp(stage: Stage) -> Running | None:
@@ -366,20 +368,27 @@ def pytunnel(stage: Stage, loop: str) -> Running:
     env = {"PYTUNNEL_TOKEN": TOKEN, "PYTUNNEL_LOOP": loop, "PYTUNNEL_STATE_DIR": str(stage.directory / loop)}
     program = with_limits(stage.pytunnel.parent, **{"MAX_ABORTS": MANY, "MAX_NAMES": MANY, **stage.limits})
     words = ["serve", "--listen", f"{stage.server.listen}:0", "--json", "--max-per-address", "100000"]
+    has_tcp = "--tcp-ports" in stage.pytunnel.read_text()  # not so every pytunnel that ours may be compared with
+    if has_tcp:
+        first = random.randrange(12_000, 32_000, 20)  # those that are free are taken
+        words += ["--tcp-ports", f"{stage.server.listen}:{first}-{first + 19}"]
     server = stage.start(stage.server, *program, *words, name=f"server-{loop}", env=env, stdout=True)
     port = int(json.loads(_line(server))["port"])
     dial = f"http://{stage.server.address}:{port}"
-    words = ["connect", f"files={stage.files_port}", f"app={stage.app_port}", "--server", dial]
+    more_targets = [f"tcp-files=tcp:{stage.files_port}", f"tcp-app=tcp:{stage.app_port}"] if has_tcp else []
+    words = ["connect", f"files={stage.files_port}", f"app={stage.app_port}", *more_targets, "--server", dial]
     client = stage.start(stage.home, *program, *words, name=f"client-{loop}", env=env, stdout=True)
-    hosts = [urlsplit(_line(client)).netloc for _ in range(2)]
-    targets = [Target(stage.server, "127.0.0.1", port, host) for host in hosts]
+    hosts = [urlsplit(_line(client)).netloc for _ in range(4 if has_tcp else 2)]
+    targets = [Target(stage.server, "127.0.0.1", port, host) for host in hosts[:2]]
+    raw = [Target(stage.server, "127.0.0.1", int(host.rpartition(":")[2])) for host in hosts[2:]]
 
     def more(count: int) -> None:
         words = [sys.executable, str(Path(__file__).with_name("clients.py")), str(stage.pytunnel.parent)]
         clients = stage.start(stage.home, *words, dial, str(count), name=f"clients-{loop}", env=env, stdout=True)
         _line(clients)
 
-    return Running(f"pytunnel, {loop}", *targets, server=server, client=client, more=more)
+    tcp = (raw[0], raw[1]) if raw else None
+    return Running(f"pytunnel, {loop}", *targets, server=server, client=client, more=more, tcp=tcp)
 
 
 def _line(process: subprocess.Popen[bytes]) -> str:

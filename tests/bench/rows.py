@@ -91,6 +91,24 @@ def _event(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
     yield Value("an event, from the local service to the visitor: p50", "ms", statistics.median(found), True)
 
 
+def _tcp_connect(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
+    """New connections, each with one small request and its answer; the tunnel does not know that this is HTTP."""
+    if running.tcp:
+        found = loads.wrk(running.tcp[0], "/small", 32, sizes.seconds, "Connection: close")
+        yield Value("TCP: new connections, 32 at a time", "connections/s", found.rate)
+        yield Value("TCP: new connections, 32 at a time: p50", "ms", found.p50, True)
+
+
+def _tcp_download(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
+    if running.tcp:
+        yield Value("TCP: one download", "MB/s", loads.transfer(running.tcp[0], "/large"))
+
+
+def _tcp_upload(running: Running, sizes: Sizes, directory: Path) -> Iterator[Value]:
+    if running.tcp:
+        yield Value("TCP: one upload", "MB/s", loads.transfer(running.tcp[1], "/upload", directory / "upload"))
+
+
 LOOPBACK: dict[str, Measure] = {
     "small-1": _wrk("1 KB JSON, 1 connection", "/small", 1),
     "small-32": _wrk("1 KB JSON, 32 connections", "/small", 32),
@@ -103,6 +121,9 @@ LOOPBACK: dict[str, Measure] = {
     "ws-1": _websockets("WebSocket there and back, 1 connection, 64 under way", 1, 64),
     "ws-32": _websockets("WebSocket there and back, 32 connections, 1 under way on each", 32, 1),
     "event": _event,
+    "tcp-connect": _tcp_connect,
+    "tcp-download": _tcp_download,
+    "tcp-upload": _tcp_upload,
 }
 
 # ---------------------------------------------------------------------------------------- Memory

@@ -93,7 +93,7 @@ KERNEL = Step("send and receive on the sockets of loopback, with nobody to wake"
 MESSAGE = Step("make a message of what is queued", ("Session.frames_to_send", "message_frame"))
 READ = Step("read a message and its frames", ("MessageDecoder.feed", "FrameDecoder.feed", "Session.receive_data"))
 HAND = Step("hand the frames to their streams", ("Link._dispatch", "Stream.feed"))
-LOCAL = Step("take what the local service sent", ("LocalConnection.buffer_updated", "LocalConnection.read"))
+LOCAL = Step("take what the local service sent", ("Connection.buffer_updated", "Connection.read"))
 
 PARSE = Step("aiohttp parses the request's head", ("_visitor_server",))
 LOOK = Step(
@@ -130,7 +130,7 @@ UNMASK = Step("read the message, unmasked: one copy", ("mask_payload", "MessageD
 JOIN = Step("read its frame: one copy", ("FrameDecoder.feed", "Session.receive_data"))
 GRANT = Step("hand it over, and give credit for it", ("Stream.feed", "Stream.read"))
 PASS = Step("pass it on", ("ResponseEncoder.data",))
-COPY = Step("take it from the buffer: one copy", ("LocalConnection.buffer_updated", "LocalConnection.read"))
+COPY = Step("take it from the buffer: one copy", ("Connection.buffer_updated", "Connection.read"))
 ACK = Step("credit and acknowledgement, there and back", ("Session.frames_to_send", "Session.receive_data"))
 
 DOWNLOAD = (KERNEL, COPY, PIECE, RECORD, QUEUE, FRAME, MASK, UNMASK, JOIN, GRANT, PASS, ACK)
@@ -253,7 +253,7 @@ class Ends:
         self.connection = Connection(self.gate)
         limits = {"max_line_size": 8190, "max_field_size": 8190, "auto_decompress": False}
         self.parser = HttpRequestParser(self.connection, self.loop, 65536, **limits)  # type: ignore[arg-type]
-        self.local = pytunnel.LocalConnection()
+        self.local = pytunnel.Connection()
         self.local.connection_made(self.connection)  # type: ignore[arg-type]
         options = argparse.Namespace(json=False, run=None)
         self.console = stack.enter_context(contextlib.closing(pytunnel.Console(options)))
