@@ -54,6 +54,7 @@ from pytunnel import (
     OPEN_HEADER,
     PROTOCOL_VERSION,
     SUBPROTOCOL,
+    ZSTD,
     Frame,
     FrameDecoder,
     FrameType,
@@ -61,6 +62,7 @@ from pytunnel import (
     RequestHead,
     TunnelServer,
     client_proof,
+    compress,
     encode_frame,
     encode_message,
     key_id,
@@ -722,9 +724,10 @@ async def data_after_the_end(peer: Peer, stream_id: int) -> None:
 
 
 async def past_the_window(peer: Peer, stream_id: int) -> None:
-    """In one message, so that the server's reader has no time to consume and to grant more."""
+    """In one packet, so that the server's reader has no time to consume and to grant more."""
     await peer.head(stream_id, b"200", b"OK")
-    await peer.ws.send_bytes(2 * encode_frame(FrameType.DATA, 0, stream_id, bytes(MAX_DATA)))
+    frame = encode_frame(FrameType.DATA, ZSTD, stream_id, compress(bytes(MAX_DATA)))
+    await peer.ws.send_bytes(2 * frame)
 
 
 LIES: dict[str, Lie] = {
