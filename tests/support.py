@@ -1377,7 +1377,7 @@ class Process:
             **DEBUG,
             **(env or {}),
         }
-        argv = [*(command or (sys.executable, str(PROGRAM))), *args]
+        argv = [*(command or with_limits()), *args]  # imported: a program's own file is compiled at each start
         try:
             process = await asyncio.create_subprocess_exec(
                 *argv,
