@@ -267,7 +267,8 @@ def test_caddy_lets_go_of_a_connection_before_the_server_does() -> None:
 
 
 async def test_what_only_the_front_may_say(kind: str, tmp_path: Path) -> None:
-    claims = ["X-Forwarded-For", "X-Real-IP", "X-Forwarded-Host", "X_Forwarded_For"]
+    claims = ["X-Forwarded-For", "X-Real-IP", "X-Forwarded-Host", "X_Forwarded_For", "X_Forwarded_Port"]
+    claims += [f"X-Forwarded-{what}" for what in ("Port", "Prefix", "Server", "Ssl", "User")]
     lies = [*((name.encode(), b"192.0.2.1") for name in claims), (b"Forwarded", b"for=192.0.2.1")]
     lies.append((b"X-Forwarded-Proto", b"gopher"))
     async with RawOrigin(response(b"hello")) as origin, Front(kind, tmp_path, origin) as t:
