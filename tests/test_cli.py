@@ -1282,6 +1282,7 @@ async def test_demo_is_all_that_it_promises(home: Path) -> None:
 
 async def test_demo_takes_a_free_port_when_its_own_is_taken() -> None:
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):  # then somebody else has it, which will do as well
             taken.bind(("127.0.0.1", 8080))
             taken.listen()

@@ -120,7 +120,7 @@ def test_constants_of_the_wire_format() -> None:
         "REFUSED": 7, "CANCEL": 8, "LOCAL_REFUSED": 16, "LOCAL_RESET": 17, "LOCAL_TIMEOUT": 18,
         "LOCAL_INVALID": 19, "LINK_LOST": 20, "REPLACED": 32, "SHUTDOWN": 33,
     }  # fmt: skip
-    assert {kind.name: int(kind) for kind in pytunnel.Kind} == {"HTTP": 0, "UPGRADE": 1}
+    assert {kind.name: int(kind) for kind in pytunnel.Kind} == {"HTTP": 0, "UPGRADE": 1, "TCP": 2}
 
 
 def test_limits_fit_together() -> None:

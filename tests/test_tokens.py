@@ -642,7 +642,8 @@ async def test_ps_does_not_show_the_token_of_server_client_and_detached_client(
 ) -> None:
     async with origin() as local, serving(tmp_path, *written) as server:
         args = ["connect", str(local.port), "--server", server.url, *written, "--name", "web"]
-        async with await start(*args, "--", "sh", "-c", "echo ran; read x <&1", "sh", TOKEN) as client:
+        command = [sys.executable, str(PROGRAM)]
+        async with await start(*args, "--", "sh", "-c", "echo ran; read x <&1", "sh", TOKEN, command=command) as client:
             await client.stdout_line("ran")
             shown = command_line(client.pid)
             assert shown[2:6] == args[:4]
