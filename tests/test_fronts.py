@@ -106,8 +106,12 @@ class Front(Tunnel):
         self._command_line = write(self._files)
         self.front = await Process.start(command=self._command_line, home=self._files)
         self._stack.push_async_callback(self.front.aclose)
-        for name in ("localhost", "web.localhost", "api.localhost"):
-            await eventually(lambda name=name: self._greets(name), 20, f"{self.kind} for {name}: {self.front.output()}")
+        try:
+            for name in ("localhost", "web.localhost", "api.localhost"):
+                await eventually(lambda name=name: self._greets(name), 20, f"{self.kind} for {name}")
+        except WaitFailed as error:
+            error.add_note(self.front.output())
+            raise
 
     async def stop_front(self) -> None:
         self.front.send_signal(signal.SIGTERM)
