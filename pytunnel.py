@@ -219,6 +219,7 @@ MAX_UNACKED_FRAMES = 65536  # frames kept for resume, or waiting; a peer that ne
 MAX_PENDING = 16 * MiB  # bytes of frames kept for resume and of control frames waiting; past it no stream is opened
 ACK_BYTES = 256 * KiB  # bytes received before an acknowledgement is sent at once
 ACK_DELAY = 0.1  # seconds an acknowledgement may wait for company
+HTTP_SHARE = 8  # one of so many streams is for HTTP, where a session has both: TCP connections may be idle for days
 MAX_STREAMS = 512  # streams of one session at a time, and requests of one token with a label, as above
 MAX_STREAM_ID = 2**31 - 1  # RFC 9113 section 5.1.1; a session that used it up is replaced by a fresh one
 MAX_CHUNKING = 16  # bytes of framing per byte of chunked content, beyond MAX_HEAD; Go's net/http allows as much
@@ -302,8 +303,10 @@ HEAD_TIMEOUT = 10.0  # seconds for a request's whole head, from its first byte o
 BODY_TIMEOUT = 60.0  # seconds without a byte of a request's content before it counts as given up (nginx: 60)
 STALL_TIMEOUT = 60.0  # seconds in which a visitor takes not one byte of its response (nginx send_timeout: 60)
 TCP_STALL_TIMEOUT = 600.0  # the same for a TCP tunnel's, where it may be on purpose (nginx proxy_timeout: 600)
+GUARD_INTERVAL = 5.0  # seconds between two looks at whether the other end of one is still there, and takes anything
 TCP_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds of silence, and between probes
 REFUSAL_LINGER = 1.0  # seconds in which a visitor may read why its connection is closed
+VISITOR_BACKLOG = 1024  # connections on a port of the server that wait to be accepted
 MAX_VISITORS = 10_000  # connections of visitors and clients; less where there are not so many file descriptors
 RESERVED_FILES = 32  # file descriptors that are not for them
 MAX_EACH = 256  # connections of one address at a time: half of MAX_STREAMS, or 40 browsers behind one NAT
@@ -4151,6 +4154,11 @@ class Stream:
             self._link.wake()
             self.fail(StreamReset(code, reason))
 
+    def cancel(self) -> None:
+        """Drop what an `abort` with `flush` has not sent yet: the peer does not take it."""
+        self._link.session.send_reset(self.id, ErrorCode.CANCEL)
+        self._link.wake()
+
     @property
     def is_cancelled(self) -> bool:
         """Whether it was reset, and what came before that is not wanted either."""
@@ -4168,7 +4176,8 @@ class Stream:
         if frame.type == FrameType.RESET:
             return self.fail(StreamReset(*decode_reason(frame.payload)), by_peer=True)
         if frame.type == FrameType.HEAD:
-            self._heads.append(frame.payload)
+            if self.kind is not Kind.TCP:  # there, nobody reads it
+                self._heads.append(frame.payload)
         elif self._chunks and len(self._chunks[-1]) + len(frame.payload) < MAX_HEAD:
             # Many small chunks would take more memory than the window counts; bytes would be copied for each of them.
             if isinstance(self._chunks[-1], bytes):
@@ -4435,6 +4444,10 @@ class Connection(asyncio.BufferedProtocol):
         self._on_readable: Callable[[], object] | None = None  # called once
         self._writable = asyncio.Event()
         self._writable.set()
+        self._guard: asyncio.TimerHandle | None = None
+        self._stall_timeout = math.inf
+        self._written = self._taken = 0  # bytes, and those of them that the other end has taken
+        self._taken_at = 0.0  # when it has last taken some, or all
 
     # The user's side
 
@@ -4477,14 +4490,18 @@ class Connection(asyncio.BufferedProtocol):
         """Send bytes; waits while the other end does not take them. Raises ConnectionError."""
         if self.closed.is_set():
             raise ConnectionResetError("the connection was closed")
+        self._written += len(data)
         self.send(data)
         if not self._writable.is_set():
             await self._writable.wait()
 
     def write_eof(self) -> None:
-        """Half-close, where the transport can."""
+        """Half-close, where the transport can; whether it is still connected is seen by who reads."""
         if self._transport.can_write_eof() and not self._transport.is_closing():
-            self._transport.write_eof()
+            try:
+                self._transport.write_eof()
+            except OSError as error:  # asyncio's, when the other end has reset it; uvloop tells connection_lost
+                self._fail(error)
 
     async def close(self) -> None:
         """Close it in good order, and wait until the other end has taken what was sent."""
@@ -4498,6 +4515,37 @@ class Connection(asyncio.BufferedProtocol):
         """End it so that the other end sees no orderly end. No effect on one that is closed."""
         if not self.closed.is_set():
             _reset(self._transport)
+
+    def guard(self, stall_timeout: float = math.inf) -> None:
+        """From now on, end it soon after the other end is gone, or has taken nothing for so many seconds.
+
+        Nobody else notices while nothing is read: the event loop watches the socket for what is asked for only.
+        """
+        sock = self._transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # it has been reset
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in TCP_KEEPALIVE.items():
+                if hasattr(socket, option):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self._stall_timeout = stall_timeout
+        self._look()
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        if (self._eof or self._paused) and (error := _find_error(self._transport)):
+            return self._fail(error)
+        before, self._taken = self._taken, self._written
+        if before < self._written:
+            self._taken -= _unsent(self._transport)
+        if self._taken > before or self._taken == self._written:
+            self._taken_at = loop.time()
+        elif loop.time() - self._taken_at >= self._stall_timeout:
+            return _reset(self._transport)
+        self._guard = loop.call_later(GUARD_INTERVAL, self._look)
+
+    def _fail(self, error: OSError) -> None:
+        self._error = error
+        self._transport.abort()
 
     # asyncio's side
 
@@ -4521,7 +4569,9 @@ class Connection(asyncio.BufferedProtocol):
         return self._transport.can_write_eof() and not self.idle_since  # nothing more to say on an idle one: close it
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._eof, self._error = True, exc
+        self._eof, self._error = True, self._error or exc
+        if self._guard:
+            self._guard.cancel()
         self.closed.set()
         self._tell_reader()
         self._writable.set()
@@ -4551,10 +4601,23 @@ def _unsent(transport: asyncio.WriteTransport) -> int:
     return unsent
 
 
+def _find_error(transport: asyncio.BaseTransport) -> OSError | None:
+    """Return what has ended a connection, if that was no orderly end."""
+    sock = transport.get_extra_info("socket")
+    try:
+        if sys.platform == "linux" and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\7":  # TCP_CLOSE
+            return None  # what SO_ERROR tells of one that lives on would be a hint, like an ICMP message
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    except OSError as error:
+        return error
+    return OSError(number, os.strerror(number)) if number else None
+
+
 def _reset(transport: asyncio.WriteTransport) -> None:
     """End a connection with a TCP reset: whatever the kernel has not sent is dropped."""
     linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    with contextlib.suppress(OSError):  # it has been closed in this turn of the event loop
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     transport.abort()
 
 
@@ -4601,18 +4664,49 @@ async def pipe(
         connection.write_eof()
 
     ways = [asyncio.ensure_future(to_stream()), asyncio.ensure_future(from_stream())]
+    over = asyncio.ensure_future(asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION))
+    lost = asyncio.ensure_future(connection.closed.wait())
     try:
-        await asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION)
-        for way, cannot_write in zip(ways, (StreamReset, ConnectionError), strict=True):
-            if way.done() and isinstance(way.exception(), cannot_write):
-                await asyncio.wait(ways, timeout=LINGER)  # the other way has still to read what came before that
+        await asyncio.wait([over, lost], return_when=asyncio.FIRST_COMPLETED)
+        # The other way has still to read what came before one cannot write any more.
+        if connection.closed.is_set():
+            await asyncio.wait(ways[:1], timeout=LINGER)
+        elif ways[0].done() and isinstance(ways[0].exception(), StreamReset):
+            await asyncio.wait(ways[1:], timeout=LINGER)
         for way in ways:
             if way.done():
                 way.result()
+        if not all(way.done() for way in ways):
+            raise ConnectionResetError("the connection was reset")
         await connection.close()
     finally:
         connection.reset()
-        await end_tasks(*ways)
+        await end_tasks(*ways, over, lost)
+
+
+Address = tuple[socket.AddressFamily, Any]  # what getaddrinfo tells; the port is given later
+
+
+async def find_addresses(host: str | None) -> list[Address]:
+    """Return the addresses of this machine that a host means, without one all. Raises OSError when it has none."""
+    infos = await asyncio.get_running_loop().getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found: list[Address] = []
+    problem = OSError(errno.EADDRNOTAVAIL, "no such address")
+    for address in dict.fromkeys((family, address) for family, _, _, _, address in infos):
+        try:
+            bind_socket(address, 0).close()
+            found.append(address)
+        except OSError as error:  # most likely, this machine has no IPv6
+            problem = error
+    if not found:
+        raise problem
+    return found
+
+
+def bind_socket(address: Address, port: int) -> socket.socket:
+    """Return a socket that listens on a port. Raises OSError."""
+    family, (host, _, *scope) = address
+    return socket.create_server((host, port, *scope), family=family, backlog=VISITOR_BACKLOG)
 
 
 # ---- Registry -------------------------------------------------------------------------------------------------------
@@ -4634,6 +4728,7 @@ class Registration:
         self.id = secrets.token_hex(16)
         self.key, self.names, self.access = key, names, access
         self.ports = ports  # of those names that are TCP tunnels
+        self.tcp_streams = 0
         self.link = Link(session)
         self.expiry: asyncio.TimerHandle | None = None
 
@@ -4668,6 +4763,7 @@ class TunnelRegistry:
             raise TunnelError(f"{path} is damaged; move it away to start with no names taken") from None
         now = asyncio.get_running_loop().time()
         self._last_seen = dict.fromkeys(self._owners, now)  # their clients are about to come back
+        self._left: set[str] = set()  # names whose clients have said goodbye since
 
     def admit(self, grants: Iterable[Grant], revoked: Iterable[str] = ()) -> None:
         """Let these tokens in, and no others: sessions that are not allowed any more end at once.
@@ -4728,59 +4824,92 @@ class TunnelRegistry:
         for name in names:
             for kept in (self._owners, self._latest, self._last_seen, self.ports):
                 kept.pop(name, None)
+            self._left.discard(name)
 
-    def choose_port(self, name: str, wanted: int, avoid: Collection[int] = ()) -> int:
-        """Return the port for a tunnel whose name its token has: the wanted one, else the one it had, else a free one.
+    def ports_for(self, name: str, wanted: int, avoid: Collection[int] = ()) -> list[int]:
+        """Return the ports that a tunnel, whose name its token has, may have: only the wanted one, or the best first.
 
-        Those in `avoid` cannot be had. Raises Refused.
+        Those are the one that it had, the free ones, and those of names that are not in use, the longest first. Those
+        in `avoid` cannot be had. Raises Refused when there are none.
         """
         ports, owner = self._tcp_ports, {port: name for name, port in self.ports.items()}
-        key, had = self._owners[name], self.ports.get(name, 0)
         if not ports:
             advice = "start it with serve --tcp-ports, like 20000-20100"
             raise Refused("port", f"this server has no ports for TCP tunnels; {advice}")
-        # What a token's unused names had, those unused the longest first, may go to its other names.
-        idle = [other for other, its in self._owners.items() if its == key and other not in self._tunnels]
-        unused = [self.ports[other] for other in idle if other in self.ports]
+        unused = [other for other in self._owners if other in self.ports and not self._needs_port(other)]
         if wanted:
             if wanted not in ports:
                 reason = f"port {wanted} is none for TCP tunnels, those are {ports[0]} to {ports[-1]}"
                 raise Refused("port", f"{reason}; choose one of them with --remote-port")
-            if wanted in avoid or (owner.get(wanted, name) != name and wanted not in unused):
+            its = owner.get(wanted, name)
+            if wanted in avoid or (its != name and not (its in unused and self._owners[its] == self._owners[name])):
                 raise Refused("port", f"port {wanted} belongs to another tunnel; choose another --remote-port")
-            return wanted
+            return [wanted]
+        unused.sort(key=lambda other: self._last_seen.get(other, -math.inf))
         start = zlib.crc32(name.encode()) % len(ports)  # so that a server that lost its file chooses the same
         free = (port for port in [*ports[start:], *ports[:start]] if port not in owner)
-        candidates: Iterable[int] = itertools.chain([had], free, unused)
-        for port in candidates:
-            if port in ports and port not in avoid:
-                return port
-        raise Refused("port", f"all of this server's ports, {ports[0]} to {ports[-1]}, are taken; give it more of them")
+        candidates = [self.ports.get(name, 0), *free, *(self.ports[other] for other in unused)]
+        if not (some := [port for port in candidates if port in ports and port not in avoid]):
+            taken = f"all of this server's ports, {ports[0]} to {ports[-1]}, are taken"
+            raise Refused("port", f"{taken}; give it more of them")
+        return some
 
-    def keep_port(self, name: str, port: int) -> None:
-        """Note a tunnel's port, which is nobody else's from now on."""
-        if self.ports.get(name) != port:
-            self.ports = {other: its for other, its in self.ports.items() if its != port} | {name: port}
+    def keep_ports(self, ports: Mapping[str, int]) -> None:
+        """Note these tunnels' ports, which are nobody else's from now on."""
+        if not ports.items() <= self.ports.items():
+            others = {name: port for name, port in self.ports.items() if port not in ports.values()}
+            self.ports = others | dict(ports)
             self._save()
+
+    def _needs_port(self, name: str) -> bool:
+        """Whether nobody else may have a TCP tunnel's port: its client is there, or about to come back."""
+        if session := self._tunnels.get(name):
+            return name in session.ports
+        last_seen = self._last_seen.get(name, -math.inf)
+        return name not in self._left and last_seen + self._grace > asyncio.get_running_loop().time()
 
     def listens(self, name: str) -> bool:
         """Whether a TCP tunnel's port has to be open: its client is there, or may be expected."""
         if session := self._tunnels.get(name):
             return name in session.ports
         last_seen = self._last_seen.get(name, -math.inf)
-        return name in self.ports and last_seen + self._hold > asyncio.get_running_loop().time()
+        return last_seen + self._hold > asyncio.get_running_loop().time()
+
+    @property
+    def open_ports(self) -> set[int]:
+        """The ports that have to be open."""
+        return {port for name, port in self.ports.items() if port in self._tcp_ports and self.listens(name)}
+
+    def tunnel_at(self, port: int) -> str:
+        """Return the name of the tunnel that has a port, "" when none has it."""
+        return next((name for name, its in self.ports.items() if its == port), "")
 
     def bind(self, session: Registration, previous: str) -> None:
         """Give a new session its names. Whoever had one last is replaced, unless it was the same client: `previous`."""
         replaced = {self._latest.get(name, previous) for name in session.names} - {previous}
         self.replaced[session.key] = [*self.replaced.get(session.key, []), *replaced][-MAX_REPLACED:]
         self._latest.update(dict.fromkeys(session.names, session.id))
+        self._left.difference_update(session.names)
         for other in {self._tunnels[name] for name in session.names if name in self._tunnels}:
             other.link.session.send_goaway(ErrorCode.REPLACED, "another client with the same token took the name")
             other.link.finish()
             self.end(other, StreamReset(ErrorCode.REPLACED, "replaced by another client"))
         self.sessions[session.id] = session
         self._tunnels.update(dict.fromkeys(session.names, session))
+
+    @contextlib.contextmanager
+    def tcp_stream(self, session: Registration) -> Iterator[None]:
+        """Count a connection as one of its token's and its session's. Raises Unserved when there are too many."""
+        spared = session.link.session.max_streams // HTTP_SHARE if len(session.ports) < len(session.names) else 0
+        if session.tcp_streams >= session.link.session.max_streams - spared:
+            raise Unserved("busy")
+        self.begin_request(session.key)
+        session.tcp_streams += 1
+        try:
+            yield
+        finally:
+            session.tcp_streams -= 1
+            self.end_request(session.key)
 
     def begin_request(self, key: str) -> None:
         """Count a request as one of its token's. Raises Unserved when there are too many."""
@@ -4815,6 +4944,7 @@ class TunnelRegistry:
         self._last_seen.update(dict.fromkeys(session.names, loop.time()))
         lost = StreamReset(ErrorCode.LINK_LOST, "the client is gone")
         if session.link.session.goaway or session.link.session.leaving:
+            self._left.update(session.names)
             self.end(session, lost)
         else:
             session.expiry = loop.call_later(self._grace, self.end, session, lost)
@@ -5904,12 +6034,7 @@ class TcpVisitor(Connection):
         self.caller.open += 1
         gate.open += 1
         gate.metrics["pytunnel_tcp_connections_total"] += 1
-        sock = transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):  # it has been reset
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in TCP_KEEPALIVE.items():
-                if hasattr(socket, option):
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self.guard(TCP_STALL_TIMEOUT)
         if gate.open > gate.total:
             self.reset()
         elif self.caller.open > gate.each:
@@ -5925,15 +6050,31 @@ class TcpVisitor(Connection):
         self.caller.open -= 1
         self.on_lost()
 
-    async def write(self, data: bytes) -> None:
-        """As Connection's; a visitor who takes nothing for TCP_STALL_TIMEOUT is cut off."""
-        with cut_when_stalled(self._transport, TCP_STALL_TIMEOUT):
-            await super().write(data)
 
-    async def close(self) -> None:
-        """As Connection's; a visitor who takes nothing for TCP_STALL_TIMEOUT is cut off."""
-        with cut_when_stalled(self._transport, TCP_STALL_TIMEOUT):
-            await super().close()
+class TcpListener:
+    """A port that is listened on from now on, for visitors of TCP tunnels. Raises OSError."""
+
+    def __init__(self, addresses: Iterable[Address], port: int, protocol: Callable[[], TcpVisitor]) -> None:
+        self._servers: list[asyncio.Server] = []
+        with contextlib.ExitStack() as stack:
+            self._sockets = [stack.enter_context(bind_socket(address, port)) for address in addresses]
+            stack.pop_all()
+        self._serving = asyncio.ensure_future(self._serve(protocol))
+
+    async def _serve(self, protocol: Callable[[], TcpVisitor]) -> None:
+        for sock in self._sockets:
+            server = await asyncio.get_running_loop().create_server(
+                protocol, sock=sock, backlog=VISITOR_BACKLOG, start_serving=False
+            )
+            self._servers.append(server)  # before anything is waited for: `close` may come then
+            await server.start_serving()
+
+    def close(self) -> None:
+        self._serving.cancel()
+        for server in self._servers:
+            server.close()
+        for sock in self._sockets:
+            sock.close()
 
 
 def _visitor_server(
@@ -6181,8 +6322,8 @@ class TunnelServer:
         self._idle = asyncio.Event()
         self._crowded: set[str] = set()  # keys of tokens whose sessions keep too much
         self._tcp_ports, self._tcp_host = tcp_ports, tcp_host
-        self._tcp_listeners: dict[str, tuple[int, asyncio.Server]] = {}  # by the tunnel's name
-        self._tcp_opening = asyncio.Lock()
+        self._tcp_addresses: list[Address] = []
+        self._tcp_listeners: dict[int, TcpListener] = {}  # by port
         self._tcp_visitors: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -6202,7 +6343,8 @@ class TunnelServer:
         self._listeners: list[asyncio.Server] = []
         for host, port in self._listen:
             try:
-                listener = await asyncio.get_running_loop().create_server(self._protocol, host, port, backlog=1024)
+                loop = asyncio.get_running_loop()
+                listener = await loop.create_server(self._protocol, host, port, backlog=VISITOR_BACKLOG)
             except OSError as error:
                 self._stop_listening()
                 where = f"{_dialled(host, '*')}:{port}"
@@ -6213,10 +6355,23 @@ class TunnelServer:
                 raise TunnelError(f"cannot listen on {where}: {reason}; {advice}") from None
             self._listeners.append(listener)
             self.ports.append(listener.sockets[0].getsockname()[1])
-        for name, port in self._registry.ports.items():  # their clients are about to come back
-            if port in self._tcp_ports:
-                with contextlib.suppress(OSError):
-                    await self._listen_tcp(name, port)
+        if self._tcp_ports:
+            files, limit = 2 * len(self._tcp_ports), file_limit()
+            if files > limit // 2:
+                self._stop_listening()
+                takes = f"{len(self._tcp_ports)} TCP ports take {files} of the {limit} files that may be open"
+                raise TunnelError(f"{takes}, and leave too few for visitors; give fewer of them, or raise ulimit -n")
+            try:
+                self._tcp_addresses = await find_addresses(self._tcp_host)
+            except OSError as error:
+                self._stop_listening()
+                unknown = isinstance(error, socket.gaierror)
+                reason = "no such host" if unknown else os.strerror(error.errno or 0).lower()
+                advice = "choose another HOST in --tcp-ports"
+                raise TunnelError(f"cannot listen on {self._tcp_host or '*'}: {reason}; {advice}") from None
+        for port in self._registry.open_ports:  # their clients are about to come back
+            with contextlib.suppress(OSError):
+                self._listen_tcp(port)
         self._watching = asyncio.ensure_future(self._watch())
         if self._acme:
             self._acme.start(self._secured_hosts)
@@ -6257,8 +6412,10 @@ class TunnelServer:
         return [self._domain.zone, *(f"{name}.{self._domain.zone}" for name in names)]
 
     def _stop_listening(self) -> None:
-        for listener in [*self._listeners, *(listener for _, listener in self._tcp_listeners.values())]:
+        for listener in self._listeners:
             listener.close()
+        for port in self._tcp_listeners.values():
+            port.close()
         self._tcp_listeners.clear()
 
     def _protocol(self) -> asyncio.BaseProtocol:
@@ -6286,8 +6443,7 @@ class TunnelServer:
                 log.warning("token %s: its sessions keep too much, and get no new requests until that is less", label)
             if self.certificates:
                 self.certificates.reload()
-            for name in [name for name in self._tcp_listeners if not self._registry.listens(name)]:
-                self._tcp_listeners.pop(name)[1].close()
+            self._close_ports()
             if (stamp := self._tokens.stamp()) != self._stamp:
                 try:
                     self._read_tokens()
@@ -6518,39 +6674,40 @@ class TunnelServer:
 
     # Connections to TCP tunnels
 
-    async def _open_ports(self, wanted: Mapping[str, int]) -> dict[str, int]:
-        """Listen for these tunnels, each on the port it wants or on one that is chosen. Raises Refused."""
+    def _open_ports(self, wanted: Mapping[str, int]) -> dict[str, int]:
+        """Listen for these tunnels, each on the port it wants or on one that is chosen, and return those.
+
+        Raises Refused. What has been opened in vain is for `_close_ports`.
+        """
         ports: dict[str, int] = {}
-        async with self._tcp_opening:
-            for name, port in wanted.items():
-                avoid = set(ports.values())
-                while name not in ports:
-                    chosen = self._registry.choose_port(name, port, avoid)
-                    try:
-                        await self._listen_tcp(name, chosen)
-                    except OSError as error:
-                        if port:
-                            reason = f"cannot listen on port {port}: {os.strerror(error.errno or 0).lower()}"
-                            raise Refused("port", f"the server {reason}; choose another --remote-port") from None
-                        avoid.add(chosen)
-                    else:
-                        ports[name] = chosen
-                        self._registry.keep_port(name, chosen)
+        for name, port in wanted.items():
+            problem = ""
+            for chosen in self._registry.ports_for(name, port, ports.values()):
+                try:
+                    self._listen_tcp(chosen)
+                except OSError as error:
+                    problem = f"the server cannot listen on port {chosen}: {os.strerror(error.errno or 0).lower()}"
+                    if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                        break
+                else:
+                    ports[name] = chosen
+                    break
+            if name not in ports:
+                raise Refused("port", problem + ("; choose another --remote-port" if port else ""))
         return ports
 
-    async def _listen_tcp(self, name: str, port: int) -> None:
-        for other, (at, listener) in list(self._tcp_listeners.items()):
-            if (other == name) != (at == port):  # this tunnel had another port, or another tunnel had this one
-                listener.close()
-                del self._tcp_listeners[other]
-        if name not in self._tcp_listeners:
-            loop = asyncio.get_running_loop()
-            serve = functools.partial(self._on_tcp_visitor, name)
-            made = await loop.create_server(lambda: TcpVisitor(self._gate, serve), self._tcp_host, port, backlog=1024)
-            self._tcp_listeners[name] = port, made
+    def _listen_tcp(self, port: int) -> None:
+        if port not in self._tcp_listeners:
+            serve = functools.partial(self._on_tcp_visitor, port)
+            self._tcp_listeners[port] = TcpListener(self._tcp_addresses, port, lambda: TcpVisitor(self._gate, serve))
 
-    def _on_tcp_visitor(self, name: str, visitor: TcpVisitor) -> None:
-        task = asyncio.ensure_future(self._serve_tcp(name, visitor))
+    def _close_ports(self) -> None:
+        """Close those that no tunnel needs any more."""
+        for port in self._tcp_listeners.keys() - self._registry.open_ports:
+            self._tcp_listeners.pop(port).close()
+
+    def _on_tcp_visitor(self, port: int, visitor: TcpVisitor) -> None:
+        task = asyncio.ensure_future(self._serve_tcp(self._registry.tunnel_at(port), visitor))
         visitor.on_lost = task.cancel  # until its stream is there, where that is seen
         self._tcp_visitors.add(task)
         task.add_done_callback(self._tcp_visitors.discard)
@@ -6566,35 +6723,41 @@ class TunnelServer:
                 raise Unserved("unknown-tunnel")
             if session.key in self._crowded:
                 raise Unserved("server-full")
-            self._registry.begin_request(session.key)
-            try:
-                tunnel, waited = session.names.index(name), time.monotonic() - arrived
-                head = RequestHead(b"TCP", visitor.peer.encode(), [])
-                with contextlib.closing(session.link.open(tunnel, Kind.TCP, head, end=False, waited=waited)) as stream:
-                    visitor.on_lost = lambda: None
-                    try:
-                        await pipe(
-                            visitor,
-                            stream,
-                            receive=lambda data: metrics.update(pytunnel_sent_bytes_total=len(data)),
-                            send=lambda data: metrics.update(pytunnel_received_bytes_total=len(data)),
-                        )
-                    except ConnectionError:  # what came before that still counts
-                        stream.abort(ErrorCode.NO_ERROR, "the visitor went away", flush=True)
-                        metrics["pytunnel_aborts_total"] += 1
-                        visitor.caller.aborts.take(time.monotonic())
-            finally:
-                self._registry.end_request(session.key)
+            tunnel, waited = session.names.index(name), time.monotonic() - arrived
+            head = RequestHead(b"TCP", visitor.peer.encode(), [])
+            with (
+                self._registry.tcp_stream(session),
+                contextlib.closing(session.link.open(tunnel, Kind.TCP, head, end=False, waited=waited)) as stream,
+            ):
+                visitor.on_lost = lambda: None
+                try:
+                    await pipe(
+                        visitor,
+                        stream,
+                        receive=lambda data: metrics.update(pytunnel_sent_bytes_total=len(data)),
+                        send=lambda data: metrics.update(pytunnel_received_bytes_total=len(data)),
+                    )
+                except ConnectionError:  # what came before that still counts
+                    stream.abort(ErrorCode.NO_ERROR, "the visitor went away", flush=True)
+                    asyncio.get_running_loop().call_later(LINGER, stream.cancel)
+                    metrics["pytunnel_aborts_total"] += 1
+                    visitor.caller.aborts.take(time.monotonic())
         except Unserved as error:
-            metrics[f'pytunnel_refusals_total{{reason="{error}"}}'] += 1
-        except StreamReset:
-            pass  # the client has a line about it
+            self._refuse(name, visitor, str(error))
+        except StreamReset as error:
+            if error.code is ErrorCode.REFUSED:
+                self._refuse(name, visitor, "busy")  # of others the client has a line
         except Exception:
             log.exception("a connection failed")
         finally:
             visitor.reset()
             self._exchanges -= 1
             self._idle.set()
+
+    def _refuse(self, name: str, visitor: TcpVisitor, problem: str) -> None:
+        self.metrics[f'pytunnel_refusals_total{{reason="{problem}"}}'] += 1
+        if problem in ("busy", "server-full"):  # others have a line
+            self._gate.log(visitor.caller, f"refused a connection from {visitor.address} to {name}: {problem}")
 
     # Links
 
@@ -6758,9 +6921,17 @@ class TunnelServer:
             max_streams=min(MAX_STREAMS, hello.number("streams", 1, MAX_WINDOW, MAX_STREAMS)),
             compress=hello.get("compress", bool, False),
         )
+        if self._registry.draining:
+            raise Refused("shutting-down", "the server is restarting", retry=True)
+        # Nothing waits from here on: what is checked holds until the session has its names and ports, all or none.
         self._registry.claim(key, names)
-        session = Registration(key, names, state, access, await self._open_ports(tcp))
-        self._registry.bind(session, previous)
+        try:
+            ports = self._open_ports(tcp)
+            self._registry.keep_ports(ports)
+            session = Registration(key, names, state, access, ports)
+            self._registry.bind(session, previous)
+        finally:
+            self._close_ports()
         if self._acme:
             self._acme.wake()
         return session, 0
@@ -7009,6 +7180,7 @@ class TcpForwarding:
         if self._stream.is_cancelled:  # in the message that opened it
             raise asyncio.CancelledError
         connection = await self._service.connect()
+        connection.guard()
         exchange, head = self._exchange, ResponseHead(101, b"", [])
         exchange.answered = self._time()
         try:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -19,6 +20,7 @@ from support import (
     Cut,
     PatternChecker,
     Process,
+    RawOrigin,
     RawVisitor,
     Tunnel,
     eventually,
@@ -26,6 +28,7 @@ from support import (
     pattern,
     request,
     reset,
+    response,
     with_limits,
 )
 from test_cli import run
@@ -39,6 +42,7 @@ from pytunnel import (
     ProtocolError,
     Refused,
     Target,
+    TunnelClient,
     TunnelRegistry,
     UsageError,
     parse_ports,
@@ -52,6 +56,7 @@ Handler = Callable[[Reader, Writer], Awaitable[None]]
 KIB, MIB = 1024, 1024 * 1024
 TOKEN = "test-token-0123456789abcdef0123456789abcdef"
 SIZE = 16 * MIB  # of a transfer that is cut
+LOOPS = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 KINDS: tuple[Cut, ...] = ("reset", "close", "reset", "close")
 
 
@@ -121,6 +126,15 @@ async def refused(*args: str) -> str:
     finished = await run("connect", "--token", TOKEN, *args)
     assert finished.stdout == [] and finished.status == 4, finished
     return finished.error
+
+
+async def is_refused(port: int) -> bool:
+    """Whether a visitor is reset at once."""
+    try:
+        async with RawVisitor(port) as visitor:
+            return await visitor.read_until_close() == b"" and visitor.ended == "reset"
+    except ConnectionResetError:  # before it was even seen that it was connected
+        return True
 
 
 def port_of(url: str) -> int:
@@ -204,8 +218,8 @@ class Registry(TunnelRegistry):
     def port(self, name: str, wanted: int = 0, *, key: int = 0, running: bool = False) -> int:
         """What a client gets that asks for it."""
         self.claim(self.keys[key], [name])
-        port = self.choose_port(name, wanted)
-        self.keep_port(name, port)
+        port = self.ports_for(name, wanted)[0]
+        self.keep_ports({name: port})
         if running:
             session = pytunnel.Registration(self.keys[key], [name], pytunnel.Session(is_server=True), {}, {name: port})
             self.bind(session, "")
@@ -252,6 +266,44 @@ async def test_the_last_port_may_come_from_an_unused_name_of_the_token(tmp_path:
         registry.port("four")
     with pytest.raises(Refused, match="this server has no ports for TCP tunnels; start it with serve --tcp-ports"):
         Registry(tmp_path / "none", range(0)).port("one")
+
+
+async def test_the_last_port_may_come_from_another_token_s_unused_name(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    ports = [registry.port(f"ci-{n}") for n in range(10)]
+    assert registry.port("other", key=1) == ports[6], "the one unused the longest"
+    assert "ci-6" not in registry.ports
+
+
+async def test_a_client_that_is_about_to_come_back_keeps_its_port(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        Registry(tmp_path, range(20000, 20002)).port(name, running=True)
+    registry = Registry(tmp_path, range(20000, 20002))  # the server has been restarted
+    with pytest.raises(Refused, match="are taken"):
+        registry.port("three")
+    with pytest.raises(Refused, match="belongs to another tunnel"):
+        registry.port("three", registry.ports["one"])
+    assert registry.open_ports == {20000, 20001}
+
+
+async def test_a_client_that_says_goodbye_leaves_its_port_to_its_token(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    port = registry.port("one", running=True)
+    session = registry.current("one")
+    assert session
+    with pytest.raises(Refused, match="belongs to another tunnel"):
+        registry.port("two", port)
+    session.link.session.send_goaway(pytunnel.ErrorCode.NO_ERROR, "")
+    registry.disconnected(session)
+    assert registry.open_ports == {port}, "visitors are held for a moment"
+    assert registry.port("two", port) == port
+
+
+async def test_a_name_that_is_for_http_now_needs_no_port(tmp_path: Path) -> None:
+    registry = Registry(tmp_path, range(20000, 20001))
+    registry.port("web", running=True)
+    registry.bind(pytunnel.Registration(registry.keys[0], ["web"], pytunnel.Session(is_server=True)), "")
+    assert registry.open_ports == set() and registry.port("ssh", key=1) == 20000
 
 
 # ---------------------------------------------------------------------------------------- Bytes and ends
@@ -401,10 +453,93 @@ async def test_a_visitor_who_takes_nothing_for_long_is_reset_and_so_is_the_servi
             writer.write(bytes(64 * KIB))
             await writer.drain()
 
-    command = with_limits(TCP_STALL_TIMEOUT=0.5)
+    command = with_limits(TCP_STALL_TIMEOUT=0.5, GUARD_INTERVAL=0.1)
     async with tunnelled(flood, command=command) as (service, t), t.tcp_visitor(rcvbuf=64 * KIB):
         ended = await asyncio.wait_for(service.ended.get(), TIMEOUT)
         assert ended in ("ConnectionResetError", "BrokenPipeError")
+
+
+async def is_at_rest(t: Tunnel, streams: int = 0) -> None:
+    """Return when the server has no more than so many streams."""
+    async with asyncio.timeout(TIMEOUT):
+        while (await t._read_gauges())["pytunnel_streams"] > streams:
+            pass
+
+
+async def test_a_visitor_who_does_not_take_the_last_bytes_is_reset_as_well() -> None:
+    async def serve(reader: Reader, writer: Writer) -> None:
+        writer.write(bytes(500_000))  # which the server's kernel takes from it at once
+        writer.write_eof()
+        await reader.read()
+
+    command = with_limits(TCP_STALL_TIMEOUT=0.5, GUARD_INTERVAL=0.1)
+    async with tunnelled(serve, command=command) as (service, t), t.tcp_visitor(rcvbuf=4 * KIB):
+        assert await asyncio.wait_for(service.ended.get(), TIMEOUT) == "ConnectionResetError"
+        await is_at_rest(t)
+
+
+@LOOPS
+async def test_a_reset_is_noticed_although_nothing_is_read(loop: str) -> None:
+    """After an end, or while the other side takes nothing, the event loop does not watch the socket."""
+    begun: asyncio.Queue[None] = asyncio.Queue()
+
+    async def deaf(reader: Reader, writer: Writer) -> None:
+        if await reader.read(1) == b"e":
+            await reader.read()
+        begun.put_nowait(None)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await reader.read()
+        await asyncio.Event().wait()
+
+    command, env = with_limits(GUARD_INTERVAL=0.1, LINGER=0.1), {"PYTUNNEL_LOOP": loop}
+    async with Service(deaf) as service, Tunnel(service.port, tcp=True, command=command, env=env) as t:
+        async with t.tcp_visitor() as visitor:
+            await visitor.send(b"e")
+            visitor.write_eof()
+            await begun.get()
+            visitor.abort()
+        await is_at_rest(t)
+        async with t.tcp_visitor() as visitor:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):  # by then, windows and buffers are full
+                    while True:
+                        await visitor.send(b"p" * 64 * KIB)
+            await begun.get()
+            visitor.abort()
+        await is_at_rest(t)
+
+
+@LOOPS
+@pytest.mark.parametrize("by", ["visitor", "service"])
+async def test_an_end_for_a_side_that_has_reset_is_no_bug(by: str, loop: str) -> None:
+    ended, go = asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: Reader, writer: Writer) -> None:
+        if by == "visitor":
+            await reader.read()
+        else:
+            writer.write(b"hi")
+            writer.write_eof()
+        ended.set()
+        await go.wait()
+        if by == "service":
+            reset(writer)
+
+    env = {"PYTUNNEL_LOOP": loop}
+    async with Service(serve) as service, Tunnel(service.port, tcp=True, env=env) as t, t.tcp_visitor() as visitor:
+        if by == "visitor":
+            visitor.write_eof()
+            await ended.wait()
+            visitor.abort()
+            await t._read_gauges()  # there and back: the reset has arrived
+            go.set()
+        else:
+            assert await visitor.read_until_close() == b"hi"
+            go.set()
+            await service.ended.get()
+            visitor.write_eof()
+        event = await t.client.event("request")
+        assert "bug" not in (event["error"] or "") and "Traceback" not in t.server.output() + t.client.output()
 
 
 # ---------------------------------------------------------------------------------------- Links that are lost
@@ -455,19 +590,21 @@ async def test_a_visitor_is_held_while_the_client_is_away() -> None:
 
 
 async def test_a_held_visitor_who_leaves_takes_no_room() -> None:
-    async with tunnelled(echo, relay=True, command=with_limits(MAX_HELD=1)) as (_, t):
+    command = with_limits(MAX_HELD=1, GUARD_INTERVAL=0.1)
+    async with tunnelled(echo, relay=True, command=command) as (_, t):
         t.relay.refuse = True
         await t.relay.cut("reset")
         await t.client.event("disconnected")
         at_rest = await t._read_gauges()
-        for _ in range(3):
+        for text in (b"", b"ping", b"ping"):
             async with t.tcp_visitor() as visitor:
+                await visitor.send(text)
                 visitor.abort()
         while (await t._read_gauges())["pytunnel_visitors"] > at_rest["pytunnel_visitors"]:
             pass
-        async with t.tcp_visitor() as visitor, t.tcp_visitor() as second:
+        async with t.tcp_visitor() as visitor:
             await visitor.send(b"ping")
-            assert await second.read_until_close() == b"", "there is room for one only"
+            assert await is_refused(port_of(t.ready["url"])), "there is room for one only"
             t.relay.refuse = False
             assert await visitor.read_exactly(4) == b"ping"
 
@@ -548,6 +685,7 @@ async def test_many_tunnels_of_one_client_have_a_port_each() -> None:
         targets = [f"{'n' * 60}{n:02}=tcp:{service.port}" for n in range(MAX_TUNNELS)]
         async with pytunnel.connect(*targets, server=s.url, token=s.token) as client:
             assert len(set(map(port_of, client.urls))) == MAX_TUNNELS
+            assert s.server._tcp_listeners.keys() == set(map(port_of, client.urls))
             for url in (client.urls[0], client.urls[-1]):
                 async with RawVisitor(port_of(url)) as visitor:
                     await visitor.send(b"ping")
@@ -559,6 +697,95 @@ async def test_two_tunnels_of_one_client_do_not_get_the_same_port() -> None:
         with pytest.raises(Refused, match="are taken"):
             async with pytunnel.connect(f"a=tcp:{service.port}", f"b=tcp:{service.port}", server=s.url, token=s.token):
                 pass
+
+
+def client_of(server: Any, service: Service, *, token: str = "", **ports: int) -> TunnelClient:
+    """A client of an in-process server that wants these ports."""
+    target = Target.parse(f"tcp:{service.port}")
+    tunnels = [pytunnel.Tunnel(name, target, port=port) for name, port in ports.items()]
+    return TunnelClient(server.url, token or server.token, tunnels)
+
+
+async def test_a_hello_that_is_refused_changes_nothing() -> None:
+    async with (
+        Service(echo) as service,
+        pytunnel.serve(tcp_ports="127.0.0.1:30900-30909") as s,
+        pytunnel.connect(f"web=tcp:{service.port}", server=s.url, token=s.token) as client,
+    ):
+        own = port_of(client.url)
+        other = next(port for port in range(30900, 30910) if port != own)
+        with pytest.raises(Refused, match="is none for TCP tunnels"):
+            await client_of(s, service, web=other, x=80).run()
+        with socket.create_server(("127.0.0.1", other)), pytest.raises(Refused, match="address already in use"):
+            await client_of(s, service, web=other).run()
+        assert s.server._tcp_listeners.keys() == {own} and s.server._registry.ports == {"web": own}
+        async with RawVisitor(own) as visitor:
+            await visitor.send(b"ping")
+            assert await visitor.read_exactly(4) == b"ping"
+
+
+async def test_a_port_goes_from_one_tunnel_to_another() -> None:
+    async with Service(echo) as service, pytunnel.serve(tcp_ports="127.0.0.1:30910-30919") as s:
+        options = {"server": s.url, "token": s.token}
+        async with pytunnel.connect(f"a=tcp:{service.port}", **options) as first:  # type: ignore[arg-type]
+            port = port_of(first.url)
+        async with pytunnel.connect(f"b=tcp:{service.port}", remote_port=port, **options) as second:  # type: ignore[arg-type]
+            assert port_of(second.url) == port
+            async with RawVisitor(port) as visitor:
+                await visitor.send(b"ping")
+                assert await visitor.read_exactly(4) == b"ping"
+            assert (await second.wait_for(method="TCP")).tunnel == "b"
+
+
+async def test_clients_that_come_at_once_have_no_more_tunnels_than_their_token_may() -> None:
+    async with Service(echo) as service, pytunnel.serve(tcp_ports="127.0.0.1:30920-30939") as s:
+        token = "k" * 40
+        s.server._given.append(Grant.from_token("k", token, max_tunnels=1))
+        s.server._read_tokens()
+        clients = [client_of(s, service, token=token, **{f"n{n}": 0}) for n in range(8)]
+        running = {asyncio.ensure_future(client.run()) for client in clients}
+        async with asyncio.timeout(TIMEOUT):
+            while len(running) > 1:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    with pytest.raises(Refused, match="may have 1 tunnel at a time"):
+                        task.result()
+        await eventually(lambda: any(client.urls for client in clients))
+        assert len(s.server._registry.names) == len(s.server._tcp_listeners) == 1
+        for client in clients:
+            client.stop()
+        await asyncio.wait(running)
+
+
+async def test_a_server_that_drains_opens_nothing_for_whoever_was_about_to_come() -> None:
+    about_to, go = asyncio.Event(), asyncio.Event()
+    async with Service(echo) as service, pytunnel.serve(tcp_ports="127.0.0.1:30940-30949") as s:
+        shake = s.server._handshake
+
+        async def handshake(*args: Any) -> Any:
+            proved = await shake(*args)
+            about_to.set()
+            await go.wait()
+            return proved
+
+        s.server._handshake = handshake  # type: ignore[method-assign]
+        client = client_of(s, service, web=0)
+        running = asyncio.ensure_future(client.run())
+        await about_to.wait()
+        draining = asyncio.ensure_future(s.server.drain())
+        await asyncio.wait([draining], timeout=0)
+        go.set()
+        await eventually(lambda: s.server.metrics['pytunnel_handshakes_total{result="shutting-down"}'])
+        assert not s.server._tcp_listeners and not s.server._registry.names
+        running.cancel()
+        await asyncio.wait([running])
+        await draining
+
+
+async def test_a_host_that_this_machine_has_not_is_told_at_once() -> None:
+    with pytest.raises(pytunnel.TunnelError, match=r"on 203\.0\.113\.9: .*; choose another HOST in --tcp-ports"):
+        async with pytunnel.serve(tcp_ports="203.0.113.9:20000-20010"):
+            pass
 
 
 async def test_a_server_without_ports_says_so() -> None:
@@ -612,8 +839,7 @@ async def test_a_password_from_the_environment_is_for_http_as_well() -> None:
 
 async def test_visitors_from_elsewhere_are_reset_and_the_service_never_hears_of_them() -> None:
     async with tunnelled(echo, connect_args=["--allow", "127.0.0.2"]) as (service, t):
-        async with t.tcp_visitor() as visitor:
-            assert await visitor.read_until_close() == b"" and visitor.ended == "reset"
+        assert await is_refused(port_of(t.ready["url"]))
         await t.server.stderr_line("127.0.0.1 is not allowed for web")
         async with RawVisitor(port_of(t.ready["url"]), source="127.0.0.2") as visitor:
             await visitor.send(b"ping")
@@ -623,15 +849,66 @@ async def test_visitors_from_elsewhere_are_reset_and_the_service_never_hears_of_
 
 async def test_one_address_has_so_many_connections() -> None:
     async with tunnelled(echo, serve_args=["--max-per-address", "2"]) as (_, t), contextlib.AsyncExitStack() as stack:
-        first, second, third = [await stack.enter_async_context(t.tcp_visitor()) for _ in range(3)]
-        for visitor in (first, second):
+        for visitor in [await stack.enter_async_context(t.tcp_visitor()) for _ in range(2)]:
             await visitor.send(b"ping")
             assert await visitor.read_exactly(4) == b"ping"
-        assert await third.read_until_close() == b"" and third.ended == "reset"
+        assert await is_refused(port_of(t.ready["url"]))
         async with RawVisitor(port_of(t.ready["url"]), source="127.0.0.2") as visitor:
             await visitor.send(b"ping")
             assert await visitor.read_exactly(4) == b"ping"
         await t.server.stderr_line("refused a connection from 127.0.0.1: it has 2 already")
+
+
+async def test_idle_connections_leave_room_for_requests() -> None:
+    async with (
+        RawOrigin(response(b"hello")) as origin,
+        Service(echo) as service,
+        pytunnel.serve(tcp_ports="127.0.0.1:30960-30969") as s,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        tunnels = f"ssh=tcp:{service.port}", f"web={origin.port}"
+        async with pytunnel.connect(*tunnels, server=s.url, token=s.token) as client:
+            (session,) = s.server._registry.sessions.values()
+            session.link.session.max_streams = 8
+            port = port_of(client.urls[0])
+            visitors = [await stack.enter_async_context(RawVisitor(port)) for _ in range(7)]
+            for visitor in visitors:
+                await visitor.send(b"ping")
+                assert await visitor.read_exactly(4) == b"ping"
+            assert await is_refused(port)
+            assert s.server.metrics['pytunnel_refusals_total{reason="busy"}'] == 1
+            async with RawVisitor(s.server.port) as visitor:
+                await visitor.send(request("GET", b"/", b"web.localhost"))
+                assert (await visitor.read_response()).body == b"hello"
+
+
+async def test_heads_that_nobody_reads_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def many(forwarding: Any) -> None:
+        for _ in range(pytunnel.MAX_INTERIM):
+            forwarding._stream.write_head(pytunnel.ResponseHead(103, b"", []).encode(), interim=True)
+        forwarding._stream.write_head(pytunnel.ResponseHead(101, b"", []).encode())
+        await forwarding._stream.write(b"x")
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(pytunnel.TcpForwarding, "run", many)
+    async with (
+        Service(echo) as service,
+        pytunnel.serve(tcp_ports="127.0.0.1:30970-30979") as s,
+        pytunnel.connect(f"ssh=tcp:{service.port}", server=s.url, token=s.token) as client,
+        RawVisitor(port_of(client.url)) as visitor,
+    ):
+        assert await visitor.read_exactly(1) == b"x"
+        (session,) = s.server._registry.sessions.values()
+        assert [len(stream._heads) for stream in session.link._streams.values()] == [0]
+
+
+async def test_ports_that_leave_no_files_for_visitors() -> None:
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)); "
+    code += f"sys.path.insert(0, {str(Path(pytunnel.__file__).parent)!r}); import pytunnel; sys.exit(pytunnel.main())"
+    words = ("serve", "--listen", "127.0.0.1:0", "--token", TOKEN, "--tcp-ports", "127.0.0.1:12000-12499")
+    async with await Process.start(*words, command=[sys.executable, "-c", code]) as server:
+        await server.stderr_line("500 TCP ports take 1000 of the 1024 files that may be open, and leave too few")
+        assert await server.wait() == 1
 
 
 async def test_eight_transfers_get_their_share() -> None:
