@@ -319,6 +319,8 @@ INSPECTOR_PORTS = 20  # ports from INSPECTOR_PORT on that are tried
 MAX_POLL = 25.0  # seconds the inspector's page waits for something new: below what browsers and proxies allow
 MAX_CLIENT_HELLO = 32 * KiB  # bytes of a TLS ClientHello with its framing; browsers send 2, post-quantum keys included
 MAX_HELLO_RECORDS = 16  # records that it may be cut into, as all are looked at again whenever more of it comes
+MAX_EMPTY, EMPTY_RATE = 32, 0.1  # TLS records of a connection that hold no data, at once and a second after that: those
+# of a handshake, and KeyUpdates, each of which takes as long as 20 KiB of data (Go: 16 in a row, BoringSSL: 32)
 MAX_SECURED, SECURE_RATE = 500, 50.0  # TLS handshakes of an address at once, and a second after that: each takes up to
 # 2 ms, so that one address has a tenth of a core at the most
 MAX_HOSTS = 256  # Host fields whose reading is remembered; a browser sends the same one again and again
@@ -5104,6 +5106,9 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         self._secure = False  # the handshake is over
         self._early = b""  # an answer to who has not said anything
         self._eof = False
+        self._header, self._missing = b"", 0  # of the record that comes: what there is of its header, bytes to come
+        self._empty = Allowance(MAX_EMPTY, EMPTY_RATE)
+        self._cutting = contextlib.ExitStack()  # what cuts it off when its last bytes are not taken
 
     # The event loop's side
 
@@ -5113,8 +5118,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._tls:
-            self._incoming.write(data)
-            return self._read() if self._secure else self._shake()
+            return self._receive(data)
         self._hello += data
         if self._hello[0] == 0x16:  # the type of a record with a handshake message, and no letter
             self._begin()
@@ -5129,9 +5133,12 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
 
     def eof_received(self) -> bool | None:
         keep: bool | None = self._protocol.eof_received()
+        if self._tls:
+            self._close()
         return keep and not self._tls
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._cutting.close()
         self._protocol.connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -5155,8 +5162,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         elif context := self._certificates.context(name):
             self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-            self._incoming.write(self._hello)
-            self._shake()
+            self._receive(self._hello)
         else:
             self._fail("unknown-name", b"\x15\x03\x03\x00\x02\x02\x70")  # unrecognized_name (RFC 6066 section 3)
 
@@ -5166,39 +5172,44 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
             self._protocol.expect_head(HEAD_TIMEOUT)
             self._begin()
 
-    def _shake(self) -> None:
-        assert self._tls
-        try:
-            self._tls.do_handshake()
-        except ssl.SSLWantReadError:
-            return self._flush()
-        except ssl.SSLError as error:
-            peer = (self._raw.get_extra_info("peername") or ("",))[0]
-            log.debug("a TLS handshake with %s failed: %s", peer, error.reason)
-            return self._fail("failed", self._outgoing.read())
-        self._hello, self._secure = b"", True
-        self._metrics['pytunnel_tls_handshakes_total{result="done"}'] += 1
-        self._flush()
-        self._read()
-
     def _fail(self, result: str, alert: bytes) -> None:
         self._metrics[f'pytunnel_tls_handshakes_total{{result="{result}"}}'] += 1
         if alert:
             self._raw.write(alert)
-        self._raw.close()
+        self._close()
 
-    def _read(self) -> None:
-        """Hand everything on that has come: never more than the event loop reads at a time."""
+    def _receive(self, data: bytes) -> None:
+        """Go on with the handshake, and hand on what has come: never more than the event loop reads at a time.
+
+        OpenSSL is given one record at a time: of those without data it would take any number at once.
+        """
         assert self._tls
         parts, ended, broken = [], False, False
-        try:
-            while not ended:
-                parts.append(self._tls.read(16 * KiB))
-                ended = not parts[-1]
-        except ssl.SSLWantReadError:
-            pass
-        except ssl.SSLError:
-            broken = True
+        for record in self._records(data):
+            self._incoming.write(record)
+            try:
+                if self._secure:
+                    parts.append(self._tls.read(16 * KiB))  # all of the record
+                    if not (ended := not parts[-1]):
+                        continue
+                else:
+                    self._tls.do_handshake()
+                    self._hello, self._secure = b"", True
+                    self._metrics['pytunnel_tls_handshakes_total{result="done"}'] += 1
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLZeroReturnError:  # the end, after ours
+                ended = True
+            except ssl.SSLError as error:
+                if not self._secure:
+                    peer = (self._raw.get_extra_info("peername") or ("",))[0]
+                    log.debug("a TLS handshake with %s failed: %s", peer, error.reason)
+                    return self._fail("failed", self._outgoing.read())
+                broken = True
+            if not self._missing and not self._empty.take(asyncio.get_running_loop().time()):
+                broken = True
+            if ended or broken:
+                break
         self._flush()
         if data := b"".join(parts):
             self._deliver(data)
@@ -5206,6 +5217,16 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
             self._raw.abort()
         elif ended and not self._raw.is_closing() and not self._protocol.eof_received():
             self.close()
+
+    def _records(self, data: bytes) -> Iterator[memoryview]:
+        """Cut where a record ends (RFC 8446 section 5.1); `_missing` tells how much of the last one is to come."""
+        rest = memoryview(self._header + data if self._header else data)
+        while len(rest) >= (1 if self._missing else 5):
+            length = self._missing or 5 + int.from_bytes(rest[3:5])
+            record, rest = rest[:length], rest[length:]
+            self._missing = length - len(record)
+            yield record
+        self._header = bytes(rest)
 
     def _deliver(self, data: bytes) -> None:
         protocol = self._protocol
@@ -5223,6 +5244,13 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
     def _flush(self) -> None:
         if (data := self._outgoing.read()) and not self._raw.is_closing():
             self._raw.write(data)
+
+    def _close(self) -> None:
+        """Close when all is sent, or when the peer takes nothing any more."""
+        if not self._raw.is_closing():
+            self._raw.close()
+            if self._raw.get_write_buffer_size() and not self._plain:
+                self._cutting.enter_context(cut_when_stalled(self._raw, STALL_TIMEOUT))
 
     # The protocol's side
 
@@ -5244,7 +5272,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
 
     def close(self) -> None:
         self._say_goodbye()
-        self._raw.close()
+        self._close()
 
     def abort(self) -> None:
         self._raw.abort()
@@ -5290,6 +5318,8 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
             with contextlib.suppress(ssl.SSLError):  # it wants to read the peer's, for which nobody waits
                 self._tls.unwrap()
             self._flush()
+
+
 # ---- ACME -----------------------------------------------------------------------------------------------------------
 # Certificates from an authority (RFC 8555), for the hosts that are wanted: one order at a time, proved by HTTP-01. The
 # authority's limits are kept whatever happens here: each try is noted on disk before it is made, so that a server that
@@ -10225,7 +10255,9 @@ def _acme(options: argparse.Namespace, certificates: Certificates, state: Path) 
     if "@" not in options.acme:
         raise UsageError(f"{escape(options.acme)!r} is no e-mail address: give yours, like --acme you@example.com")
     if not options.acme_directory.startswith("https://"):
-        raise UsageError(f"{escape(options.acme_directory)!r} is no authority's directory: its URL begins with https://")
+        raise UsageError(
+            f"{escape(options.acme_directory)!r} is no authority's directory: its URL begins with https://"
+        )
     if not options.domain:
         advice = "or the address of this host, which then gets names from sslip.io"
         raise UsageError(f"--acme needs to know for what: add --domain with your domain, {advice}")
