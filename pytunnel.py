@@ -267,6 +267,7 @@ ACME_BACKOFF_MAX = 86400.0  # at the most: Let's Encrypt bears 5 failures of a n
 ACME_WEEK = 7 * 86400.0  # seconds in which no more than
 MAX_NEW_HOSTS = 40  # hosts get their first certificate: Let's Encrypt allows 50 below a domain
 RENEWAL_SHARE = 1 / 3  # of a certificate's lifetime that is left when it is renewed
+KEEP_EXPIRED = 30 * 86400.0  # seconds that a certificate has been expired when its file is removed: clocks go wrong
 ACME_TICK = 3600.0  # seconds at most between two looks at what is due, whatever a clock that is set does
 
 CHECK_TIMEOUT = 5.0  # seconds for each of doctor's checks
@@ -5378,7 +5379,7 @@ class Acme:
         self._running: asyncio.Future[None] | None = None
 
     def load(self) -> None:
-        """Use the certificates that are kept; what is no use any more is removed. Raises TunnelError."""
+        """Use the certificates that are kept; those that are over for long are removed. Raises TunnelError."""
         path = self._directory / "orders.json"
         for directory in reversed(self._directory.parents[:2]):  # what `write_private` would make for everybody
             with contextlib.suppress(OSError):
@@ -5394,10 +5395,12 @@ class Acme:
         for path in self._directory.glob("*.pem"):
             try:
                 self._use(path.stem, path)
-            except TunnelError as error:
-                log.info("%s is removed: %s", path.name, escape(str(error), 400))
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            except TunnelError as error:  # maybe only because the clock is wrong, or for now
+                is_over = self._is_over(path)
+                log.info("%s is %s: %s", path.name, "removed" if is_over else "not used", escape(str(error), 400))
+                if is_over:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
     def start(self, wanted: Callable[[], Iterable[str]]) -> None:
         """Order what is due, of the hosts that `wanted` returns whenever it is asked, until `close`."""
@@ -5443,9 +5446,9 @@ class Acme:
         now = self._clock()
         due = self._renewals.get(host)
         if due is None:
-            self._issued = {name: when for name, when in self._issued.items() if now - ACME_WEEK < when <= now}
+            self._issued = {name: when for name, when in self._issued.items() if now - ACME_WEEK < when}
             full = len(self._issued) >= MAX_NEW_HOSTS
-            due = min(self._issued.values()) + ACME_WEEK if full else 0.0
+            due = min(now, *self._issued.values()) + ACME_WEEK if full else 0.0  # the clock may be wrong, then or now
             if full and not self._full:
                 until = f"until {datetime.datetime.fromtimestamp(due):%Y-%m-%d %H:%M}"
                 log.warning("no more new certificates %s: %d came within a week (%s)", until, MAX_NEW_HOSTS, host)
@@ -5511,6 +5514,17 @@ class Acme:
         self._renewals[host] = end - life * RENEWAL_SHARE * random.uniform(1.0, 1.1)
         until = datetime.datetime.fromtimestamp(end).isoformat(" ", "minutes")
         log.info("the certificate for %s is good until %s", host, until)
+
+    def _is_over(self, path: Path) -> bool:
+        """Whether a file surely is no use any more: its certificate expired long ago, or is for another host."""
+        from cryptography import x509
+
+        with contextlib.suppress(ValueError, OSError, x509.ExtensionNotFound):
+            leaf = x509.load_pem_x509_certificate(path.read_bytes())
+            names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            is_ours = path.stem in names.get_values_for_type(x509.DNSName)
+            return not is_ours or leaf.not_valid_after_utc.timestamp() < self._clock() - KEEP_EXPIRED
+        return False
 
     def _save(self) -> None:
         now = self._clock()
@@ -6409,14 +6423,15 @@ class TunnelServer:
         if target is not visitor.target:  # absolute-form: what it says counts (RFC 9112 section 3.2.2)
             hosts = [(name, host_field if name.lower() == b"host" else value) for name, value in visitor.headers]
             visitor.target, visitor.headers = target, hosts
-        visitor.host = host = parse_host(host_field.decode("latin-1"))[0]
+        host, port = parse_host(host_field.decode("latin-1"))
+        visitor.host = host
         name = self._registry.tunnel_name(host)
         if self._acme and (answer := self._acme.challenge(target.decode("latin-1"))):
             fields = [(b"Content-Type", b"application/octet-stream"), (b"Content-Length", b"%d" % len(answer))]
             head = visitor.encoder.head(ResponseHead(200, b"OK", fields), _date())
             visitor.write(head + visitor.encoder.data(answer))
         elif self.certificates and self._must_redirect(visitor, name, host, target):
-            self._redirect(visitor, host, target)
+            self._redirect(visitor, host, port, target)
         elif name is not None:
             await self._forward(visitor, name, host_field)
         elif target == LINK_PATH.encode():
@@ -6439,11 +6454,15 @@ class TunnelServer:
         health = target == b"/healthz" or (target == b"/metrics" and self._may_see_metrics(visitor, host))
         return name is not None or not health
 
-    def _redirect(self, visitor: Visitor, host: str, target: bytes) -> None:
-        """Send a visitor to the same place over TLS: on port 443 where there is one, else on this one."""
-        own = cast("tuple[str, int]", visitor.request.get_extra_info("sockname") or ("", 443))  # none: it has gone
-        port = 443 if 443 in self.ports else own[1]
-        where = host.encode() + (b"" if port == 443 else b":%d" % port)
+    def _redirect(self, visitor: Visitor, host: str, port: int | None, target: bytes) -> None:
+        """Send a visitor to the same place over TLS: on the port that was asked for, as each takes both.
+
+        That need not be ours: who runs the server may have another one led here. Port 80, which goes without saying,
+        becomes that of the domain.
+        """
+        if port in (None, 80):
+            port = self._domain.port if self._domain else None
+        where = host.encode() + (b"" if port in (None, 443) else b":%d" % port)
         location = b"https://%b%b" % (where, target if target.startswith(b"/") else b"/")
         visitor.encoder.keep_alive = False
         fields = [(b"Location", location), (b"Content-Length", b"0")]
