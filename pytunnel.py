@@ -268,6 +268,7 @@ ACME_BACKOFF_MAX = 86400.0  # at the most: Let's Encrypt bears 5 failures of a n
 ACME_WEEK = 7 * 86400.0  # seconds in which no more than
 MAX_NEW_HOSTS = 40  # hosts get their first certificate: Let's Encrypt allows 50 below a domain
 RENEWAL_SHARE = 1 / 3  # of a certificate's lifetime that is left when it is renewed
+KEEP_EXPIRED = 30 * 86400.0  # seconds that a certificate has been expired when its file is removed: clocks go wrong
 ACME_TICK = 3600.0  # seconds at most between two looks at what is due, whatever a clock that is set does
 
 CHECK_TIMEOUT = 5.0  # seconds for each of doctor's checks
@@ -322,6 +323,8 @@ INSPECTOR_PORTS = 20  # ports from INSPECTOR_PORT on that are tried
 MAX_POLL = 25.0  # seconds the inspector's page waits for something new: below what browsers and proxies allow
 MAX_CLIENT_HELLO = 32 * KiB  # bytes of a TLS ClientHello with its framing; browsers send 2, post-quantum keys included
 MAX_HELLO_RECORDS = 16  # records that it may be cut into, as all are looked at again whenever more of it comes
+MAX_EMPTY, EMPTY_RATE = 32, 0.1  # TLS records of a connection that hold no data, at once and a second after that: those
+# of a handshake, and KeyUpdates, each of which takes as long as 20 KiB of data (Go: 16 in a row, BoringSSL: 32)
 MAX_SECURED, SECURE_RATE = 500, 50.0  # TLS handshakes of an address at once, and a second after that: each takes up to
 # 2 ms, so that one address has a tenth of a core at the most
 MAX_HOSTS = 256  # Host fields whose reading is remembered; a browser sends the same one again and again
@@ -5234,6 +5237,9 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         self._secure = False  # the handshake is over
         self._early = b""  # an answer to who has not said anything
         self._eof = False
+        self._header, self._missing = b"", 0  # of the record that comes: what there is of its header, bytes to come
+        self._empty = Allowance(MAX_EMPTY, EMPTY_RATE)
+        self._cutting = contextlib.ExitStack()  # what cuts it off when its last bytes are not taken
 
     # The event loop's side
 
@@ -5243,8 +5249,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._tls:
-            self._incoming.write(data)
-            return self._read() if self._secure else self._shake()
+            return self._receive(data)
         self._hello += data
         if self._hello[0] == 0x16:  # the type of a record with a handshake message, and no letter
             self._begin()
@@ -5259,9 +5264,12 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
 
     def eof_received(self) -> bool | None:
         keep: bool | None = self._protocol.eof_received()
+        if self._tls:
+            self._close()
         return keep and not self._tls
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._cutting.close()
         self._protocol.connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -5285,8 +5293,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         elif context := self._certificates.context(name):
             self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-            self._incoming.write(self._hello)
-            self._shake()
+            self._receive(self._hello)
         else:
             self._fail("unknown-name", b"\x15\x03\x03\x00\x02\x02\x70")  # unrecognized_name (RFC 6066 section 3)
 
@@ -5296,39 +5303,44 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
             self._protocol.expect_head(HEAD_TIMEOUT)
             self._begin()
 
-    def _shake(self) -> None:
-        assert self._tls
-        try:
-            self._tls.do_handshake()
-        except ssl.SSLWantReadError:
-            return self._flush()
-        except ssl.SSLError as error:
-            peer = (self._raw.get_extra_info("peername") or ("",))[0]
-            log.debug("a TLS handshake with %s failed: %s", peer, error.reason)
-            return self._fail("failed", self._outgoing.read())
-        self._hello, self._secure = b"", True
-        self._metrics['pytunnel_tls_handshakes_total{result="done"}'] += 1
-        self._flush()
-        self._read()
-
     def _fail(self, result: str, alert: bytes) -> None:
         self._metrics[f'pytunnel_tls_handshakes_total{{result="{result}"}}'] += 1
         if alert:
             self._raw.write(alert)
-        self._raw.close()
+        self._close()
 
-    def _read(self) -> None:
-        """Hand everything on that has come: never more than the event loop reads at a time."""
+    def _receive(self, data: bytes) -> None:
+        """Go on with the handshake, and hand on what has come: never more than the event loop reads at a time.
+
+        OpenSSL is given one record at a time: of those without data it would take any number at once.
+        """
         assert self._tls
         parts, ended, broken = [], False, False
-        try:
-            while not ended:
-                parts.append(self._tls.read(16 * KiB))
-                ended = not parts[-1]
-        except ssl.SSLWantReadError:
-            pass
-        except ssl.SSLError:
-            broken = True
+        for record in self._records(data):
+            self._incoming.write(record)
+            try:
+                if self._secure:
+                    parts.append(self._tls.read(16 * KiB))  # all of the record
+                    if not (ended := not parts[-1]):
+                        continue
+                else:
+                    self._tls.do_handshake()
+                    self._hello, self._secure = b"", True
+                    self._metrics['pytunnel_tls_handshakes_total{result="done"}'] += 1
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLZeroReturnError:  # the end, after ours
+                ended = True
+            except ssl.SSLError as error:
+                if not self._secure:
+                    peer = (self._raw.get_extra_info("peername") or ("",))[0]
+                    log.debug("a TLS handshake with %s failed: %s", peer, error.reason)
+                    return self._fail("failed", self._outgoing.read())
+                broken = True
+            if not self._missing and not self._empty.take(asyncio.get_running_loop().time()):
+                broken = True
+            if ended or broken:
+                break
         self._flush()
         if data := b"".join(parts):
             self._deliver(data)
@@ -5336,6 +5348,16 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
             self._raw.abort()
         elif ended and not self._raw.is_closing() and not self._protocol.eof_received():
             self.close()
+
+    def _records(self, data: bytes) -> Iterator[memoryview]:
+        """Cut where a record ends (RFC 8446 section 5.1); `_missing` tells how much of the last one is to come."""
+        rest = memoryview(self._header + data if self._header else data)
+        while len(rest) >= (1 if self._missing else 5):
+            length = self._missing or 5 + int.from_bytes(rest[3:5])
+            record, rest = rest[:length], rest[length:]
+            self._missing = length - len(record)
+            yield record
+        self._header = bytes(rest)
 
     def _deliver(self, data: bytes) -> None:
         protocol = self._protocol
@@ -5353,6 +5375,13 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
     def _flush(self) -> None:
         if (data := self._outgoing.read()) and not self._raw.is_closing():
             self._raw.write(data)
+
+    def _close(self) -> None:
+        """Close when all is sent, or when the peer takes nothing any more."""
+        if not self._raw.is_closing():
+            self._raw.close()
+            if self._raw.get_write_buffer_size() and not self._plain:
+                self._cutting.enter_context(cut_when_stalled(self._raw, STALL_TIMEOUT))
 
     # The protocol's side
 
@@ -5374,7 +5403,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
 
     def close(self) -> None:
         self._say_goodbye()
-        self._raw.close()
+        self._close()
 
     def abort(self) -> None:
         self._raw.abort()
@@ -5420,6 +5449,8 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
             with contextlib.suppress(ssl.SSLError):  # it wants to read the peer's, for which nobody waits
                 self._tls.unwrap()
             self._flush()
+
+
 # ---- ACME -----------------------------------------------------------------------------------------------------------
 # Certificates from an authority (RFC 8555), for the hosts that are wanted: one order at a time, proved by HTTP-01. The
 # authority's limits are kept whatever happens here: each try is noted on disk before it is made, so that a server that
@@ -5478,7 +5509,7 @@ class Acme:
         self._running: asyncio.Future[None] | None = None
 
     def load(self) -> None:
-        """Use the certificates that are kept; what is no use any more is removed. Raises TunnelError."""
+        """Use the certificates that are kept; those that are over for long are removed. Raises TunnelError."""
         path = self._directory / "orders.json"
         for directory in reversed(self._directory.parents[:2]):  # what `write_private` would make for everybody
             with contextlib.suppress(OSError):
@@ -5494,10 +5525,12 @@ class Acme:
         for path in self._directory.glob("*.pem"):
             try:
                 self._use(path.stem, path)
-            except TunnelError as error:
-                log.info("%s is removed: %s", path.name, escape(str(error), 400))
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            except TunnelError as error:  # maybe only because the clock is wrong, or for now
+                is_over = self._is_over(path)
+                log.info("%s is %s: %s", path.name, "removed" if is_over else "not used", escape(str(error), 400))
+                if is_over:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
     def start(self, wanted: Callable[[], Iterable[str]]) -> None:
         """Order what is due, of the hosts that `wanted` returns whenever it is asked, until `close`."""
@@ -5543,9 +5576,9 @@ class Acme:
         now = self._clock()
         due = self._renewals.get(host)
         if due is None:
-            self._issued = {name: when for name, when in self._issued.items() if now - ACME_WEEK < when <= now}
+            self._issued = {name: when for name, when in self._issued.items() if now - ACME_WEEK < when}
             full = len(self._issued) >= MAX_NEW_HOSTS
-            due = min(self._issued.values()) + ACME_WEEK if full else 0.0
+            due = min(now, *self._issued.values()) + ACME_WEEK if full else 0.0  # the clock may be wrong, then or now
             if full and not self._full:
                 until = f"until {datetime.datetime.fromtimestamp(due):%Y-%m-%d %H:%M}"
                 log.warning("no more new certificates %s: %d came within a week (%s)", until, MAX_NEW_HOSTS, host)
@@ -5611,6 +5644,17 @@ class Acme:
         self._renewals[host] = end - life * RENEWAL_SHARE * random.uniform(1.0, 1.1)
         until = datetime.datetime.fromtimestamp(end).isoformat(" ", "minutes")
         log.info("the certificate for %s is good until %s", host, until)
+
+    def _is_over(self, path: Path) -> bool:
+        """Whether a file surely is no use any more: its certificate expired long ago, or is for another host."""
+        from cryptography import x509
+
+        with contextlib.suppress(ValueError, OSError, x509.ExtensionNotFound):
+            leaf = x509.load_pem_x509_certificate(path.read_bytes())
+            names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            is_ours = path.stem in names.get_values_for_type(x509.DNSName)
+            return not is_ours or leaf.not_valid_after_utc.timestamp() < self._clock() - KEEP_EXPIRED
+        return False
 
     def _save(self) -> None:
         now = self._clock()
@@ -6535,14 +6579,15 @@ class TunnelServer:
         if target is not visitor.target:  # absolute-form: what it says counts (RFC 9112 section 3.2.2)
             hosts = [(name, host_field if name.lower() == b"host" else value) for name, value in visitor.headers]
             visitor.target, visitor.headers = target, hosts
-        visitor.host = host = parse_host(host_field.decode("latin-1"))[0]
+        host, port = parse_host(host_field.decode("latin-1"))
+        visitor.host = host
         name = self._registry.tunnel_name(host)
         if self._acme and (answer := self._acme.challenge(target.decode("latin-1"))):
             fields = [(b"Content-Type", b"application/octet-stream"), (b"Content-Length", b"%d" % len(answer))]
             head = visitor.encoder.head(ResponseHead(200, b"OK", fields), _date())
             visitor.write(head + visitor.encoder.data(answer))
         elif self.certificates and self._must_redirect(visitor, name, host, target):
-            self._redirect(visitor, host, target)
+            self._redirect(visitor, host, port, target)
         elif name is not None:
             await self._forward(visitor, name, host_field)
         elif target == LINK_PATH.encode():
@@ -6565,11 +6610,15 @@ class TunnelServer:
         health = target == b"/healthz" or (target == b"/metrics" and self._may_see_metrics(visitor, host))
         return name is not None or not health
 
-    def _redirect(self, visitor: Visitor, host: str, target: bytes) -> None:
-        """Send a visitor to the same place over TLS: on port 443 where there is one, else on this one."""
-        own = cast("tuple[str, int]", visitor.request.get_extra_info("sockname") or ("", 443))  # none: it has gone
-        port = 443 if 443 in self.ports else own[1]
-        where = host.encode() + (b"" if port == 443 else b":%d" % port)
+    def _redirect(self, visitor: Visitor, host: str, port: int | None, target: bytes) -> None:
+        """Send a visitor to the same place over TLS: on the port that was asked for, as each takes both.
+
+        That need not be ours: who runs the server may have another one led here. Port 80, which goes without saying,
+        becomes that of the domain.
+        """
+        if port in (None, 80):
+            port = self._domain.port if self._domain else None
+        where = host.encode() + (b"" if port in (None, 443) else b":%d" % port)
         location = b"https://%b%b" % (where, target if target.startswith(b"/") else b"/")
         visitor.encoder.keep_alive = False
         fields = [(b"Location", location), (b"Content-Length", b"0")]
@@ -10397,7 +10446,9 @@ def _acme(options: argparse.Namespace, certificates: Certificates, state: Path) 
     if "@" not in options.acme:
         raise UsageError(f"{escape(options.acme)!r} is no e-mail address: give yours, like --acme you@example.com")
     if not options.acme_directory.startswith("https://"):
-        raise UsageError(f"{escape(options.acme_directory)!r} is no authority's directory: its URL begins with https://")
+        raise UsageError(
+            f"{escape(options.acme_directory)!r} is no authority's directory: its URL begins with https://"
+        )
     if not options.domain:
         advice = "or the address of this host, which then gets names from sslip.io"
         raise UsageError(f"--acme needs to know for what: add --domain with your domain, {advice}")

@@ -440,32 +440,64 @@ async def test_a_certificate_that_cannot_be_kept_is_no_reason_to_ask_again_at_on
     assert authority.orders == 0  # what cannot be noted is not asked for
 
 
-async def test_what_is_damaged_or_over_is_removed(tmp_path: Path, authority: Authority) -> None:
-    async with Wanting(tmp_path / "state", authority, "web.t.example.com").running() as wanting:
-        text = await wanting.certificate("web.t.example.com")
-    (path,) = wanting.state.glob("acme/*/*.pem")
-    write(path.with_name("broken.pem"), "not a certificate")
-    write(path.with_name("other.example.com.pem"), text)
-    write(path.with_name("old.example.com.pem"), expired("old.example.com"))
-    later = Wanting(tmp_path / "state", authority)
-    later.acme.load()
-    assert later.certificates.names == ["web.t.example.com"]
-    assert later.files == {"web.t.example.com": text}
-    write(path.with_name("orders.json"), "{}").chmod(0o600)
+def test_what_is_over_is_removed_and_what_cannot_be_used_now_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock may be wrong, or a read fail: a certificate that is lost then is not had again so soon."""
+    directory = tmp_path / "acme" / "127.0.0.1_1_dir"
+    kept = {
+        "now.example.com": certificate("now.example.com", -1, 89),
+        "early.example.com": certificate("early.example.com", 1, 89),
+        "late.example.com": certificate("late.example.com", -91, -1),
+        "broken.example.com": "not a certificate",
+        "unreadable.example.com": certificate("unreadable.example.com", -1, 89),
+    }
+    gone = {
+        "old.example.com": certificate("old.example.com", -365, -31),
+        "other.example.com": certificate("now.example.com", -1, 89),
+    }
+    for host, text in (kept | gone).items():
+        pytunnel.write_private(directory / f"{host}.pem", text)
+    read = Path.read_text
+
+    def read_text(path: Path, *args: Any, **named: Any) -> str:
+        if path.stem == "unreadable.example.com":
+            raise OSError(24, "Too many open files", str(path))
+        return read(path, *args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", read_text)
+        acme = Acme(Certificates(), tmp_path, EMAIL, "http://127.0.0.1:1/dir")
+        acme.load()
+    assert list(acme._renewals) == acme._certificates.names == ["now.example.com"]
+    assert {path.stem: path.read_text() for path in directory.iterdir()} == kept
+    pytunnel.write_private(directory / "orders.json", "{}")
     with pytest.raises(TunnelError, match=r"orders\.json is damaged; move it away"):
-        later.acme.load()
+        acme.load()
 
 
-def expired(host: str) -> str:
-    """A certificate of last year, with its key."""
+def test_a_clock_that_is_wrong_for_a_while_gives_no_second_budget(tmp_path: Path) -> None:
+    issued = {f"{number}.example.com": time.time() for number in range(pytunnel.MAX_NEW_HOSTS)}
+    path = tmp_path / "acme" / "127.0.0.1_1_dir" / "orders.json"
+    pytunnel.write_private(path, json.dumps({"failed": {}, "issued": issued}))
+    for slow in (10 * 86400, 0):  # a machine without a clock of its own has booted, and is told the time
+        acme = Acme(Certificates(), tmp_path, EMAIL, "http://127.0.0.1:1/dir", lambda slow=slow: time.time() - slow)
+        acme.load()
+        assert 6 * 86400 < acme._due("new.example.com") - acme._clock() <= 7 * 86400
+        acme._save()
+        assert json.loads(path.read_text())["issued"] == issued
+
+
+def certificate(host: str, begins: float, expires: float) -> str:
+    """A certificate with its key; its time is in days from now."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
-    begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=365)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, begin, begin + datetime.timedelta(days=90))
-    certificate = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), False)
+    begin, end = [datetime.datetime.now(datetime.UTC) + datetime.timedelta(days) for days in (begins, expires)]
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, begin, end)
+    signed = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), False).sign(key, hashes.SHA256())
     pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     private = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
-    return (private + certificate.sign(key, hashes.SHA256()).public_bytes(pem)).decode()
+    return (private + signed.public_bytes(pem)).decode()
 
 
 # ---------------------------------------------------------------------------------------- serve

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hmac
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
@@ -376,8 +378,8 @@ async def test_a_tunnel_over_tls_and_the_redirect_to_it(tmp_path: Path) -> None:
         get = request("GET", b"/a?b", b"web.localhost:%d" % tunnel.port, [(b"Connection", b"close")])
         assert (await ask(tunnel.port, pair.trust(), "web.localhost", get)).body == body
         assert origin.requests[0].value(b"X-Forwarded-Proto") == b"https"
-        plain = await tunnel.get(b"/a?b")
-        assert (plain.status, plain.value(b"Location")) == (308, url.encode() + b"/a?b")
+        redirect = await plain(tunnel.port, get)
+        assert (redirect.status, redirect.value(b"Location")) == (308, url.encode() + b"/a?b")
         assert len(origin.requests) == 1
 
 
@@ -529,15 +531,17 @@ async def plain(port: int, data: bytes, method: str = "GET") -> RawResponse:
 @pytest.mark.parametrize(
     ("data", "location"),
     [
-        (request("GET", b"/a?b=%2f", b"web.localhost"), b"https://web.localhost:PORT/a?b=%2f"),
-        (request("HEAD", b"/", b"WEB.localhost.:99"), b"https://web.localhost:PORT/"),
-        (request("POST", b"/", b"web.localhost", body=b"x" * 100_000), b"https://web.localhost:PORT/"),
-        (request("OPTIONS", b"*", b"web.localhost"), b"https://web.localhost:PORT/"),
-        (request("GET", b"http://one.localhost/x", b"two.localhost"), b"https://one.localhost:PORT/x"),
-        (request("GET", b"//evil.example/", b"web.localhost"), b"https://web.localhost:PORT//evil.example/"),
-        (request("GET", b"/healthz", b"web.localhost"), b"https://web.localhost:PORT/healthz"),
-        (request("GET", b"/metrics", b"t.example.com"), b"https://t.example.com:PORT/metrics"),
-        (request("GET", pytunnel.LINK_PATH.encode(), b"[::1]"), b"https://[::1]:PORT/_pytunnel/link"),
+        (request("GET", b"/a?b=%2f", b"web.localhost"), b"https://web.localhost:9/a?b=%2f"),
+        (request("HEAD", b"/", b"WEB.localhost.:99"), b"https://web.localhost:99/"),
+        (request("GET", b"/", b"web.localhost:80"), b"https://web.localhost:9/"),
+        (request("GET", b"/", b"web.localhost:443"), b"https://web.localhost/"),
+        (request("POST", b"/", b"web.localhost", body=b"x" * 100_000), b"https://web.localhost:9/"),
+        (request("OPTIONS", b"*", b"web.localhost"), b"https://web.localhost:9/"),
+        (request("GET", b"http://one.localhost:99/x", b"two.localhost"), b"https://one.localhost:99/x"),
+        (request("GET", b"//evil.example/", b"web.localhost"), b"https://web.localhost:9//evil.example/"),
+        (request("GET", b"/healthz", b"web.localhost"), b"https://web.localhost:9/healthz"),
+        (request("GET", b"/metrics", b"t.example.com"), b"https://t.example.com:9/metrics"),
+        (request("GET", pytunnel.LINK_PATH.encode(), b"[::1]:99"), b"https://[::1]:99/_pytunnel/link"),
         (request("GET", b"/healthz", b"localhost"), None),
         (request("GET", b"/metrics", b"127.0.0.1"), None),
     ],
@@ -545,14 +549,14 @@ async def plain(port: int, data: bytes, method: str = "GET") -> RawResponse:
 async def test_who_comes_without_tls_is_sent_to_it(
     data: bytes, location: bytes | None, local: Pair, tmp_path: Path
 ) -> None:
-    async with serving(pytunnel.Certificates([local.paths]), tmp_path) as server:
-        server._registry.zones = ["localhost"]
-        answer = await plain(server.port, data, data.split()[0].decode())
-        assert answer.status == (308 if location else 200)
-        assert answer.value(b"Location") == (location and location.replace(b"PORT", b"%d" % server.port))
-        server.ports.append(443)  # as if it were there, too
-        answer = await plain(server.port, data, data.split()[0].decode())
-        assert answer.value(b"Location") == (location and location.replace(b":PORT", b""))
+    """The port asked for stays, as it may be led to ours from anywhere; without one the domain's counts."""
+    certificates = pytunnel.Certificates([local.paths])
+    for url in ("https://localhost:9", "https://localhost"):
+        async with serving(certificates, tmp_path, domain=pytunnel.Origin.from_url(url)) as server:
+            answer = await plain(server.port, data, data.split()[0].decode())
+            assert answer.status == (308 if location else 200)
+            there = location and location.replace(b":9/", b":9/" if ":9" in url else b"/")
+            assert answer.value(b"Location") == there
 
 
 @pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", b"x\r\n\r\n"])
@@ -833,6 +837,124 @@ async def test_a_tls_record_that_breaks_the_rules_ends_the_connection(local: Pai
         assert (await ask(server.port, local.trust())).status == 200
 
 
+class Records:
+    """A visitor of TLS 1.3 who makes its records by hand once the handshake is done."""
+
+    def __init__(self, visitor: RawVisitor, directory: Path) -> None:
+        self._visitor, self._log = visitor, directory / "keys"
+
+    async def shake_hands(self) -> None:
+        context = sloppy()
+        context.keylog_filename = str(self._log)
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        end = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+        while True:
+            try:
+                end.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                await self._visitor.send(outgoing.read())
+                header = await self._visitor.read_exactly(5)
+                incoming.write(header + await self._visitor.read_exactly(int.from_bytes(header[3:])))
+        await self._visitor.send(outgoing.read())
+        cipher = end.cipher()
+        assert cipher and cipher[0] == "TLS_AES_256_GCM_SHA384"
+        lines = self._log.read_text().splitlines()
+        self._use(next(bytes.fromhex(line.split()[2]) for line in lines if line.startswith("CLIENT_TRAFFIC_SECRET_0 ")))
+
+    def _use(self, secret: bytes) -> None:
+        self._secret, self._number = secret, 0
+        self._key, self._iv = AESGCM(self._expand(b"key", 32)), int.from_bytes(self._expand(b"iv", 12))
+
+    def _expand(self, label: bytes, length: int) -> bytes:
+        """HKDF-Expand-Label (RFC 8446 section 7.1), of one block."""
+        label = b"tls13 " + label
+        info = length.to_bytes(2) + bytes([len(label)]) + label + b"\0"
+        return hmac.digest(self._secret, info + b"\1", "sha384")[:length]
+
+    def record(self, content: bytes, kind: int = 23) -> bytes:
+        header = b"\x17\3\3" + (len(content) + 17).to_bytes(2)
+        nonce = (self._iv ^ self._number).to_bytes(12)
+        self._number += 1
+        return header + self._key.encrypt(nonce, content + bytes([kind]), header)
+
+    def key_update(self) -> bytes:
+        """One that asks for the other end's."""
+        update = self.record(b"\x18\0\0\1\1", 22)
+        self._use(self._expand(b"traffic upd", 48))
+        return update
+
+
+@pytest.mark.parametrize("size", [1, 30, 10_000])
+async def test_records_without_data_are_few(size: int, local: Pair, tmp_path: Path, monkeypatch: Any) -> None:
+    """A KeyUpdate takes as long as a record full of data; OpenSSL would take any number of them at once."""
+    monkeypatch.setattr(pytunnel, "EMPTY_RATE", 1e-6)
+    got, answered = 0, asyncio.Event()
+    receive, deliver = pytunnel.SecureTransport._receive, pytunnel.SecureTransport._deliver
+
+    def received(self: pytunnel.SecureTransport, data: bytes) -> None:
+        for start in range(0, len(data), size):
+            if not self.is_closing():
+                receive(self, data[start : start + size])
+
+    def delivered(self: pytunnel.SecureTransport, data: bytes) -> None:
+        nonlocal got
+        got += len(data)
+        deliver(self, data)
+        answered.set()
+
+    monkeypatch.setattr(pytunnel.SecureTransport, "_receive", received)
+    monkeypatch.setattr(pytunnel.SecureTransport, "_deliver", delivered)
+    ask_for = request("GET", b"/healthz", b"localhost")
+    async with serving(pytunnel.Certificates([local.paths]), tmp_path) as server, RawVisitor(server.port) as visitor:
+        records = Records(visitor, tmp_path)
+        await records.shake_hands()
+        await visitor.send(b"".join(records.key_update() for _ in range(20)) + records.record(ask_for))
+        await answered.wait()
+        await visitor.send(b"".join(records.key_update() for _ in range(20)) + records.record(ask_for))
+        with contextlib.suppress(ConnectionError):
+            await visitor.read_until_close()
+        assert got == len(ask_for)
+        assert (await ask(server.port, local.trust())).status == 200
+
+
+class Generous(asyncio.Protocol):
+    """Answers whatever comes with more than the kernel takes, and closes."""
+
+    def __init__(self) -> None:
+        self.closed, self.lost = asyncio.Event(), asyncio.Event()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def may_secure(self) -> bool:
+        return True
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(bytes(16 * 1024 * 1024))
+        self.transport.close()
+        self.closed.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost.set()
+
+
+async def test_last_bytes_that_nobody_takes_are_not_kept(local: Pair, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pytunnel, "STALL_TIMEOUT", 0.2)
+    protocol = Generous()
+    certificates = pytunnel.Certificates([local.paths])
+    make = functools.partial(pytunnel.SecureTransport, protocol, certificates, pytunnel.Metrics())
+    server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+    with socket.create_connection(server.sockets[0].getsockname()) as sock:
+        visitor = await asyncio.to_thread(local.trust().wrap_socket, sock, server_hostname="localhost")
+        with visitor:
+            visitor.send(b"x")
+            await protocol.closed.wait()
+            assert not protocol.lost.is_set()
+            await protocol.lost.wait()
+    server.close()
+
+
 def drain(sock: socket.socket) -> None:
     with contextlib.suppress(ConnectionError):
         while sock.recv(65536):
@@ -848,7 +970,7 @@ async def test_it_listens_on_all_that_is_asked_for(local: Pair) -> None:
         ports = [(await server.event("listening", host=host))["port"] for host in ("127.0.0.1", "::1")]
         assert (await ask(ports[0], local.trust())).status == 200
         async with RawVisitor(ports[1], host="::1") as visitor:
-            await visitor.send(request("GET", b"/x", b"localhost"))
+            await visitor.send(request("GET", b"/x", b"localhost:%d" % ports[1]))
             assert (await visitor.read_response()).value(b"Location") == b"https://localhost:%d/x" % ports[1]
 
 
