@@ -304,6 +304,7 @@ STALL_TIMEOUT = 60.0  # seconds in which a visitor takes not one byte of its res
 TCP_STALL_TIMEOUT = 600.0  # the same for a TCP tunnel's, where it may be on purpose (nginx proxy_timeout: 600)
 TCP_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds of silence, and between probes
 REFUSAL_LINGER = 1.0  # seconds in which a visitor may read why its connection is closed
+VISITOR_BACKLOG = 1024  # connections on a port of the server that wait to be accepted
 MAX_VISITORS = 10_000  # connections of visitors and clients; less where there are not so many file descriptors
 RESERVED_FILES = 32  # file descriptors that are not for them
 MAX_EACH = 256  # connections of one address at a time: half of MAX_STREAMS, or 40 browsers behind one NAT
@@ -4615,6 +4616,31 @@ async def pipe(
         await end_tasks(*ways)
 
 
+Address = tuple[socket.AddressFamily, Any]  # what getaddrinfo tells; the port is given later
+
+
+async def find_addresses(host: str | None) -> list[Address]:
+    """Return the addresses of this machine that a host means, without one all. Raises OSError when it has none."""
+    infos = await asyncio.get_running_loop().getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found: list[Address] = []
+    problem = OSError(errno.EADDRNOTAVAIL, "no such address")
+    for address in dict.fromkeys((family, address) for family, _, _, _, address in infos):
+        try:
+            bind_socket(address, 0).close()
+            found.append(address)
+        except OSError as error:  # most likely, this machine has no IPv6
+            problem = error
+    if not found:
+        raise problem
+    return found
+
+
+def bind_socket(address: Address, port: int) -> socket.socket:
+    """Return a socket that listens on a port. Raises OSError."""
+    family, (host, _, *scope) = address
+    return socket.create_server((host, port, *scope), family=family, backlog=VISITOR_BACKLOG)
+
+
 # ---- Registry -------------------------------------------------------------------------------------------------------
 # Who has which name: the sessions of clients, and the names they serve. Entries end with their session, for whatever
 # reason it ends; whose a name is outlives the server, until its token is revoked.
@@ -4668,6 +4694,7 @@ class TunnelRegistry:
             raise TunnelError(f"{path} is damaged; move it away to start with no names taken") from None
         now = asyncio.get_running_loop().time()
         self._last_seen = dict.fromkeys(self._owners, now)  # their clients are about to come back
+        self._left: set[str] = set()  # names whose clients have said goodbye since
 
     def admit(self, grants: Iterable[Grant], revoked: Iterable[str] = ()) -> None:
         """Let these tokens in, and no others: sessions that are not allowed any more end at once.
@@ -4728,53 +4755,72 @@ class TunnelRegistry:
         for name in names:
             for kept in (self._owners, self._latest, self._last_seen, self.ports):
                 kept.pop(name, None)
+            self._left.discard(name)
 
-    def choose_port(self, name: str, wanted: int, avoid: Collection[int] = ()) -> int:
-        """Return the port for a tunnel whose name its token has: the wanted one, else the one it had, else a free one.
+    def ports_for(self, name: str, wanted: int, avoid: Collection[int] = ()) -> list[int]:
+        """Return the ports that a tunnel, whose name its token has, may have: only the wanted one, or the best first.
 
-        Those in `avoid` cannot be had. Raises Refused.
+        Those are the one that it had, the free ones, and those of names that are not in use, the longest first. Those
+        in `avoid` cannot be had. Raises Refused when there are none.
         """
         ports, owner = self._tcp_ports, {port: name for name, port in self.ports.items()}
-        key, had = self._owners[name], self.ports.get(name, 0)
         if not ports:
             advice = "start it with serve --tcp-ports, like 20000-20100"
             raise Refused("port", f"this server has no ports for TCP tunnels; {advice}")
-        # What a token's unused names had, those unused the longest first, may go to its other names.
-        idle = [other for other, its in self._owners.items() if its == key and other not in self._tunnels]
-        unused = [self.ports[other] for other in idle if other in self.ports]
+        unused = [other for other in self._owners if other in self.ports and not self._needs_port(other)]
         if wanted:
             if wanted not in ports:
                 reason = f"port {wanted} is none for TCP tunnels, those are {ports[0]} to {ports[-1]}"
                 raise Refused("port", f"{reason}; choose one of them with --remote-port")
-            if wanted in avoid or (owner.get(wanted, name) != name and wanted not in unused):
+            its = owner.get(wanted, name)
+            if wanted in avoid or (its != name and not (its in unused and self._owners[its] == self._owners[name])):
                 raise Refused("port", f"port {wanted} belongs to another tunnel; choose another --remote-port")
-            return wanted
+            return [wanted]
+        unused.sort(key=lambda other: self._last_seen.get(other, -math.inf))
         start = zlib.crc32(name.encode()) % len(ports)  # so that a server that lost its file chooses the same
         free = (port for port in [*ports[start:], *ports[:start]] if port not in owner)
-        candidates: Iterable[int] = itertools.chain([had], free, unused)
-        for port in candidates:
-            if port in ports and port not in avoid:
-                return port
-        raise Refused("port", f"all of this server's ports, {ports[0]} to {ports[-1]}, are taken; give it more of them")
+        candidates = [self.ports.get(name, 0), *free, *(self.ports[other] for other in unused)]
+        if not (some := [port for port in candidates if port in ports and port not in avoid]):
+            taken = f"all of this server's ports, {ports[0]} to {ports[-1]}, are taken"
+            raise Refused("port", f"{taken}; give it more of them")
+        return some
 
-    def keep_port(self, name: str, port: int) -> None:
-        """Note a tunnel's port, which is nobody else's from now on."""
-        if self.ports.get(name) != port:
-            self.ports = {other: its for other, its in self.ports.items() if its != port} | {name: port}
+    def keep_ports(self, ports: Mapping[str, int]) -> None:
+        """Note these tunnels' ports, which are nobody else's from now on."""
+        if not ports.items() <= self.ports.items():
+            others = {name: port for name, port in self.ports.items() if port not in ports.values()}
+            self.ports = others | dict(ports)
             self._save()
+
+    def _needs_port(self, name: str) -> bool:
+        """Whether nobody else may have a TCP tunnel's port: its client is there, or about to come back."""
+        if session := self._tunnels.get(name):
+            return name in session.ports
+        last_seen = self._last_seen.get(name, -math.inf)
+        return name not in self._left and last_seen + self._grace > asyncio.get_running_loop().time()
 
     def listens(self, name: str) -> bool:
         """Whether a TCP tunnel's port has to be open: its client is there, or may be expected."""
         if session := self._tunnels.get(name):
             return name in session.ports
         last_seen = self._last_seen.get(name, -math.inf)
-        return name in self.ports and last_seen + self._hold > asyncio.get_running_loop().time()
+        return last_seen + self._hold > asyncio.get_running_loop().time()
+
+    @property
+    def open_ports(self) -> set[int]:
+        """The ports that have to be open."""
+        return {port for name, port in self.ports.items() if port in self._tcp_ports and self.listens(name)}
+
+    def tunnel_at(self, port: int) -> str:
+        """Return the name of the tunnel that has a port, "" when none has it."""
+        return next((name for name, its in self.ports.items() if its == port), "")
 
     def bind(self, session: Registration, previous: str) -> None:
         """Give a new session its names. Whoever had one last is replaced, unless it was the same client: `previous`."""
         replaced = {self._latest.get(name, previous) for name in session.names} - {previous}
         self.replaced[session.key] = [*self.replaced.get(session.key, []), *replaced][-MAX_REPLACED:]
         self._latest.update(dict.fromkeys(session.names, session.id))
+        self._left.difference_update(session.names)
         for other in {self._tunnels[name] for name in session.names if name in self._tunnels}:
             other.link.session.send_goaway(ErrorCode.REPLACED, "another client with the same token took the name")
             other.link.finish()
@@ -4815,6 +4861,7 @@ class TunnelRegistry:
         self._last_seen.update(dict.fromkeys(session.names, loop.time()))
         lost = StreamReset(ErrorCode.LINK_LOST, "the client is gone")
         if session.link.session.goaway or session.link.session.leaving:
+            self._left.update(session.names)
             self.end(session, lost)
         else:
             session.expiry = loop.call_later(self._grace, self.end, session, lost)
@@ -5936,6 +5983,32 @@ class TcpVisitor(Connection):
             await super().close()
 
 
+class TcpListener:
+    """A port that is listened on from now on, for visitors of TCP tunnels. Raises OSError."""
+
+    def __init__(self, addresses: Iterable[Address], port: int, protocol: Callable[[], TcpVisitor]) -> None:
+        self._servers: list[asyncio.Server] = []
+        with contextlib.ExitStack() as stack:
+            self._sockets = [stack.enter_context(bind_socket(address, port)) for address in addresses]
+            stack.pop_all()
+        self._serving = asyncio.ensure_future(self._serve(protocol))
+
+    async def _serve(self, protocol: Callable[[], TcpVisitor]) -> None:
+        for sock in self._sockets:
+            server = await asyncio.get_running_loop().create_server(
+                protocol, sock=sock, backlog=VISITOR_BACKLOG, start_serving=False
+            )
+            self._servers.append(server)  # before anything is waited for: `close` may come then
+            await server.start_serving()
+
+    def close(self) -> None:
+        self._serving.cancel()
+        for server in self._servers:
+            server.close()
+        for sock in self._sockets:
+            sock.close()
+
+
 def _visitor_server(
     handler: Callable[[web.BaseRequest], Awaitable[Any]], gate: Gate, fields: Headers | None = None
 ) -> web.Server:
@@ -6181,8 +6254,8 @@ class TunnelServer:
         self._idle = asyncio.Event()
         self._crowded: set[str] = set()  # keys of tokens whose sessions keep too much
         self._tcp_ports, self._tcp_host = tcp_ports, tcp_host
-        self._tcp_listeners: dict[str, tuple[int, asyncio.Server]] = {}  # by the tunnel's name
-        self._tcp_opening = asyncio.Lock()
+        self._tcp_addresses: list[Address] = []
+        self._tcp_listeners: dict[int, TcpListener] = {}  # by port
         self._tcp_visitors: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -6202,7 +6275,8 @@ class TunnelServer:
         self._listeners: list[asyncio.Server] = []
         for host, port in self._listen:
             try:
-                listener = await asyncio.get_running_loop().create_server(self._protocol, host, port, backlog=1024)
+                loop = asyncio.get_running_loop()
+                listener = await loop.create_server(self._protocol, host, port, backlog=VISITOR_BACKLOG)
             except OSError as error:
                 self._stop_listening()
                 where = f"{_dialled(host, '*')}:{port}"
@@ -6213,10 +6287,18 @@ class TunnelServer:
                 raise TunnelError(f"cannot listen on {where}: {reason}; {advice}") from None
             self._listeners.append(listener)
             self.ports.append(listener.sockets[0].getsockname()[1])
-        for name, port in self._registry.ports.items():  # their clients are about to come back
-            if port in self._tcp_ports:
-                with contextlib.suppress(OSError):
-                    await self._listen_tcp(name, port)
+        if self._tcp_ports:
+            try:
+                self._tcp_addresses = await find_addresses(self._tcp_host)
+            except OSError as error:
+                self._stop_listening()
+                unknown = isinstance(error, socket.gaierror)
+                reason = "no such host" if unknown else os.strerror(error.errno or 0).lower()
+                advice = "choose another HOST in --tcp-ports"
+                raise TunnelError(f"cannot listen on {self._tcp_host or '*'}: {reason}; {advice}") from None
+        for port in self._registry.open_ports:  # their clients are about to come back
+            with contextlib.suppress(OSError):
+                self._listen_tcp(port)
         self._watching = asyncio.ensure_future(self._watch())
         if self._acme:
             self._acme.start(self._secured_hosts)
@@ -6257,8 +6339,10 @@ class TunnelServer:
         return [self._domain.zone, *(f"{name}.{self._domain.zone}" for name in names)]
 
     def _stop_listening(self) -> None:
-        for listener in [*self._listeners, *(listener for _, listener in self._tcp_listeners.values())]:
+        for listener in self._listeners:
             listener.close()
+        for port in self._tcp_listeners.values():
+            port.close()
         self._tcp_listeners.clear()
 
     def _protocol(self) -> asyncio.BaseProtocol:
@@ -6286,8 +6370,7 @@ class TunnelServer:
                 log.warning("token %s: its sessions keep too much, and get no new requests until that is less", label)
             if self.certificates:
                 self.certificates.reload()
-            for name in [name for name in self._tcp_listeners if not self._registry.listens(name)]:
-                self._tcp_listeners.pop(name)[1].close()
+            self._close_ports()
             if (stamp := self._tokens.stamp()) != self._stamp:
                 try:
                     self._read_tokens()
@@ -6518,39 +6601,40 @@ class TunnelServer:
 
     # Connections to TCP tunnels
 
-    async def _open_ports(self, wanted: Mapping[str, int]) -> dict[str, int]:
-        """Listen for these tunnels, each on the port it wants or on one that is chosen. Raises Refused."""
+    def _open_ports(self, wanted: Mapping[str, int]) -> dict[str, int]:
+        """Listen for these tunnels, each on the port it wants or on one that is chosen, and return those.
+
+        Raises Refused. What has been opened in vain is for `_close_ports`.
+        """
         ports: dict[str, int] = {}
-        async with self._tcp_opening:
-            for name, port in wanted.items():
-                avoid = set(ports.values())
-                while name not in ports:
-                    chosen = self._registry.choose_port(name, port, avoid)
-                    try:
-                        await self._listen_tcp(name, chosen)
-                    except OSError as error:
-                        if port:
-                            reason = f"cannot listen on port {port}: {os.strerror(error.errno or 0).lower()}"
-                            raise Refused("port", f"the server {reason}; choose another --remote-port") from None
-                        avoid.add(chosen)
-                    else:
-                        ports[name] = chosen
-                        self._registry.keep_port(name, chosen)
+        for name, port in wanted.items():
+            problem = ""
+            for chosen in self._registry.ports_for(name, port, ports.values()):
+                try:
+                    self._listen_tcp(chosen)
+                except OSError as error:
+                    problem = f"the server cannot listen on port {chosen}: {os.strerror(error.errno or 0).lower()}"
+                    if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                        break
+                else:
+                    ports[name] = chosen
+                    break
+            if name not in ports:
+                raise Refused("port", problem + ("; choose another --remote-port" if port else ""))
         return ports
 
-    async def _listen_tcp(self, name: str, port: int) -> None:
-        for other, (at, listener) in list(self._tcp_listeners.items()):
-            if (other == name) != (at == port):  # this tunnel had another port, or another tunnel had this one
-                listener.close()
-                del self._tcp_listeners[other]
-        if name not in self._tcp_listeners:
-            loop = asyncio.get_running_loop()
-            serve = functools.partial(self._on_tcp_visitor, name)
-            made = await loop.create_server(lambda: TcpVisitor(self._gate, serve), self._tcp_host, port, backlog=1024)
-            self._tcp_listeners[name] = port, made
+    def _listen_tcp(self, port: int) -> None:
+        if port not in self._tcp_listeners:
+            serve = functools.partial(self._on_tcp_visitor, port)
+            self._tcp_listeners[port] = TcpListener(self._tcp_addresses, port, lambda: TcpVisitor(self._gate, serve))
 
-    def _on_tcp_visitor(self, name: str, visitor: TcpVisitor) -> None:
-        task = asyncio.ensure_future(self._serve_tcp(name, visitor))
+    def _close_ports(self) -> None:
+        """Close those that no tunnel needs any more."""
+        for port in self._tcp_listeners.keys() - self._registry.open_ports:
+            self._tcp_listeners.pop(port).close()
+
+    def _on_tcp_visitor(self, port: int, visitor: TcpVisitor) -> None:
+        task = asyncio.ensure_future(self._serve_tcp(self._registry.tunnel_at(port), visitor))
         visitor.on_lost = task.cancel  # until its stream is there, where that is seen
         self._tcp_visitors.add(task)
         task.add_done_callback(self._tcp_visitors.discard)
@@ -6758,9 +6842,17 @@ class TunnelServer:
             max_streams=min(MAX_STREAMS, hello.number("streams", 1, MAX_WINDOW, MAX_STREAMS)),
             compress=hello.get("compress", bool, False),
         )
+        if self._registry.draining:
+            raise Refused("shutting-down", "the server is restarting", retry=True)
+        # Nothing waits from here on: what is checked holds until the session has its names and ports, all or none.
         self._registry.claim(key, names)
-        session = Registration(key, names, state, access, await self._open_ports(tcp))
-        self._registry.bind(session, previous)
+        try:
+            ports = self._open_ports(tcp)
+            self._registry.keep_ports(ports)
+            session = Registration(key, names, state, access, ports)
+            self._registry.bind(session, previous)
+        finally:
+            self._close_ports()
         if self._acme:
             self._acme.wake()
         return session, 0

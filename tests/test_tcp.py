@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -39,6 +40,7 @@ from pytunnel import (
     ProtocolError,
     Refused,
     Target,
+    TunnelClient,
     TunnelRegistry,
     UsageError,
     parse_ports,
@@ -204,8 +206,8 @@ class Registry(TunnelRegistry):
     def port(self, name: str, wanted: int = 0, *, key: int = 0, running: bool = False) -> int:
         """What a client gets that asks for it."""
         self.claim(self.keys[key], [name])
-        port = self.choose_port(name, wanted)
-        self.keep_port(name, port)
+        port = self.ports_for(name, wanted)[0]
+        self.keep_ports({name: port})
         if running:
             session = pytunnel.Registration(self.keys[key], [name], pytunnel.Session(is_server=True), {}, {name: port})
             self.bind(session, "")
@@ -252,6 +254,44 @@ async def test_the_last_port_may_come_from_an_unused_name_of_the_token(tmp_path:
         registry.port("four")
     with pytest.raises(Refused, match="this server has no ports for TCP tunnels; start it with serve --tcp-ports"):
         Registry(tmp_path / "none", range(0)).port("one")
+
+
+async def test_the_last_port_may_come_from_another_token_s_unused_name(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    ports = [registry.port(f"ci-{n}") for n in range(10)]
+    assert registry.port("other", key=1) == ports[6], "the one unused the longest"
+    assert "ci-6" not in registry.ports
+
+
+async def test_a_client_that_is_about_to_come_back_keeps_its_port(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        Registry(tmp_path, range(20000, 20002)).port(name, running=True)
+    registry = Registry(tmp_path, range(20000, 20002))  # the server has been restarted
+    with pytest.raises(Refused, match="are taken"):
+        registry.port("three")
+    with pytest.raises(Refused, match="belongs to another tunnel"):
+        registry.port("three", registry.ports["one"])
+    assert registry.open_ports == {20000, 20001}
+
+
+async def test_a_client_that_says_goodbye_leaves_its_port_to_its_token(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    port = registry.port("one", running=True)
+    session = registry.current("one")
+    assert session
+    with pytest.raises(Refused, match="belongs to another tunnel"):
+        registry.port("two", port)
+    session.link.session.send_goaway(pytunnel.ErrorCode.NO_ERROR, "")
+    registry.disconnected(session)
+    assert registry.open_ports == {port}, "visitors are held for a moment"
+    assert registry.port("two", port) == port
+
+
+async def test_a_name_that_is_for_http_now_needs_no_port(tmp_path: Path) -> None:
+    registry = Registry(tmp_path, range(20000, 20001))
+    registry.port("web", running=True)
+    registry.bind(pytunnel.Registration(registry.keys[0], ["web"], pytunnel.Session(is_server=True)), "")
+    assert registry.open_ports == set() and registry.port("ssh", key=1) == 20000
 
 
 # ---------------------------------------------------------------------------------------- Bytes and ends
@@ -548,6 +588,7 @@ async def test_many_tunnels_of_one_client_have_a_port_each() -> None:
         targets = [f"{'n' * 60}{n:02}=tcp:{service.port}" for n in range(MAX_TUNNELS)]
         async with pytunnel.connect(*targets, server=s.url, token=s.token) as client:
             assert len(set(map(port_of, client.urls))) == MAX_TUNNELS
+            assert s.server._tcp_listeners.keys() == set(map(port_of, client.urls))
             for url in (client.urls[0], client.urls[-1]):
                 async with RawVisitor(port_of(url)) as visitor:
                     await visitor.send(b"ping")
@@ -559,6 +600,94 @@ async def test_two_tunnels_of_one_client_do_not_get_the_same_port() -> None:
         with pytest.raises(Refused, match="are taken"):
             async with pytunnel.connect(f"a=tcp:{service.port}", f"b=tcp:{service.port}", server=s.url, token=s.token):
                 pass
+
+
+def client_of(server: Any, service: Service, *, token: str = "", **ports: int) -> TunnelClient:
+    """A client of an in-process server that wants these ports."""
+    target = Target.parse(f"tcp:{service.port}")
+    tunnels = [pytunnel.Tunnel(name, target, port=port) for name, port in ports.items()]
+    return TunnelClient(server.url, token or server.token, tunnels)
+
+
+async def test_a_hello_that_is_refused_changes_nothing() -> None:
+    async with (
+        Service(echo) as service,
+        pytunnel.serve(tcp_ports="127.0.0.1:30900-30909") as s,
+        pytunnel.connect(f"web=tcp:{service.port}", server=s.url, token=s.token) as client,
+    ):
+        own = port_of(client.url)
+        other = next(port for port in range(30900, 30910) if port != own)
+        with pytest.raises(Refused, match="is none for TCP tunnels"):
+            await client_of(s, service, web=other, x=80).run()
+        with socket.create_server(("127.0.0.1", other)), pytest.raises(Refused, match="address already in use"):
+            await client_of(s, service, web=other).run()
+        assert s.server._tcp_listeners.keys() == {own} and s.server._registry.ports == {"web": own}
+        async with RawVisitor(own) as visitor:
+            await visitor.send(b"ping")
+            assert await visitor.read_exactly(4) == b"ping"
+
+
+async def test_a_port_goes_from_one_tunnel_to_another() -> None:
+    async with Service(echo) as service, pytunnel.serve(tcp_ports="127.0.0.1:30910-30919") as s:
+        options = {"server": s.url, "token": s.token}
+        async with pytunnel.connect(f"a=tcp:{service.port}", **options) as first:  # type: ignore[arg-type]
+            port = port_of(first.url)
+        async with pytunnel.connect(f"b=tcp:{service.port}", remote_port=port, **options) as second:  # type: ignore[arg-type]
+            assert port_of(second.url) == port
+            async with RawVisitor(port) as visitor:
+                await visitor.send(b"ping")
+                assert await visitor.read_exactly(4) == b"ping"
+            assert (await second.wait_for(method="TCP")).tunnel == "b"
+
+
+async def test_clients_that_come_at_once_have_no_more_tunnels_than_their_token_may() -> None:
+    async with Service(echo) as service, pytunnel.serve(tcp_ports="127.0.0.1:30920-30939") as s:
+        token = "k" * 40
+        s.server._given.append(Grant.from_token("k", token, max_tunnels=1))
+        s.server._read_tokens()
+        clients = [client_of(s, service, token=token, **{f"n{n}": 0}) for n in range(8)]
+        running = {asyncio.ensure_future(client.run()) for client in clients}
+        while len(running) > 1:
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                with pytest.raises(Refused, match="may have 1 tunnel at a time"):
+                    task.result()
+        await eventually(lambda: any(client.urls for client in clients))
+        assert len(s.server._registry.names) == len(s.server._tcp_listeners) == 1
+        for client in clients:
+            client.stop()
+        await asyncio.wait(running)
+
+
+async def test_a_server_that_drains_opens_nothing_for_whoever_was_about_to_come() -> None:
+    about_to, go = asyncio.Event(), asyncio.Event()
+    async with Service(echo) as service, pytunnel.serve(tcp_ports="127.0.0.1:30940-30949") as s:
+        shake = s.server._handshake
+
+        async def handshake(*args: Any) -> Any:
+            proved = await shake(*args)
+            about_to.set()
+            await go.wait()
+            return proved
+
+        s.server._handshake = handshake  # type: ignore[method-assign]
+        client = client_of(s, service, web=0)
+        running = asyncio.ensure_future(client.run())
+        await about_to.wait()
+        draining = asyncio.ensure_future(s.server.drain())
+        await asyncio.wait([draining], timeout=0)
+        go.set()
+        await eventually(lambda: s.server.metrics['pytunnel_handshakes_total{result="shutting-down"}'])
+        assert not s.server._tcp_listeners and not s.server._registry.names
+        running.cancel()
+        await asyncio.wait([running])
+        await draining
+
+
+async def test_a_host_that_this_machine_has_not_is_told_at_once() -> None:
+    with pytest.raises(pytunnel.TunnelError, match=r"on 203\.0\.113\.9: .*; choose another HOST in --tcp-ports"):
+        async with pytunnel.serve(tcp_ports="203.0.113.9:20000-20010"):
+            pass
 
 
 async def test_a_server_without_ports_says_so() -> None:
@@ -612,8 +741,9 @@ async def test_a_password_from_the_environment_is_for_http_as_well() -> None:
 
 async def test_visitors_from_elsewhere_are_reset_and_the_service_never_hears_of_them() -> None:
     async with tunnelled(echo, connect_args=["--allow", "127.0.0.2"]) as (service, t):
-        async with t.tcp_visitor() as visitor:
-            assert await visitor.read_until_close() == b"" and visitor.ended == "reset"
+        with contextlib.suppress(ConnectionResetError):  # even before it was seen that the port had accepted
+            async with t.tcp_visitor() as visitor:
+                assert await visitor.read_until_close() == b"" and visitor.ended == "reset"
         await t.server.stderr_line("127.0.0.1 is not allowed for web")
         async with RawVisitor(port_of(t.ready["url"]), source="127.0.0.2") as visitor:
             await visitor.send(b"ping")
