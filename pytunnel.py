@@ -302,6 +302,7 @@ HEAD_TIMEOUT = 10.0  # seconds for a request's whole head, from its first byte o
 BODY_TIMEOUT = 60.0  # seconds without a byte of a request's content before it counts as given up (nginx: 60)
 STALL_TIMEOUT = 60.0  # seconds in which a visitor takes not one byte of its response (nginx send_timeout: 60)
 TCP_STALL_TIMEOUT = 600.0  # the same for a TCP tunnel's, where it may be on purpose (nginx proxy_timeout: 600)
+GUARD_INTERVAL = 5.0  # seconds between two looks at whether the other end of one is still there, and takes anything
 TCP_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds of silence, and between probes
 REFUSAL_LINGER = 1.0  # seconds in which a visitor may read why its connection is closed
 VISITOR_BACKLOG = 1024  # connections on a port of the server that wait to be accepted
@@ -4152,6 +4153,11 @@ class Stream:
             self._link.wake()
             self.fail(StreamReset(code, reason))
 
+    def cancel(self) -> None:
+        """Drop what an `abort` with `flush` has not sent yet: the peer does not take it."""
+        self._link.session.send_reset(self.id, ErrorCode.CANCEL)
+        self._link.wake()
+
     @property
     def is_cancelled(self) -> bool:
         """Whether it was reset, and what came before that is not wanted either."""
@@ -4436,6 +4442,10 @@ class Connection(asyncio.BufferedProtocol):
         self._on_readable: Callable[[], object] | None = None  # called once
         self._writable = asyncio.Event()
         self._writable.set()
+        self._guard: asyncio.TimerHandle | None = None
+        self._stall_timeout = math.inf
+        self._written = self._taken = 0  # bytes, and those of them that the other end has taken
+        self._taken_at = 0.0  # when it has last taken some, or all
 
     # The user's side
 
@@ -4478,14 +4488,18 @@ class Connection(asyncio.BufferedProtocol):
         """Send bytes; waits while the other end does not take them. Raises ConnectionError."""
         if self.closed.is_set():
             raise ConnectionResetError("the connection was closed")
+        self._written += len(data)
         self.send(data)
         if not self._writable.is_set():
             await self._writable.wait()
 
     def write_eof(self) -> None:
-        """Half-close, where the transport can."""
+        """Half-close, where the transport can; whether it is still connected is seen by who reads."""
         if self._transport.can_write_eof() and not self._transport.is_closing():
-            self._transport.write_eof()
+            try:
+                self._transport.write_eof()
+            except OSError as error:  # asyncio's, when the other end has reset it; uvloop tells connection_lost
+                self._fail(error)
 
     async def close(self) -> None:
         """Close it in good order, and wait until the other end has taken what was sent."""
@@ -4499,6 +4513,37 @@ class Connection(asyncio.BufferedProtocol):
         """End it so that the other end sees no orderly end. No effect on one that is closed."""
         if not self.closed.is_set():
             _reset(self._transport)
+
+    def guard(self, stall_timeout: float = math.inf) -> None:
+        """From now on, end it soon after the other end is gone, or has taken nothing for so many seconds.
+
+        Nobody else notices while nothing is read: the event loop watches the socket for what is asked for only.
+        """
+        sock = self._transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # it has been reset
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in TCP_KEEPALIVE.items():
+                if hasattr(socket, option):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self._stall_timeout = stall_timeout
+        self._look()
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        if (self._eof or self._paused) and (error := _find_error(self._transport)):
+            return self._fail(error)
+        before, self._taken = self._taken, self._written
+        if before < self._written:
+            self._taken -= _unsent(self._transport)
+        if self._taken > before or self._taken == self._written:
+            self._taken_at = loop.time()
+        elif loop.time() - self._taken_at >= self._stall_timeout:
+            return _reset(self._transport)
+        self._guard = loop.call_later(GUARD_INTERVAL, self._look)
+
+    def _fail(self, error: OSError) -> None:
+        self._error = error
+        self._transport.abort()
 
     # asyncio's side
 
@@ -4522,7 +4567,9 @@ class Connection(asyncio.BufferedProtocol):
         return self._transport.can_write_eof() and not self.idle_since  # nothing more to say on an idle one: close it
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._eof, self._error = True, exc
+        self._eof, self._error = True, self._error or exc
+        if self._guard:
+            self._guard.cancel()
         self.closed.set()
         self._tell_reader()
         self._writable.set()
@@ -4552,10 +4599,23 @@ def _unsent(transport: asyncio.WriteTransport) -> int:
     return unsent
 
 
+def _find_error(transport: asyncio.BaseTransport) -> OSError | None:
+    """Return what has ended a connection, if that was no orderly end."""
+    sock = transport.get_extra_info("socket")
+    try:
+        if sys.platform == "linux" and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\7":  # TCP_CLOSE
+            return None  # what SO_ERROR tells of one that lives on would be a hint, like an ICMP message
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    except OSError as error:
+        return error
+    return OSError(number, os.strerror(number)) if number else None
+
+
 def _reset(transport: asyncio.WriteTransport) -> None:
     """End a connection with a TCP reset: whatever the kernel has not sent is dropped."""
     linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    with contextlib.suppress(OSError):  # it has been closed in this turn of the event loop
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     transport.abort()
 
 
@@ -4602,18 +4662,24 @@ async def pipe(
         connection.write_eof()
 
     ways = [asyncio.ensure_future(to_stream()), asyncio.ensure_future(from_stream())]
+    over = asyncio.ensure_future(asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION))
+    lost = asyncio.ensure_future(connection.closed.wait())
     try:
-        await asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION)
-        for way, cannot_write in zip(ways, (StreamReset, ConnectionError), strict=True):
-            if way.done() and isinstance(way.exception(), cannot_write):
-                await asyncio.wait(ways, timeout=LINGER)  # the other way has still to read what came before that
+        await asyncio.wait([over, lost], return_when=asyncio.FIRST_COMPLETED)
+        # The other way has still to read what came before one cannot write any more.
+        if connection.closed.is_set():
+            await asyncio.wait(ways[:1], timeout=LINGER)
+        elif ways[0].done() and isinstance(ways[0].exception(), StreamReset):
+            await asyncio.wait(ways[1:], timeout=LINGER)
         for way in ways:
             if way.done():
                 way.result()
+        if not all(way.done() for way in ways):
+            raise ConnectionResetError("the connection was reset")
         await connection.close()
     finally:
         connection.reset()
-        await end_tasks(*ways)
+        await end_tasks(*ways, over, lost)
 
 
 Address = tuple[socket.AddressFamily, Any]  # what getaddrinfo tells; the port is given later
@@ -5951,12 +6017,7 @@ class TcpVisitor(Connection):
         self.caller.open += 1
         gate.open += 1
         gate.metrics["pytunnel_tcp_connections_total"] += 1
-        sock = transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):  # it has been reset
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in TCP_KEEPALIVE.items():
-                if hasattr(socket, option):
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self.guard(TCP_STALL_TIMEOUT)
         if gate.open > gate.total:
             self.reset()
         elif self.caller.open > gate.each:
@@ -5971,16 +6032,6 @@ class TcpVisitor(Connection):
         self._gate.open -= 1
         self.caller.open -= 1
         self.on_lost()
-
-    async def write(self, data: bytes) -> None:
-        """As Connection's; a visitor who takes nothing for TCP_STALL_TIMEOUT is cut off."""
-        with cut_when_stalled(self._transport, TCP_STALL_TIMEOUT):
-            await super().write(data)
-
-    async def close(self) -> None:
-        """As Connection's; a visitor who takes nothing for TCP_STALL_TIMEOUT is cut off."""
-        with cut_when_stalled(self._transport, TCP_STALL_TIMEOUT):
-            await super().close()
 
 
 class TcpListener:
@@ -6665,6 +6716,7 @@ class TunnelServer:
                         )
                     except ConnectionError:  # what came before that still counts
                         stream.abort(ErrorCode.NO_ERROR, "the visitor went away", flush=True)
+                        asyncio.get_running_loop().call_later(LINGER, stream.cancel)
                         metrics["pytunnel_aborts_total"] += 1
                         visitor.caller.aborts.take(time.monotonic())
             finally:
@@ -7101,6 +7153,7 @@ class TcpForwarding:
         if self._stream.is_cancelled:  # in the message that opened it
             raise asyncio.CancelledError
         connection = await self._service.connect()
+        connection.guard()
         exchange, head = self._exchange, ResponseHead(101, b"", [])
         exchange.answered = self._time()
         try:

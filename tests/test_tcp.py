@@ -54,6 +54,7 @@ Handler = Callable[[Reader, Writer], Awaitable[None]]
 KIB, MIB = 1024, 1024 * 1024
 TOKEN = "test-token-0123456789abcdef0123456789abcdef"
 SIZE = 16 * MIB  # of a transfer that is cut
+LOOPS = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 KINDS: tuple[Cut, ...] = ("reset", "close", "reset", "close")
 
 
@@ -123,6 +124,15 @@ async def refused(*args: str) -> str:
     finished = await run("connect", "--token", TOKEN, *args)
     assert finished.stdout == [] and finished.status == 4, finished
     return finished.error
+
+
+async def is_refused(t: Tunnel) -> bool:
+    """Whether a visitor is reset at once."""
+    try:
+        async with t.tcp_visitor() as visitor:
+            return await visitor.read_until_close() == b"" and visitor.ended == "reset"
+    except ConnectionResetError:  # before it was even seen that it was connected
+        return True
 
 
 def port_of(url: str) -> int:
@@ -441,10 +451,93 @@ async def test_a_visitor_who_takes_nothing_for_long_is_reset_and_so_is_the_servi
             writer.write(bytes(64 * KIB))
             await writer.drain()
 
-    command = with_limits(TCP_STALL_TIMEOUT=0.5)
+    command = with_limits(TCP_STALL_TIMEOUT=0.5, GUARD_INTERVAL=0.1)
     async with tunnelled(flood, command=command) as (service, t), t.tcp_visitor(rcvbuf=64 * KIB):
         ended = await asyncio.wait_for(service.ended.get(), TIMEOUT)
         assert ended in ("ConnectionResetError", "BrokenPipeError")
+
+
+async def is_at_rest(t: Tunnel, streams: int = 0) -> None:
+    """Return when the server has no more than so many streams."""
+    async with asyncio.timeout(TIMEOUT):
+        while (await t._read_gauges())["pytunnel_streams"] > streams:
+            pass
+
+
+async def test_a_visitor_who_does_not_take_the_last_bytes_is_reset_as_well() -> None:
+    async def serve(reader: Reader, writer: Writer) -> None:
+        writer.write(bytes(500_000))  # which the server's kernel takes from it at once
+        writer.write_eof()
+        await reader.read()
+
+    command = with_limits(TCP_STALL_TIMEOUT=0.5, GUARD_INTERVAL=0.1)
+    async with tunnelled(serve, command=command) as (service, t), t.tcp_visitor(rcvbuf=4 * KIB):
+        assert await asyncio.wait_for(service.ended.get(), TIMEOUT) == "ConnectionResetError"
+        await is_at_rest(t)
+
+
+@LOOPS
+async def test_a_reset_is_noticed_although_nothing_is_read(loop: str) -> None:
+    """After an end, or while the other side takes nothing, the event loop does not watch the socket."""
+    begun: asyncio.Queue[None] = asyncio.Queue()
+
+    async def deaf(reader: Reader, writer: Writer) -> None:
+        if await reader.read(1) == b"e":
+            await reader.read()
+        begun.put_nowait(None)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await reader.read()
+        await asyncio.Event().wait()
+
+    command, env = with_limits(GUARD_INTERVAL=0.1, LINGER=0.1), {"PYTUNNEL_LOOP": loop}
+    async with Service(deaf) as service, Tunnel(service.port, tcp=True, command=command, env=env) as t:
+        async with t.tcp_visitor() as visitor:
+            await visitor.send(b"e")
+            visitor.write_eof()
+            await begun.get()
+            visitor.abort()
+        await is_at_rest(t)
+        async with t.tcp_visitor() as visitor:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):  # by then, windows and buffers are full
+                    while True:
+                        await visitor.send(b"p" * 64 * KIB)
+            await begun.get()
+            visitor.abort()
+        await is_at_rest(t)
+
+
+@LOOPS
+@pytest.mark.parametrize("by", ["visitor", "service"])
+async def test_an_end_for_a_side_that_has_reset_is_no_bug(by: str, loop: str) -> None:
+    ended, go = asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: Reader, writer: Writer) -> None:
+        if by == "visitor":
+            await reader.read()
+        else:
+            writer.write(b"hi")
+            writer.write_eof()
+        ended.set()
+        await go.wait()
+        if by == "service":
+            reset(writer)
+
+    env = {"PYTUNNEL_LOOP": loop}
+    async with Service(serve) as service, Tunnel(service.port, tcp=True, env=env) as t, t.tcp_visitor() as visitor:
+        if by == "visitor":
+            visitor.write_eof()
+            await ended.wait()
+            visitor.abort()
+            await t._read_gauges()  # there and back: the reset has arrived
+            go.set()
+        else:
+            assert await visitor.read_until_close() == b"hi"
+            go.set()
+            await service.ended.get()
+            visitor.write_eof()
+        event = await t.client.event("request")
+        assert "bug" not in (event["error"] or "") and "Traceback" not in t.server.output() + t.client.output()
 
 
 # ---------------------------------------------------------------------------------------- Links that are lost
@@ -495,19 +588,21 @@ async def test_a_visitor_is_held_while_the_client_is_away() -> None:
 
 
 async def test_a_held_visitor_who_leaves_takes_no_room() -> None:
-    async with tunnelled(echo, relay=True, command=with_limits(MAX_HELD=1)) as (_, t):
+    command = with_limits(MAX_HELD=1, GUARD_INTERVAL=0.1)
+    async with tunnelled(echo, relay=True, command=command) as (_, t):
         t.relay.refuse = True
         await t.relay.cut("reset")
         await t.client.event("disconnected")
         at_rest = await t._read_gauges()
-        for _ in range(3):
+        for text in (b"", b"ping", b"ping"):
             async with t.tcp_visitor() as visitor:
+                await visitor.send(text)
                 visitor.abort()
         while (await t._read_gauges())["pytunnel_visitors"] > at_rest["pytunnel_visitors"]:
             pass
-        async with t.tcp_visitor() as visitor, t.tcp_visitor() as second:
+        async with t.tcp_visitor() as visitor:
             await visitor.send(b"ping")
-            assert await second.read_until_close() == b"", "there is room for one only"
+            assert await is_refused(t), "there is room for one only"
             t.relay.refuse = False
             assert await visitor.read_exactly(4) == b"ping"
 
@@ -741,9 +836,7 @@ async def test_a_password_from_the_environment_is_for_http_as_well() -> None:
 
 async def test_visitors_from_elsewhere_are_reset_and_the_service_never_hears_of_them() -> None:
     async with tunnelled(echo, connect_args=["--allow", "127.0.0.2"]) as (service, t):
-        with contextlib.suppress(ConnectionResetError):  # even before it was seen that the port had accepted
-            async with t.tcp_visitor() as visitor:
-                assert await visitor.read_until_close() == b"" and visitor.ended == "reset"
+        assert await is_refused(t)
         await t.server.stderr_line("127.0.0.1 is not allowed for web")
         async with RawVisitor(port_of(t.ready["url"]), source="127.0.0.2") as visitor:
             await visitor.send(b"ping")
