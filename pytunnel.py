@@ -219,6 +219,7 @@ MAX_UNACKED_FRAMES = 65536  # frames kept for resume, or waiting; a peer that ne
 MAX_PENDING = 16 * MiB  # bytes of frames kept for resume and of control frames waiting; past it no stream is opened
 ACK_BYTES = 256 * KiB  # bytes received before an acknowledgement is sent at once
 ACK_DELAY = 0.1  # seconds an acknowledgement may wait for company
+HTTP_SHARE = 8  # one of so many streams is for HTTP, where a session has both: TCP connections may be idle for days
 MAX_STREAMS = 512  # streams of one session at a time, and requests of one token with a label, as above
 MAX_STREAM_ID = 2**31 - 1  # RFC 9113 section 5.1.1; a session that used it up is replaced by a fresh one
 MAX_CHUNKING = 16  # bytes of framing per byte of chunked content, beyond MAX_HEAD; Go's net/http allows as much
@@ -4175,7 +4176,8 @@ class Stream:
         if frame.type == FrameType.RESET:
             return self.fail(StreamReset(*decode_reason(frame.payload)), by_peer=True)
         if frame.type == FrameType.HEAD:
-            self._heads.append(frame.payload)
+            if self.kind is not Kind.TCP:  # there, nobody reads it
+                self._heads.append(frame.payload)
         elif self._chunks and len(self._chunks[-1]) + len(frame.payload) < MAX_HEAD:
             # Many small chunks would take more memory than the window counts; bytes would be copied for each of them.
             if isinstance(self._chunks[-1], bytes):
@@ -4726,6 +4728,7 @@ class Registration:
         self.id = secrets.token_hex(16)
         self.key, self.names, self.access = key, names, access
         self.ports = ports  # of those names that are TCP tunnels
+        self.tcp_streams = 0
         self.link = Link(session)
         self.expiry: asyncio.TimerHandle | None = None
 
@@ -4893,6 +4896,20 @@ class TunnelRegistry:
             self.end(other, StreamReset(ErrorCode.REPLACED, "replaced by another client"))
         self.sessions[session.id] = session
         self._tunnels.update(dict.fromkeys(session.names, session))
+
+    @contextlib.contextmanager
+    def tcp_stream(self, session: Registration) -> Iterator[None]:
+        """Count a connection as one of its token's and its session's. Raises Unserved when there are too many."""
+        spared = session.link.session.max_streams // HTTP_SHARE if len(session.ports) < len(session.names) else 0
+        if session.tcp_streams >= session.link.session.max_streams - spared:
+            raise Unserved("busy")
+        self.begin_request(session.key)
+        session.tcp_streams += 1
+        try:
+            yield
+        finally:
+            session.tcp_streams -= 1
+            self.end_request(session.key)
 
     def begin_request(self, key: str) -> None:
         """Count a request as one of its token's. Raises Unserved when there are too many."""
@@ -6339,6 +6356,11 @@ class TunnelServer:
             self._listeners.append(listener)
             self.ports.append(listener.sockets[0].getsockname()[1])
         if self._tcp_ports:
+            files, limit = 2 * len(self._tcp_ports), file_limit()
+            if files > limit // 2:
+                self._stop_listening()
+                takes = f"{len(self._tcp_ports)} TCP ports take {files} of the {limit} files that may be open"
+                raise TunnelError(f"{takes}, and leave too few for visitors; give fewer of them, or raise ulimit -n")
             try:
                 self._tcp_addresses = await find_addresses(self._tcp_host)
             except OSError as error:
@@ -6701,36 +6723,41 @@ class TunnelServer:
                 raise Unserved("unknown-tunnel")
             if session.key in self._crowded:
                 raise Unserved("server-full")
-            self._registry.begin_request(session.key)
-            try:
-                tunnel, waited = session.names.index(name), time.monotonic() - arrived
-                head = RequestHead(b"TCP", visitor.peer.encode(), [])
-                with contextlib.closing(session.link.open(tunnel, Kind.TCP, head, end=False, waited=waited)) as stream:
-                    visitor.on_lost = lambda: None
-                    try:
-                        await pipe(
-                            visitor,
-                            stream,
-                            receive=lambda data: metrics.update(pytunnel_sent_bytes_total=len(data)),
-                            send=lambda data: metrics.update(pytunnel_received_bytes_total=len(data)),
-                        )
-                    except ConnectionError:  # what came before that still counts
-                        stream.abort(ErrorCode.NO_ERROR, "the visitor went away", flush=True)
-                        asyncio.get_running_loop().call_later(LINGER, stream.cancel)
-                        metrics["pytunnel_aborts_total"] += 1
-                        visitor.caller.aborts.take(time.monotonic())
-            finally:
-                self._registry.end_request(session.key)
+            tunnel, waited = session.names.index(name), time.monotonic() - arrived
+            head = RequestHead(b"TCP", visitor.peer.encode(), [])
+            with (
+                self._registry.tcp_stream(session),
+                contextlib.closing(session.link.open(tunnel, Kind.TCP, head, end=False, waited=waited)) as stream,
+            ):
+                visitor.on_lost = lambda: None
+                try:
+                    await pipe(
+                        visitor,
+                        stream,
+                        receive=lambda data: metrics.update(pytunnel_sent_bytes_total=len(data)),
+                        send=lambda data: metrics.update(pytunnel_received_bytes_total=len(data)),
+                    )
+                except ConnectionError:  # what came before that still counts
+                    stream.abort(ErrorCode.NO_ERROR, "the visitor went away", flush=True)
+                    asyncio.get_running_loop().call_later(LINGER, stream.cancel)
+                    metrics["pytunnel_aborts_total"] += 1
+                    visitor.caller.aborts.take(time.monotonic())
         except Unserved as error:
-            metrics[f'pytunnel_refusals_total{{reason="{error}"}}'] += 1
-        except StreamReset:
-            pass  # the client has a line about it
+            self._refuse(name, visitor, str(error))
+        except StreamReset as error:
+            if error.code is ErrorCode.REFUSED:
+                self._refuse(name, visitor, "busy")  # of others the client has a line
         except Exception:
             log.exception("a connection failed")
         finally:
             visitor.reset()
             self._exchanges -= 1
             self._idle.set()
+
+    def _refuse(self, name: str, visitor: TcpVisitor, problem: str) -> None:
+        self.metrics[f'pytunnel_refusals_total{{reason="{problem}"}}'] += 1
+        if problem in ("busy", "server-full"):  # others have a line
+            self._gate.log(visitor.caller, f"refused a connection from {visitor.address} to {name}: {problem}")
 
     # Links
 

@@ -20,6 +20,7 @@ from support import (
     Cut,
     PatternChecker,
     Process,
+    RawOrigin,
     RawVisitor,
     Tunnel,
     eventually,
@@ -27,6 +28,7 @@ from support import (
     pattern,
     request,
     reset,
+    response,
     with_limits,
 )
 from test_cli import run
@@ -126,10 +128,10 @@ async def refused(*args: str) -> str:
     return finished.error
 
 
-async def is_refused(t: Tunnel) -> bool:
+async def is_refused(port: int) -> bool:
     """Whether a visitor is reset at once."""
     try:
-        async with t.tcp_visitor() as visitor:
+        async with RawVisitor(port) as visitor:
             return await visitor.read_until_close() == b"" and visitor.ended == "reset"
     except ConnectionResetError:  # before it was even seen that it was connected
         return True
@@ -602,7 +604,7 @@ async def test_a_held_visitor_who_leaves_takes_no_room() -> None:
             pass
         async with t.tcp_visitor() as visitor:
             await visitor.send(b"ping")
-            assert await is_refused(t), "there is room for one only"
+            assert await is_refused(port_of(t.ready["url"])), "there is room for one only"
             t.relay.refuse = False
             assert await visitor.read_exactly(4) == b"ping"
 
@@ -742,11 +744,12 @@ async def test_clients_that_come_at_once_have_no_more_tunnels_than_their_token_m
         s.server._read_tokens()
         clients = [client_of(s, service, token=token, **{f"n{n}": 0}) for n in range(8)]
         running = {asyncio.ensure_future(client.run()) for client in clients}
-        while len(running) > 1:
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                with pytest.raises(Refused, match="may have 1 tunnel at a time"):
-                    task.result()
+        async with asyncio.timeout(TIMEOUT):
+            while len(running) > 1:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    with pytest.raises(Refused, match="may have 1 tunnel at a time"):
+                        task.result()
         await eventually(lambda: any(client.urls for client in clients))
         assert len(s.server._registry.names) == len(s.server._tcp_listeners) == 1
         for client in clients:
@@ -836,7 +839,7 @@ async def test_a_password_from_the_environment_is_for_http_as_well() -> None:
 
 async def test_visitors_from_elsewhere_are_reset_and_the_service_never_hears_of_them() -> None:
     async with tunnelled(echo, connect_args=["--allow", "127.0.0.2"]) as (service, t):
-        assert await is_refused(t)
+        assert await is_refused(port_of(t.ready["url"]))
         await t.server.stderr_line("127.0.0.1 is not allowed for web")
         async with RawVisitor(port_of(t.ready["url"]), source="127.0.0.2") as visitor:
             await visitor.send(b"ping")
@@ -846,15 +849,66 @@ async def test_visitors_from_elsewhere_are_reset_and_the_service_never_hears_of_
 
 async def test_one_address_has_so_many_connections() -> None:
     async with tunnelled(echo, serve_args=["--max-per-address", "2"]) as (_, t), contextlib.AsyncExitStack() as stack:
-        first, second, third = [await stack.enter_async_context(t.tcp_visitor()) for _ in range(3)]
-        for visitor in (first, second):
+        for visitor in [await stack.enter_async_context(t.tcp_visitor()) for _ in range(2)]:
             await visitor.send(b"ping")
             assert await visitor.read_exactly(4) == b"ping"
-        assert await third.read_until_close() == b"" and third.ended == "reset"
+        assert await is_refused(port_of(t.ready["url"]))
         async with RawVisitor(port_of(t.ready["url"]), source="127.0.0.2") as visitor:
             await visitor.send(b"ping")
             assert await visitor.read_exactly(4) == b"ping"
         await t.server.stderr_line("refused a connection from 127.0.0.1: it has 2 already")
+
+
+async def test_idle_connections_leave_room_for_requests() -> None:
+    async with (
+        RawOrigin(response(b"hello")) as origin,
+        Service(echo) as service,
+        pytunnel.serve(tcp_ports="127.0.0.1:30960-30969") as s,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        tunnels = f"ssh=tcp:{service.port}", f"web={origin.port}"
+        async with pytunnel.connect(*tunnels, server=s.url, token=s.token) as client:
+            (session,) = s.server._registry.sessions.values()
+            session.link.session.max_streams = 8
+            port = port_of(client.urls[0])
+            visitors = [await stack.enter_async_context(RawVisitor(port)) for _ in range(7)]
+            for visitor in visitors:
+                await visitor.send(b"ping")
+                assert await visitor.read_exactly(4) == b"ping"
+            assert await is_refused(port)
+            assert s.server.metrics['pytunnel_refusals_total{reason="busy"}'] == 1
+            async with RawVisitor(s.server.port) as visitor:
+                await visitor.send(request("GET", b"/", b"web.localhost"))
+                assert (await visitor.read_response()).body == b"hello"
+
+
+async def test_heads_that_nobody_reads_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def many(forwarding: Any) -> None:
+        for _ in range(pytunnel.MAX_INTERIM):
+            forwarding._stream.write_head(pytunnel.ResponseHead(103, b"", []).encode(), interim=True)
+        forwarding._stream.write_head(pytunnel.ResponseHead(101, b"", []).encode())
+        await forwarding._stream.write(b"x")
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(pytunnel.TcpForwarding, "run", many)
+    async with (
+        Service(echo) as service,
+        pytunnel.serve(tcp_ports="127.0.0.1:30970-30979") as s,
+        pytunnel.connect(f"ssh=tcp:{service.port}", server=s.url, token=s.token) as client,
+        RawVisitor(port_of(client.url)) as visitor,
+    ):
+        assert await visitor.read_exactly(1) == b"x"
+        (session,) = s.server._registry.sessions.values()
+        assert [len(stream._heads) for stream in session.link._streams.values()] == [0]
+
+
+async def test_ports_that_leave_no_files_for_visitors() -> None:
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)); "
+    code += f"sys.path.insert(0, {str(Path(pytunnel.__file__).parent)!r}); import pytunnel; sys.exit(pytunnel.main())"
+    words = ("serve", "--listen", "127.0.0.1:0", "--token", TOKEN, "--tcp-ports", "127.0.0.1:12000-12499")
+    async with await Process.start(*words, command=[sys.executable, "-c", code]) as server:
+        await server.stderr_line("500 TCP ports take 1000 of the 1024 files that may be open, and leave too few")
+        assert await server.wait() == 1
 
 
 async def test_eight_transfers_get_their_share() -> None:
