@@ -882,6 +882,27 @@ async def test_idle_connections_leave_room_for_requests() -> None:
                 assert (await visitor.read_response()).body == b"hello"
 
 
+async def test_neither_end_waits_for_machines_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    guard = pytunnel.Connection.guard
+
+    def note(connection: Any, *args: float) -> None:
+        guard(connection, *args)
+        sock = connection._transport.get_extra_info("socket")
+        looked.append((type(connection), sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)))
+
+    monkeypatch.setattr(pytunnel.Connection, "guard", note)
+    async with (
+        Service(echo) as service,
+        pytunnel.serve(tcp_ports="127.0.0.1:30980-30989") as s,
+        pytunnel.connect(f"ssh=tcp:{service.port}", server=s.url, token=s.token) as client,
+        RawVisitor(port_of(client.url)) as visitor,
+    ):
+        await visitor.send(b"ping")
+        assert await visitor.read_exactly(4) == b"ping"
+    assert looked == [(pytunnel.TcpVisitor, 1), (pytunnel.Connection, 1)]
+
+
 async def test_heads_that_nobody_reads_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     async def many(forwarding: Any) -> None:
         for _ in range(pytunnel.MAX_INTERIM):
