@@ -267,6 +267,8 @@ ACME_BACKOFF = 60.0  # seconds until an order that has failed is tried again; do
 ACME_BACKOFF_MAX = 86400.0  # at the most: Let's Encrypt bears 5 failures of a name at once, and 5 an hour after that
 ACME_WEEK = 7 * 86400.0  # seconds in which no more than
 MAX_NEW_HOSTS = 40  # hosts get their first certificate: Let's Encrypt allows 50 below a domain
+MAX_ORDERS, ORDER_RATE = 100, 150 / (3 * 3600)  # orders at once, and a second after that: Let's Encrypt allows 300 new
+# ones in 3 hours, and all that fail count as well
 RENEWAL_SHARE = 1 / 3  # of a certificate's lifetime that is left when it is renewed
 KEEP_EXPIRED = 30 * 86400.0  # seconds that a certificate has been expired when its file is removed: clocks go wrong
 ACME_TICK = 3600.0  # seconds at most between two looks at what is due, whatever a clock that is set does
@@ -274,6 +276,7 @@ ACME_TICK = 3600.0  # seconds at most between two looks at what is due, whatever
 CHECK_TIMEOUT = 5.0  # seconds for each of doctor's checks
 MAX_SKEW = 60.0  # seconds between this machine's clock and the server's before doctor minds
 EXPIRES_SOON = 7 * 86400.0  # seconds that a certificate is still good for when doctor and serve begin to mind
+RELOAD = 60.0  # seconds until a bad certificate is read again although its file is the same: the clock may be set
 REMIND = 86400.0  # seconds between two lines about that in serve's log
 
 MAX_LINES = 1000  # lines of output that wait for a slow reader
@@ -5133,7 +5136,8 @@ class Certificates:
         self._pairs = list(pairs)
         self._stamps = [self._stamp(pair) for pair in self._pairs]
         self._given = [Certificate.load(*pair) for pair in self._pairs]
-        self._problems: list[tuple[str, int]] = [("", 0)] * len(self._pairs)  # and how often it was seen
+        self._bad: list[tuple[list[object], int]] = [([], 0)] * len(self._pairs)  # stamps, and how often they were so
+        self._again_at = [0.0] * len(self._pairs)  # when such a pair is tried again, in seconds since the epoch
         self._remind_at = 0.0  # seconds since the epoch
         self._obtained: dict[str, Certificate] = {}
         self._expected: dict[str, asyncio.Future[None]] = {}
@@ -5150,8 +5154,18 @@ class Certificates:
         return min((certificate.expires for certificate in self._all()), default=math.inf)
 
     def find(self, name: str) -> Certificate | None:
-        """Return the certificate for a name, without the one that stands in where there is none."""
-        return self._by_name.get(name) or self._by_name.get("*." + name.partition(".")[2])
+        """Return the certificate for a name, without the one that stands in where there is none.
+
+        It is one that has not expired where there is any, of the very name before `*.`, a given one before others.
+        """
+        found = [*self._by_name.get(name, ()), *self._by_name.get("*." + name.partition(".")[2], ())]
+        now = time.time()
+        return next((one for one in found if one.expires > now), found[0] if found else None)
+
+    def is_given(self, name: str) -> bool:
+        """Whether one of the given certificates is for a name, and has not expired."""
+        wild, now = "*." + name.partition(".")[2], time.time()
+        return any(one.expires > now and (name in one.names or wild in one.names) for one in self._given)
 
     def context(self, name: str) -> ssl.SSLContext | None:
         """Return what a visitor gets who asks for this name, "" for none; None is a refusal."""
@@ -5165,6 +5179,13 @@ class Certificates:
         self._index()
         return certificate
 
+    def prune(self, wanted: Collection[str], now: float) -> None:
+        """Take out what was put here, has expired, and is for none of the wanted names."""
+        kept = {name: one for name, one in self._obtained.items() if name in wanted or one.expires > now}
+        if len(kept) < len(self._obtained):
+            self._obtained = kept
+            self._index()
+
     @contextlib.contextmanager
     def expected(self, name: str) -> Iterator[None]:
         """While the context lasts, visitors who ask for a name without a certificate wait: its first is on the way."""
@@ -5177,7 +5198,8 @@ class Certificates:
 
     def awaited(self, name: str) -> asyncio.Future[None] | None:
         """Return what is done when it is no use any more to wait for a name's certificate."""
-        return None if self.find(name) else self._expected.get(name)
+        certificate = self.find(name)
+        return None if certificate and certificate.expires > time.time() else self._expected.get(name)
 
     def reload(self) -> None:
         """Read again what has changed; of what is no good now the old one stays in use, which is told once.
@@ -5185,18 +5207,21 @@ class Certificates:
         Call it often. It tells as well what expires soon.
         """
         for number, pair in enumerate(self._pairs):
+            (bad, times), now = self._bad[number], time.time()
             if (stamp := self._stamp(pair)) == self._stamps[number]:
+                continue
+            if stamp == bad and now < self._again_at[number] < now + 2 * RELOAD:  # else the clock was set
                 continue
             try:
                 self._given[number] = certificate = Certificate.load(*pair)
             except TunnelError as error:  # maybe half of a pair was replaced so far; then it is well the next time
-                before, times = self._problems[number]
-                times = times + 1 if str(error) == before else 1
-                self._problems[number] = str(error), times
+                times = times + 1 if stamp == bad else 1
+                self._bad[number] = stamp, times
+                self._again_at[number] = now + RELOAD if times > 1 else 0.0
                 if times == 2:
                     log.warning("the certificate of %s stays as it was: %s", pair[0], escape(str(error), 400))
                 continue
-            self._stamps[number], self._problems[number] = stamp, ("", 0)
+            self._stamps[number], self._bad[number] = stamp, ([], 0)
             self._index()
             log.info("the certificate of %s is new (%s)", pair[0], escape(", ".join(certificate.names)))
         if (now := time.time()) >= self._remind_at:
@@ -5210,7 +5235,10 @@ class Certificates:
         return [*self._given, *self._obtained.values()]
 
     def _index(self) -> None:
-        self._by_name = {name: certificate for certificate in reversed(self._all()) for name in certificate.names}
+        self._by_name: dict[str, list[Certificate]] = {}
+        for certificate in dict.fromkeys(self._all()):
+            for name in certificate.names:
+                self._by_name.setdefault(name, []).append(certificate)
 
     @staticmethod
     def _stamp(pair: tuple[Path, Path | None]) -> list[object]:
@@ -5504,6 +5532,8 @@ class Acme:
         self._issued: dict[str, float] = {}  # host -> when its first certificate came, of the last week
         self._expected: dict[str, contextlib.ExitStack] = {}  # hosts whose visitors wait for a first certificate
         self._ordering = ""  # the host whose order is under way
+        self._orders = Allowance(MAX_ORDERS, ORDER_RATE)
+        self._too_many = False  # of them were to be made
         self._full = False  # the week's certificates are used up
         self._woken = asyncio.Event()
         self._running: asyncio.Future[None] | None = None
@@ -5555,21 +5585,31 @@ class Acme:
         return self._challenges.get(path)
 
     def _hosts(self) -> list[str]:
-        """Return what is wanted, without the hosts that a certificate from elsewhere is for."""
-        return [host for host in self._wanted() if host in self._renewals or not self._certificates.find(host)]
+        """Return what is wanted, without the hosts that a given certificate is for."""
+        return [host for host in self._wanted() if not self._certificates.is_given(host)]
 
     async def _run(self) -> None:
         while True:
             self._woken.clear()
             self._expect()
+            wanted = set(self._wanted())
+            self._certificates.prune(wanted, self._clock())
+            renewals = self._renewals.items()
+            self._renewals = {host: due for host, due in renewals if host in wanted or self._certificates.find(host)}
             dues = [(host, self._due(host)) for host in self._hosts()]
             host, due = min(dues, key=lambda one: one[1], default=("", math.inf))  # the first of those that are equal
             if (left := due - self._clock()) <= 0:
-                await self._obtain(host)
-            else:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(left, ACME_TICK)):
-                        await self._woken.wait()
+                if self._orders.take(time.monotonic()):
+                    self._too_many = False
+                    await self._obtain(host)
+                    continue
+                left = 1 / ORDER_RATE
+                if not self._too_many:
+                    log.warning("too many orders of certificates: one is made every %g s now (%s)", left, host)
+                self._too_many = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, ACME_TICK)):
+                    await self._woken.wait()
 
     def _due(self, host: str) -> float:
         """Return when a host's next order is to be made."""
@@ -5590,7 +5630,8 @@ class Acme:
         """Let visitors wait for the hosts whose first certificate is about to come, and for no others."""
         now = self._clock()
         first = [host for host in self._hosts() if host not in self._renewals]
-        soon = {host for host in first if host == self._ordering or self._due(host) <= now}
+        may_order = self._orders.left(time.monotonic()) > 0
+        soon = {host for host in first if host == self._ordering or (may_order and self._due(host) <= now)}
         for host in self._expected.keys() - soon:
             self._expected.pop(host).close()
         for host in soon - self._expected.keys():
@@ -5598,11 +5639,10 @@ class Acme:
             self._expected[host].enter_context(self._certificates.expected(host))
 
     async def _obtain(self, host: str) -> None:
-        before, is_new = self._failed.get(host), host not in self._renewals
-        failures = before[0] + 1 if before else 1
+        is_new, failures = host not in self._renewals, self._failed.get(host, (0, 0.0))[0] + 1
         self._ordering = host
         try:
-            self._put_off(host, failures)
+            self._put_off(host, failures)  # also when we are stopped meanwhile: the authority counts it all the same
             self._save()
             text = await in_thread(lambda: self._order(host))
             if is_new:
@@ -5613,11 +5653,6 @@ class Acme:
             self._use(host, fresh)
             os.replace(fresh, path)
             self._put_off(host, 0)
-        except asyncio.CancelledError:
-            self._failed.pop(host)
-            if before:
-                self._failed[host] = before
-            raise
         except Exception as error:  # the library does not say which ones it raises for what an authority sends
             left = self._put_off(host, failures)
             trace = error if log.isEnabledFor(logging.DEBUG) else None
@@ -10416,6 +10451,8 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
     if domain and certificates and not acme and not certificates.find(f"any.{domain.zone}"):
         named = ", ".join(certificates.names) or "none"
         log.warning("no certificate is for *.%s: browsers warn of tunnels but of those named: %s", domain.zone, named)
+    if acme and 80 not in server.ports:
+        log.warning("--acme takes port 80, which is not among --listen: the authority looks there; let it lead here")
     signals: asyncio.Queue[int] = asyncio.Queue()
     with _signals(signals.put_nowait):
         for (host, _), port in zip(listen, server.ports, strict=True):

@@ -405,7 +405,7 @@ async def test_who_stops_does_not_wait_for_an_authority_that_hangs(tmp_path: Pat
         assert awaited.done()
         path = tmp_path / "acme" / f"127.0.0.1_{origin.port}_dir" / "orders.json"
         saved = json.loads(path.read_text())
-        assert saved == {"failed": {}, "issued": {}}  # to be stopped is no failure
+        assert [count for count, _ in saved["failed"].values()] == [1]  # the authority counts it, too
         released.set()
 
 
@@ -486,6 +486,55 @@ def test_a_clock_that_is_wrong_for_a_while_gives_no_second_budget(tmp_path: Path
         assert 6 * 86400 < acme._due("new.example.com") - acme._clock() <= 7 * 86400
         acme._save()
         assert json.loads(path.read_text())["issued"] == issued
+
+
+async def test_what_a_given_certificate_is_for_is_not_ordered_until_that_has_expired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although there was an order for it before; and what has expired and is not wanted any more is let go."""
+    given, directory = tmp_path / "given.pem", tmp_path / "acme" / "127.0.0.1_1_dir"
+    write(given, certificate("web.example.com", -1, 10))
+    for host in ("web.example.com", "gone.example.com", "other.example.com"):
+        pytunnel.write_private(directory / f"{host}.pem", certificate(host, -1, 3))
+    certificates = Certificates([(given, None)])
+    acme = Acme(certificates, tmp_path, EMAIL, "http://127.0.0.1:1/dir", lambda: now)
+    now = time.time()
+    acme.load()
+    ordered: list[str] = []
+
+    async def obtain(host: str) -> None:
+        ordered.append(host)
+        acme._failed[host] = 1, now + 86400
+
+    monkeypatch.setattr(acme, "_obtain", obtain)
+    monkeypatch.setattr(pytunnel.time, "time", lambda: now)
+    now += 4 * 86400
+    acme.start(lambda: ["web.example.com", "other.example.com"])
+    await eventually(lambda: ordered, what="an order")
+    await eventually(lambda: certificates.find("gone.example.com") is None, what="the end of the one that is gone")
+    assert ordered == ["other.example.com"]
+    assert certificates.find("other.example.com")
+    assert acme._renewals.keys() == {"web.example.com", "other.example.com"}
+    now += 7 * 86400
+    acme.wake()
+    await eventually(lambda: "web.example.com" in ordered, what="an order in the place of the given one")
+    await acme.close()
+
+
+async def test_orders_that_fail_are_bounded_all_together(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytunnel, "MAX_ORDERS", 3)
+    hosts = [f"{number}.example.com" for number in range(10)]
+    acme = Acme(Certificates(), tmp_path, EMAIL, "http://127.0.0.1:1/dir")
+    acme.start(lambda: hosts)
+    assert "one is made every 72 s" in await a_warning(caplog, "too many orders")
+    acme.wake()
+    acme.wake()
+    assert len(acme._failed) == 3
+    assert len([line for line in warnings_of(caplog) if "too many" in line]) == 1
+    assert not any(map(acme._certificates.awaited, hosts))
+    await acme.close()
 
 
 def certificate(host: str, begins: float, expires: float) -> str:
@@ -603,6 +652,12 @@ async def test_a_bare_address_gets_https_by_names_from_sslip(tmp_path: Path, aut
     async with await host.serve():
         await host.wait_kept("203-0-113-7.sslip.io")
         assert await host.curl(f"https://203-0-113-7.sslip.io:{host.port}/healthz") == (0, "ok")
+
+
+async def test_what_the_authority_looks_at_is_told_where_it_is_missing(tmp_path: Path) -> None:
+    words = ["--listen", "127.0.0.1:0", "--domain", DOMAIN, "--acme", EMAIL, "--acme-directory", "https://127.0.0.1:1/"]
+    async with await Process.start("serve", "--json", *words) as server:
+        await server.stderr_line("--acme takes port 80, which is not among --listen")
 
 
 async def test_a_server_stops_at_once_while_an_authority_hangs(tmp_path: Path) -> None:

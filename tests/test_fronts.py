@@ -132,18 +132,6 @@ class Front(Tunnel):
     def _workers(self) -> set[str]:
         return set(Path(f"/proc/{self.front.pid}/task/{self.front.pid}/children").read_text().split())
 
-    def key_digest(self, name: str) -> str:
-        """The SHA-256 of the public key that it shows for a name, as Chromium wants it."""
-        with (
-            socket.create_connection(("127.0.0.1", self.ports["443"])) as sock,
-            self.context.wrap_socket(sock, server_hostname=name) as tls,
-        ):
-            shown = tls.getpeercert(binary_form=True) or b""
-        key = ["openssl", "x509", "-inform", "DER", "-noout", "-pubkey"]
-        pem = subprocess.run(key, input=shown, capture_output=True, check=True).stdout
-        body = b"".join(line for line in pem.splitlines() if not line.startswith(b"-"))
-        return base64.b64encode(hashlib.sha256(base64.b64decode(body)).digest()).decode()
-
     def _greets(self, name: str) -> bool:
         try:
             self.context = ssl.create_default_context(cafile=self.root)
@@ -243,6 +231,28 @@ class Front(Tunnel):
         async with self.outside(host, source) as visitor:
             await visitor.send(message)
             return await visitor.read_response(method)
+
+
+def key_digest(port: int, root: Path, name: str) -> str:
+    """The SHA-256 of the public key that is shown for a name, as Chromium wants it."""
+    context = ssl.create_default_context(cafile=root)
+    with (
+        socket.create_connection(("127.0.0.1", port)) as sock,
+        context.wrap_socket(sock, server_hostname=name) as tls,
+    ):
+        shown = tls.getpeercert(binary_form=True) or b""
+    key = ["openssl", "x509", "-inform", "DER", "-noout", "-pubkey"]
+    pem = subprocess.run(key, input=shown, capture_output=True, check=True).stdout
+    body = b"".join(line for line in pem.splitlines() if not line.startswith(b"-"))
+    return base64.b64encode(hashlib.sha256(base64.b64decode(body)).digest()).decode()
+
+
+def without_front(directory: Path, origin: RawOrigin) -> Tunnel:
+    """A server that speaks TLS itself."""
+    certificate(directory, 30, ["localhost", "web.localhost"])
+    files = ["--cert", str(directory / "chain.pem"), "--key", str(directory / "key.pem")]
+    trusted = {"SSL_CERT_FILE": str(directory / "chain.pem")}
+    return Tunnel(origin.port, serve_args=files, env=trusted, secure=True, settles=False)
 
 
 def to_web(*args: Any, **options: Any) -> bytes:
@@ -631,6 +641,7 @@ Promise.all([upload, event, word, isSecureContext])
 </script>"""
 
 
+@pytest.mark.parametrize("kind", ["caddy", "nginx", "nothing"])
 async def test_a_browser(kind: str, tmp_path: Path) -> None:
     async def handle(seen: RawRequest, reader: Reader, writer: Writer) -> None:
         if seen.target == b"/upload":
@@ -649,8 +660,15 @@ async def test_a_browser(kind: str, tmp_path: Path) -> None:
 
     chromium = shutil.which("chromium")
     assert chromium, "there is no chromium; apt-get install chromium"
-    async with RawOrigin(handle) as origin, Front(kind, tmp_path, origin, settles=False) as t:
-        known = f"--ignore-certificate-errors-spki-list={t.key_digest('web.localhost')}"
+    async with contextlib.AsyncExitStack() as stack:
+        origin = await stack.enter_async_context(RawOrigin(handle))
+        if kind == "nothing":
+            t = await stack.enter_async_context(without_front(tmp_path, origin))
+            port, root = t.port, tmp_path / "chain.pem"
+        else:
+            t = front = await stack.enter_async_context(Front(kind, tmp_path, origin, settles=False))
+            port, root = int(front.ports["443"]), front.root
+        known = f"--ignore-certificate-errors-spki-list={key_digest(port, root, 'web.localhost')}"
         async with async_playwright() as playwright:
             browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", known])
             page = await browser.new_page()

@@ -287,6 +287,53 @@ def test_the_old_one_stays_until_a_good_one_comes(damage: Any, pair: Pair, caplo
     ]
 
 
+def test_a_bad_pair_is_not_read_all_the_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes long; but maybe only the clock is wrong, or nothing can be opened for now."""
+    certificates = pytunnel.Certificates([pair.paths])
+    loaded, load, now = 0, pytunnel.Certificate.load, pytunnel.time.time()
+
+    def counted(*paths: Path) -> pytunnel.Certificate:
+        nonlocal loaded
+        loaded += 1
+        return load(*paths)
+
+    monkeypatch.setattr(pytunnel.Certificate, "load", counted)
+    monkeypatch.setattr(pytunnel.time, "time", lambda: now)
+    for damage, seen in ((break_garbage, 2), (break_mismatch, 2)):
+        damage(pair)
+        for _ in range(10):
+            certificates.reload()
+        assert loaded == seen
+        loaded = 0
+    now += pytunnel.RELOAD + 1
+    certificates.reload()
+    certificates.reload()
+    assert loaded == 1
+
+
+def test_what_has_not_expired_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    star = Pair(tmp_path / "star", "*.t.example.com")
+    short = Pair(tmp_path / "short", "web.t.example.com", days=1, number=1)
+    fresh = Pair(tmp_path / "fresh", "web.t.example.com", number=2)
+    certificates = pytunnel.Certificates([short.paths])
+    put = certificates.put(*fresh.paths)
+    given = certificates.find("web.t.example.com")
+    assert given is not put and given and certificates.is_given("web.t.example.com")
+    both = pytunnel.Certificates([short.paths, star.paths])
+    later = pytunnel.time.time() + 2 * 86400
+    monkeypatch.setattr(pytunnel.time, "time", lambda: later)
+    assert certificates.find("web.t.example.com") is put
+    assert not certificates.is_given("web.t.example.com")
+    found = both.find("web.t.example.com")
+    assert found and found.names == ("*.t.example.com",)
+    certificates.prune(["web.t.example.com"], later + 60 * 86400)
+    assert certificates.find("web.t.example.com") is put
+    certificates.prune([], later)
+    assert certificates.find("web.t.example.com") is put
+    certificates.prune([], later + 60 * 86400)
+    assert certificates.find("web.t.example.com") is given  # better than none
+
+
 def test_half_of_a_new_pair_is_not_told(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     certificates = pytunnel.Certificates([pair.paths])
     chain, key = _made(("new.example",), 30, EC, 1)
