@@ -6089,7 +6089,10 @@ class Visitor:
             await self.flush()
         except asyncio.CancelledError:  # the visitor has closed the connection; what it sent before that still counts
             await asyncio.wait([upload], timeout=LINGER)
-            stream.abort(ErrorCode.NO_ERROR, flush=True)
+            if upload.done():
+                stream.abort(ErrorCode.NO_ERROR, flush=True)
+            else:  # the local service does not take it, maybe for ever
+                stream.abort(ErrorCode.CANCEL, "the visitor has left")
             raise
 
 

@@ -986,6 +986,42 @@ class Generous(asyncio.Protocol):
         self.lost.set()
 
 
+class Ending(Generous):
+    """Ends its half of the connection, and waits for the other one."""
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write_eof()
+
+    def eof_received(self) -> None:
+        self.closed.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        assert exc is None
+        self.lost.set()
+
+
+async def test_the_peers_goodbye_after_ours_is_an_end(local: Pair) -> None:
+    """OpenSSL has an error for it."""
+    protocol = Ending()
+    certificates = pytunnel.Certificates([local.paths])
+    make = functools.partial(pytunnel.SecureTransport, protocol, certificates, pytunnel.Metrics())
+    server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+
+    def visit() -> None:
+        with (
+            socket.create_connection(server.sockets[0].getsockname()) as sock,
+            local.trust().wrap_socket(sock, server_hostname="localhost") as visitor,
+        ):
+            visitor.send(b"x")
+            assert visitor.recv(1) == b""
+            visitor.unwrap().close()
+
+    await asyncio.to_thread(visit)
+    await protocol.closed.wait()
+    await protocol.lost.wait()
+    server.close()
+
+
 async def test_last_bytes_that_nobody_takes_are_not_kept(local: Pair, monkeypatch: Any) -> None:
     monkeypatch.setattr(pytunnel, "STALL_TIMEOUT", 0.2)
     protocol = Generous()

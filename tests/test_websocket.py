@@ -41,6 +41,9 @@ from test_fidelity import (
     without_date,
 )
 
+import pytunnel
+from pytunnel import ErrorCode
+
 KiB = 1024
 MiB = 1024 * KiB
 STEP = 5.0  # seconds in which what is said on one side must be heard on the other; it takes a millisecond
@@ -410,6 +413,35 @@ async def test_a_pipe_carries_much_both_ways_at_once() -> None:
             while checker.offset < size:
                 checker.feed(await visitor.read_some())
         assert await visitor.read_until_close() == b""
+
+
+@pytest.mark.parametrize("stalled", [True, False])
+async def test_what_a_visitor_sent_before_it_left_is_waited_for_but_not_for_ever(
+    stalled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is behind bytes that the local service does not take would never come: a reset does not wait for them."""
+    monkeypatch.setattr(pytunnel, "LINGER", 0.05)
+    resets: list[tuple[ErrorCode, bool]] = []
+    reading = asyncio.Event()
+
+    class Silent:
+        async def read(self) -> bytes:
+            reading.set()
+            return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+        def abort(self, code: ErrorCode, reason: str = "", *, flush: bool = False) -> None:
+            resets.append((code, flush))
+
+    upload = asyncio.get_running_loop().create_future()
+    if not stalled:
+        upload.set_result(None)
+    visitor: Any = object.__new__(pytunnel.Visitor)
+    piping = asyncio.ensure_future(visitor._pipe(Silent(), upload))
+    await reading.wait()
+    piping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await piping
+    assert resets == [(ErrorCode.CANCEL, False) if stalled else (ErrorCode.NO_ERROR, True)]
 
 
 async def test_a_stalled_pipe_holds_the_sender_back_and_nobody_else(subtests: pytest.Subtests) -> None:
