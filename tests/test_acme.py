@@ -11,6 +11,7 @@ import datetime
 import functools
 import json
 import logging
+import shlex
 import signal
 import stat
 import subprocess
@@ -625,6 +626,7 @@ async def test_a_server_stops_at_once_while_an_authority_hangs(tmp_path: Path) -
         (["--acme", EMAIL], "--acme needs to know for what: add --domain with your domain"),
         (["--acme", "you", "--domain", DOMAIN], "'you' is no e-mail address"),
         (["--acme", EMAIL, "--domain", DOMAIN, "--acme-directory", "x"], "'x' is no authority's directory"),
+        (["--domain", DOMAIN, "--acme-directory", "https://a.test"], "--acme-directory is about --acme"),
     ],
 )
 async def test_what_is_missing_is_told_in_a_line(words: list[str], error: str) -> None:
@@ -639,4 +641,5 @@ async def test_the_missing_extra_is_told_in_a_line() -> None:
     words = ["serve", "--listen", "127.0.0.1:0", "--acme", EMAIL, "--domain", DOMAIN]
     async with await Process.start(*words, command=command) as server:
         assert await server.wait() == 1
-        assert server.stderr == ["error: --acme needs certbot's library; run: pip install 'pytunnel[acme]'"]
+        pip = f"{shlex.quote(sys.executable)} -m pip install acme cryptography"
+        assert server.stderr == [f"error: --acme needs certbot's library; run: {pip}"]
