@@ -10016,7 +10016,7 @@ class Doctor:
         try:
             status, headers = await self._get(self._url)
         except aiohttp.ClientSSLError as error:
-            advice = f"It takes a certificate for {wildcard}, or a tunnel with a --name that has one."
+            advice = f"It takes a certificate for {wildcard}, or a tunnel with a --name that has one: in a Caddyfile, that is listed."
             return None, f"{name}: {_describe(error)}", advice
         problem = headers.get("X-Pytunnel-Error", "")
         if problem.startswith("local-") or (problem == "unknown-tunnel" and not self.client):
@@ -10510,7 +10510,7 @@ def _invitation(host: str | None, server: TunnelServer, domain: Origin | None, t
     where = "" if domain else " (or with another address of this host that visitors can reach)"
     ports = " and ".join(map(str, server.ports))
     if tcp:
-        ports += f", on {tcp} for TCP tunnels"
+        ports += f", and on {tcp} for TCP tunnels"
     return f"listening on port {ports}; on the machine with your service, run{where}:\n\n  {line}\n"
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+from acme.errors import ClientError
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -634,6 +636,13 @@ async def test_what_is_missing_is_told_in_a_line(words: list[str], error: str) -
         assert await server.wait() == 2
         (line,) = server.stderr
         assert line.startswith(f"error: {error}")
+
+
+def test_what_is_no_directory_is_told_by_its_status(tmp_path: Path) -> None:
+    answer = requests.Response()
+    answer.status_code = 404
+    directory = Acme(Certificates(), tmp_path, EMAIL, "https://a.test/x")
+    assert directory._reason(ClientError(answer)) == "https://a.test/x answers with HTTP status 404; is it a directory?"
 
 
 async def test_the_missing_extra_is_told_in_a_line() -> None:

@@ -296,6 +296,10 @@ async def test_a_front_that_rewrites_host(tmp_path: Path, names: dict[str, str])
 async def test_a_front_that_does_not_take_the_names(tmp_path: Path, names: dict[str, str]) -> None:
     names["*.t.test"] = "127.0.0.2"
     async with serving(tmp_path) as port:
+        page = b"HTTP/1.1 200 OK\r\nServer: Caddy\r\nContent-Length: 0\r\n\r\n"
+        with contextlib.suppress(OSError):
+            async with RawOrigin(page, host="127.0.0.2", port=port):
+                assert "Caddyfile lists names" in (await found(f"http://t.test:{port}"))["visitor"].advice
         page = b"HTTP/1.1 502 Bad Gateway\r\nServer: nginx\r\nContent-Length: 0\r\n\r\n"
         with contextlib.suppress(OSError):  # where there is no more than one loopback address
             async with RawOrigin(page, host="127.0.0.2", port=port):
