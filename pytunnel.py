@@ -2797,12 +2797,14 @@ class ExchangeLog:
         self.listeners: set[Callable[[], object]] = set()  # called at each change; they return at once
         self.version = 0  # counts changes
         self.total = self.in_flight = self.bytes_in = self.bytes_out = 0
+        self.totals: collections.Counter[str] = collections.Counter()  # by tunnel
         self.classes = dict.fromkeys((1, 2, 3, 4, 5), 0)  # how many responses of each class of status
         self._kept = 0
 
     def begin(self, exchange: Exchange) -> None:
         """Take up an exchange, whose request's head is known."""
         self.total += 1
+        self.totals[exchange.tunnel] += 1
         self.in_flight += 1
         exchange.id = self.total
         self.exchanges[exchange.id] = exchange
@@ -4020,7 +4022,8 @@ class WebSocket(asyncio.BufferedProtocol):
             self._link.wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(f"the connection broke: {exc}" if exc else CLOSED)
+        why = str(getattr(exc, "strerror", None) or exc).lower()  # without [Errno 104]
+        self._end(f"the connection broke: {why}" if exc else CLOSED)
         self._before.connection_lost(exc)
 
     def _end(self, reason: str) -> None:
@@ -5105,6 +5108,9 @@ class Certificate(NamedTuple):
         except ssl.SSLError as error:
             if error.reason == "KEY_VALUES_MISMATCH":
                 raise TunnelError(f"the key in {key} is not that of the certificate in {chain}") from None
+            if "PRIVATE KEY-----" not in key.read_text("latin-1"):
+                advice = "give the file that has it with --key" if key == chain else "give the one that has it"
+                raise TunnelError(f"{key} holds no private key; {advice}") from None
             reason = (error.reason or "not PEM").lower().replace("_", " ")
             raise TunnelError(f"{chain} with the key in {key} cannot be used: {reason}") from None
         except OSError as error:
@@ -5229,7 +5235,8 @@ class Certificates:
             for pair, certificate in zip(self._pairs, self._given, strict=True):
                 if (left := certificate.expires - now) < EXPIRES_SOON:
                     ends = f"expires in {left / 86400:.1f} days" if left > 0 else "has expired"
-                    log.warning("the certificate of %s %s; renew it, and it is taken as it is then", pair[0], ends)
+                    advice = "put a new one there, which is used within a second"
+                    log.warning("the certificate of %s %s; %s", pair[0], ends, advice)
 
     def _all(self) -> list[Certificate]:
         return [*self._given, *self._obtained.values()]
@@ -5522,7 +5529,8 @@ class Acme:
             import acme.client  # noqa: F401
             import cryptography  # noqa: F401
         except ImportError:
-            raise TunnelError("--acme needs certbot's library; run: pip install 'pytunnel[acme]'") from None
+            pip = f"{shlex.quote(sys.executable)} -m pip install acme cryptography"
+            raise TunnelError(f"--acme needs certbot's library; run: {pip}") from None
         self._directory = state / "acme" / re.sub(r"[^A-Za-z0-9.-]+", "_", url.partition("://")[2])  # one for each
         self._certificates, self._email, self._url, self._clock = certificates, email, url, clock
         self._wanted: Callable[[], Iterable[str]] = list
@@ -5775,6 +5783,8 @@ class Acme:
             while inner := cause.__cause__ or cause.__context__:
                 cause = inner
             return escape(f"{self._url} cannot be reached: {getattr(cause, 'strerror', None) or cause}", 400)
+        if isinstance(error, errors.ClientError) and error.args and isinstance(error.args[0], requests.Response):
+            return escape(f"{self._url} answers with HTTP status {error.args[0].status_code}; is it a directory?", 400)
         if isinstance(error, TunnelError | ValueError | OSError):
             return escape(str(error), 400)
         return escape(f"{self._url}: {type(error).__name__}: {error}", 400)
@@ -7028,6 +7038,9 @@ class TunnelServer:
 # Where a tunnel leads on this machine, and connections to it. Only what the user named is ever dialled.
 
 
+_UNKNOWN_ISSUER = (18, 19, 20, 21)  # OpenSSL's codes for a certificate whose issuer, itself or another, is not known
+
+
 def _describe(error: BaseException | None) -> str:
     """Return an exception as a few words for a user."""
     if isinstance(error, TimeoutError):
@@ -7036,7 +7049,9 @@ def _describe(error: BaseException | None) -> str:
         return f"the answer was HTTP status {status}"
     error = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error  # aiohttp wraps them
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted ({error.verify_message})"
+        advice = "; SSL_CERT_FILE=ca.pem in front trusts an authority of your own"
+        is_unknown = error.verify_code in _UNKNOWN_ISSUER
+        return f"its certificate is not trusted ({error.verify_message}){advice * is_unknown}"
     if isinstance(error, ssl.SSLError):
         return "it does not speak TLS; is it http://?"
     if isinstance(error, socket.gaierror):
@@ -7078,6 +7093,8 @@ class Target(NamedTuple):
         except MessageError:
             host, port = "", None
         if scheme not in ("http", "https", "tcp") or not host or port == 0 or not (port or separator):
+            if re.fullmatch(r"(tcp:)?0*([0-9]{1,9})", text):
+                raise UsageError(f"{text} is not a target: a port is within 1 to 65535")
             forms = "a port like 3000, host:port, http:// or https://host:port, tcp:22, unix:/path or a folder (./dist)"
             raise UsageError(f"{escape(text)!r} is not a target: give {forms}")
         return cls(text, host.strip("[]"), port or DEFAULT_PORTS[scheme], scheme == "https", tcp=tcp)
@@ -7723,7 +7740,7 @@ class TunnelClient:
             if not self.urls and loop.time() + delay + BACKOFF_MIN > self._give_up_at:
                 advice = "check the address, or start pytunnel serve"
                 if "certificate" in reason:
-                    advice = "if it has an authority of its own, name that in SSL_CERT_FILE"
+                    advice = "check the address, or see what renews it"
                 raise Unreachable(f"no server at {self.server}: {reason}; {advice}")
             self.problem, self.retry_at = reason, loop.time() + delay
             self._emit("disconnected", reason=reason, retry_in=round(delay, 1))
@@ -8807,11 +8824,14 @@ class Inspector:
         return exchange
 
     def _status(self) -> dict[str, Any]:
-        client, log, urls = self._client, self._log, self._client.urls_by_name
+        client, log, urls, totals = self._client, self._log, self._client.urls_by_name, self._log.totals
         retry_in = (client.retry_at or 0.0) - asyncio.get_running_loop().time()
         p50, p90 = log.percentiles() or (None, None)
         return {
-            "tunnels": [{"name": t.name, "url": urls[t.name], "target": t.target.text} for t in client.tunnels],
+            "tunnels": [
+                {"name": t.name, "url": urls[t.name], "target": t.target.text, "requests": totals[t.name]}
+                for t in client.tunnels
+            ],
             "problem": client.problem,
             "retry_in": max(0.0, retry_in) if client.problem else None,
             "round_trip": client.round_trip,
@@ -9397,13 +9417,18 @@ def parse_listen(text: str) -> tuple[str | None, int]:
 
 def parse_ports(text: str) -> tuple[str | None, range]:
     """Return host and ports of `HOST:FIRST-LAST`, `FIRST-LAST` or one port; see `parse_listen`. Raises UsageError."""
-    first, _, last = text.rpartition(":")[2].partition("-")
-    if not re.fullmatch(r"[0-9]{1,5}", last or first):
-        raise UsageError(f"{escape(text)!r} are no ports: give FIRST-LAST, like 20000-20100")
-    host, start = parse_listen(text.rpartition("-")[0] if last else text)
-    ports = range(start, int(last or first) + 1)
-    if not 0 < len(ports) <= MAX_TCP_PORTS or start == 0 or ports[-1] > 65535:
-        raise UsageError(f"{escape(text)!r} are {len(ports)} ports: give 1 to {MAX_TCP_PORTS}, like 20000-20100")
+    match = re.fullmatch(r"(.*?)([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
+    what = f"--tcp-ports {escape(text)}"
+    if not match or (match[1] and not match[1].endswith(":")):
+        raise UsageError(f"{what}: give FIRST-LAST, like 20000-20100")
+    ports = range(int(match[2]), int(match[3] or match[2]) + 1)
+    if not ports:
+        raise UsageError(f"{what}: the first port comes first, like 20000-20100")
+    if ports[0] == 0 or ports[-1] > 65535:
+        raise UsageError(f"{what}: ports are within 1 to 65535")
+    if len(ports) > MAX_TCP_PORTS:
+        raise UsageError(f"{what}: these are {len(ports)}; give {MAX_TCP_PORTS} at most")
+    host, _ = parse_listen(f"{match[1]}{ports[0]}")
     return host, ports
 
 
@@ -9611,6 +9636,8 @@ class Settings:
             label, separator, rest = text.partition("=") if re.match(r"[^:/\\]+=", text) else ("", "", text)
             if name and (separator or len(texts) > 1):
                 raise UsageError("--name and PYTUNNEL_NAME are for one target; write NAME=TARGET, like web=3000")
+            if self._flags.get("remote_port") and len(texts) > 1:
+                raise UsageError("--remote-port is for one target; for each its own, use pytunnel.toml and start")
             tunnels.append(self._tunnel(label if separator else name, rest, self._flags))
         if len({tunnel.name for tunnel in tunnels}) < len(tunnels):
             raise UsageError("two targets with one name; give each its own, like web=3000 api=8080")
@@ -9672,10 +9699,10 @@ class Settings:
         """Check that a tunnel has no options of the other kind. Raises UsageError."""
         for key in TUNNEL_FLAGS:
             if key != "allow" and options.get(key.replace("-", "_")) and target.tcp != (key == "remote-port"):
-                is_http = f"{key} is for HTTP, and {target.text} is TCP, which may have allow and remote-port"
-                raise UsageError(is_http if target.tcp else f"{key} is for TCP; write tcp:{target.text}")
+                is_http = f"--{key} is for HTTP, and {target.text} is TCP, which may have --allow and --remote-port"
+                raise UsageError(is_http if target.tcp else f"--{key} is for TCP; write tcp:{target.text}")
         if not 0 <= (options.get("remote_port") or 0) <= 65535:
-            raise UsageError(f"remote-port {options['remote_port']} is no port; it must be within 1 to 65535")
+            raise UsageError(f"--remote-port {options['remote_port']} is no port; it must be within 1 to 65535")
 
 
 # ---- Running clients ------------------------------------------------------------------------------------------------
@@ -9966,6 +9993,7 @@ class Doctor:
         if problem:
             return False, f"pytunnel answers {status} {problem}", "Dial the server's own host, not a tunnel's."
         if location:
+            location = location.removesuffix(LINK_PATH)
             return False, f"a redirect to {location}", "Give --server the address that it leads to."
         return False, f"something else answers: status {status}, {self._front or 'with no Server field'}", SERVER_ADVICE
 
@@ -10026,7 +10054,7 @@ class Doctor:
         try:
             status, headers = await self._get(self._url)
         except aiohttp.ClientSSLError as error:
-            advice = f"It takes a certificate for {wildcard}, or a tunnel with a --name that has one."
+            advice = f"It takes a certificate for {wildcard}, or a --name that has one; a Caddyfile lists them."
             return None, f"{name}: {_describe(error)}", advice
         problem = headers.get("X-Pytunnel-Error", "")
         if problem.startswith("local-") or (problem == "unknown-tunnel" and not self.client):
@@ -10034,6 +10062,8 @@ class Doctor:
         if problem == "not-a-link":  # so it is the server's own host that the server has seen
             return False if self.client else None, f"Host is not {name} any more when it arrives", HOST_ADVICE
         advice = f"What stands in front has to take {wildcard} as well; in nginx server_name says so."
+        if "caddy" in headers.get("Server", "").lower():
+            advice = f"When the Caddyfile lists names instead of {wildcard}, see that yours are among them."
         return False, f"something else answers {name}: status {status} {problem or headers.get('Server', '')}", advice
 
     async def _resolve(self, host: str) -> set[str]:
@@ -10418,7 +10448,8 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
     uses_tls = options.cert or options.key or options.acme
     certificates = Certificates(_pairs(options.cert, options.key)) if uses_tls else None
     if options.hsts is not None and not certificates:
-        raise UsageError("--hsts is about TLS; give a certificate with --cert, or let the front in front of it do that")
+        advice = "give a certificate with --cert, or --acme; a front that has TLS sends the field itself"
+        raise UsageError(f"--hsts is about TLS; {advice}")
     default = [":80", ":443"] if certificates else [f":{DEFAULT_PORT}"]
     listen = [parse_listen(text) for text in options.listen or default]
     given, kept = Setting.first(given_tokens(vars(options))).value, Tokens(state)
@@ -10428,7 +10459,7 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
         kept.make_default()
     scheme = "https://" * bool(certificates and options.domain and "://" not in options.domain)  # an address, too
     domain = Origin.from_url(parse_server(scheme + options.domain)) if options.domain else None
-    acme = _acme(options, certificates, state) if certificates else None
+    acme = _acme(options, certificates, state)
     tcp_host, tcp_ports = parse_ports(options.tcp_ports) if options.tcp_ports else (None, range(0))
     try:
         server = TunnelServer(
@@ -10456,12 +10487,17 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
         log.warning("no certificate is for *.%s: browsers warn of tunnels but of those named: %s", domain.zone, named)
     if acme and 80 not in server.ports:
         log.warning("--acme takes port 80, which is not among --listen: the authority looks there; let it lead here")
+    if domain and certificates and 443 not in server.ports and not re.search(r":[0-9]+/?$", options.domain):
+        zone, port = domain.zone, server.port
+        advice = f"lead that here, or give --domain {zone}:{port}, or {zone}:443 when it is led here"
+        log.warning("public URLs are on port 443, and the server listens on %d; %s", port, advice)
     signals: asyncio.Queue[int] = asyncio.Queue()
     with _signals(signals.put_nowait):
         for (host, _), port in zip(listen, server.ports, strict=True):
             console.emit("listening", host=host or "*", port=port)
         if not options.json:
-            console.say(_invitation(listen[0][0], server, domain, "" if given else kept.default(), kept.default_path))
+            token, tcp = "" if given else kept.default(), options.tcp_ports or ""
+            console.say(_invitation(listen[0][0], server, domain, token, kept.default_path, tcp))
         await signals.get()
         log.info("stopping; running requests have %g s, a second signal ends them", options.drain)
         drained = asyncio.ensure_future(server.drain())
@@ -10479,23 +10515,25 @@ def _pairs(certs: Sequence[str], keys: Sequence[str]) -> list[tuple[Path, Path |
     return [(Path(cert), Path(key) if key else None) for cert, key in itertools.zip_longest(certs, keys)]
 
 
-def _acme(options: argparse.Namespace, certificates: Certificates, state: Path) -> Acme | None:
+def _acme(options: argparse.Namespace, certificates: Certificates | None, state: Path) -> Acme | None:
     """Return what --acme asks for. Raises UsageError."""
     if not options.acme:
+        if options.acme_directory:
+            raise UsageError("--acme-directory is about --acme; give that, too, like --acme you@example.com")
         return None
+    directory = options.acme_directory or LETS_ENCRYPT
     if "@" not in options.acme:
         raise UsageError(f"{escape(options.acme)!r} is no e-mail address: give yours, like --acme you@example.com")
-    if not options.acme_directory.startswith("https://"):
-        raise UsageError(
-            f"{escape(options.acme_directory)!r} is no authority's directory: its URL begins with https://"
-        )
+    if not directory.startswith("https://"):
+        raise UsageError(f"{escape(directory)!r} is no authority's directory: its URL begins with https://")
     if not options.domain:
         advice = "or the address of this host, which then gets names from sslip.io"
         raise UsageError(f"--acme needs to know for what: add --domain with your domain, {advice}")
-    return Acme(certificates, state, options.acme, options.acme_directory)
+    assert certificates
+    return Acme(certificates, state, options.acme, directory)
 
 
-def _invitation(host: str | None, server: TunnelServer, domain: Origin | None, token: str, kept: Path) -> str:
+def _invitation(host: str | None, server: TunnelServer, domain: Origin | None, token: str, kept: Path, tcp: str) -> str:
     """Return the one line to paste. A log is no place for a token, so it stands there only on a terminal."""
     tls = server.certificates
     port = 443 if tls and 443 in server.ports else server.port
@@ -10511,6 +10549,8 @@ def _invitation(host: str | None, server: TunnelServer, domain: Origin | None, t
     line = f"PYTUNNEL_TOKEN={secret} pytunnel connect 3000 --server {url}{where}"
     where = "" if domain else " (or with another address of this host that visitors can reach)"
     ports = " and ".join(map(str, server.ports))
+    if tcp:
+        ports += f", and on {tcp} for TCP tunnels"
     return f"listening on port {ports}; on the machine with your service, run{where}:\n\n  {line}\n"
 
 
@@ -10646,7 +10686,7 @@ async def _share_here(
 ) -> int:
     """Run a client with all that the command line offers around it."""
     if server.startswith("http:") and Origin.from_url(server).zone != "localhost":
-        console.say("warning: the link is not encrypted; put Caddy or nginx in front of serve and use https://")
+        console.say("warning: the link is not encrypted; give serve a certificate (--acme, --cert) and dial https://")
     if options.wait_local is not None:
         await _wait_local(tunnels, options.wait_local)
     live = asyncio.Event()
@@ -10765,14 +10805,16 @@ def _status(options: argparse.Namespace, console: Console) -> None:
         try:
             status = run.ask("/api/status", within=2.0)
         except TunnelError as error:
-            status = {"problem": str(error), "total": 0}
+            status = {"problem": str(error), "tunnels": []}
+        totals = {tunnel["name"]: tunnel.get("requests", 0) for tunnel in status["tunnels"]}
         for tunnel in run.tunnels:
+            requests = totals.get(tunnel["name"], 0)
             state = status["problem"] or "connected"
             if options.json:
-                fields = {"connected": not status["problem"], "requests": status["total"], "inspector": run.inspector}
+                fields = {"connected": not status["problem"], "requests": requests, "inspector": run.inspector}
                 console.stdout.write(json.dumps({**tunnel, **fields, "pid": run.pid}))
             else:
-                line = f"{tunnel['url']} -> {tunnel['target']}  {state}, {status['total']} requests  {run.inspector}"
+                line = f"{tunnel['url']} -> {tunnel['target']}  {state}, {requests} requests  {run.inspector}"
                 console.stdout.write(escape(f"{tunnel['name']}  {line}", 500))
     if not runs:
         console.say("no client runs here")
@@ -11054,7 +11096,7 @@ def _parser() -> CommandParser:
     what = "get certificates, with this address in the account; needs --domain"
     serve.add_argument("--acme", type=filled, metavar="EMAIL", help=what)
     what = "of another authority than Let's Encrypt, or of its staging"
-    serve.add_argument("--acme-directory", default=LETS_ENCRYPT, metavar="URL", help=what)
+    serve.add_argument("--acme-directory", type=filled, metavar="URL", help=what)
     serve.add_argument("--domain", metavar="D", help="tunnels are at NAME.D; default: below what clients dial")
     for flag, default, what in (
         ("--grace", GRACE, f"sessions outlive links by {GRACE:g} s"),

@@ -11,6 +11,7 @@ import datetime
 import functools
 import json
 import logging
+import shlex
 import signal
 import stat
 import subprocess
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+from acme.errors import ClientError
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -680,6 +683,7 @@ async def test_a_server_stops_at_once_while_an_authority_hangs(tmp_path: Path) -
         (["--acme", EMAIL], "--acme needs to know for what: add --domain with your domain"),
         (["--acme", "you", "--domain", DOMAIN], "'you' is no e-mail address"),
         (["--acme", EMAIL, "--domain", DOMAIN, "--acme-directory", "x"], "'x' is no authority's directory"),
+        (["--domain", DOMAIN, "--acme-directory", "https://a.test"], "--acme-directory is about --acme"),
     ],
 )
 async def test_what_is_missing_is_told_in_a_line(words: list[str], error: str) -> None:
@@ -689,9 +693,17 @@ async def test_what_is_missing_is_told_in_a_line(words: list[str], error: str) -
         assert line.startswith(f"error: {error}")
 
 
+def test_what_is_no_directory_is_told_by_its_status(tmp_path: Path) -> None:
+    answer = requests.Response()
+    answer.status_code = 404
+    directory = Acme(Certificates(), tmp_path, EMAIL, "https://a.test/x")
+    assert directory._reason(ClientError(answer)) == "https://a.test/x answers with HTTP status 404; is it a directory?"
+
+
 async def test_the_missing_extra_is_told_in_a_line() -> None:
     command = [sys.executable, "-c", f"import sys; sys.modules['acme'] = None; {PROXY}"]
     words = ["serve", "--listen", "127.0.0.1:0", "--acme", EMAIL, "--domain", DOMAIN]
     async with await Process.start(*words, command=command) as server:
         assert await server.wait() == 1
-        assert server.stderr == ["error: --acme needs certbot's library; run: pip install 'pytunnel[acme]'"]
+        pip = f"{shlex.quote(sys.executable)} -m pip install acme cryptography"
+        assert server.stderr == [f"error: --acme needs certbot's library; run: {pip}"]

@@ -344,9 +344,10 @@ async def test_plain_http_is_sent_to_https(kind: str, tmp_path: Path) -> None:
 
 async def test_requests_and_responses_pass_as_they_are(kind: str, tmp_path: Path) -> None:
     big = [(b"X-%d" % number, b"x" * 14_000) for number in range(4)]
+    own = [(b"Server", b"mine"), (b"Date", b"Mon, 02 Jan 2006 15:04:05 GMT")]
     page = response(
         b"<p>hello</p>" * 100,
-        headers=[(b"Content-Type", b"text/html"), (b"ETag", b'"a"'), (b"X-Accel-Redirect", b"/other"), *big],
+        headers=[(b"Content-Type", b"text/html"), (b"ETag", b'"a"'), (b"X-Accel-Redirect", b"/other"), *own, *big],
     )
     async with RawOrigin(page) as origin, Front(kind, tmp_path, origin) as t:
         fields = [(b"api_key", b"1"), (b"Cookie", b"a=1; b=\xff"), (b"Accept-Encoding", b"gzip"), *big[:3]]
@@ -354,6 +355,9 @@ async def test_requests_and_responses_pass_as_they_are(kind: str, tmp_path: Path
         answer = await t.ask(to_web("GET", target, headers=fields))
         assert (answer.status, answer.body, answer.value(b"etag")) == (200, b"<p>hello</p>" * 100, b'"a"')
         assert [answer.value(name) for name, _ in big] == [value for _, value in big]
+        fronts = [b"Caddy"] if kind == "caddy" else []  # its own Server beside that of the local service
+        assert sorted(answer.values(b"Server")) == [*fronts, b"mine"]
+        assert answer.values(b"Date") == [b"Mon, 02 Jan 2006 15:04:05 GMT"]
         (seen,) = origin.requests
         assert (seen.method, seen.target) == (b"GET", target)
         assert [seen.value(name) for name, _ in fields] == [value for _, value in fields]

@@ -348,7 +348,8 @@ async def test_status_says_what_the_command_line_shows() -> None:
         Samples(client).add("GET", "/", 200, b"text/plain", b"hello")
         Samples(client).begin("POST", "/slow", body=b"abc")
         status = await ask_json(page, "/api/status")
-        assert status["tunnels"] == [{"name": "web", "url": "https://web.t.example.com", "target": "localhost:3000"}]
+        web = {"name": "web", "url": "https://web.t.example.com", "target": "localhost:3000", "requests": 2}
+        assert status["tunnels"] == [web]
         assert (status["total"], status["in_flight"], status["bytes_in"], status["bytes_out"]) == (2, 1, 3, 5)
         assert status["classes"] == {"1": 0, "2": 1, "3": 0, "4": 0, "5": 0}
         assert status["p50"] == status["p90"] == pytest.approx(0.022)

@@ -102,6 +102,7 @@ def test_there_are_command_lines() -> None:
 def test_flags_are_the_programs() -> None:
     ours = re.sub(r"(?m)^\|[^|]*\| (`pytunnel|`--|`\[tun|the same)", r"\1", README)  # what stands left is of others
     others = {"--demo", "--test", "--uninstall", "--now"}  # of install.sh and systemctl
+    others |= {"--cacert", "--force", "--with"}  # of curl and uv
     others |= {"--short", "--plot", "--only", "--pytunnel", "--contenders", "--repeat"}  # of the benchmark
     flags = {flag for parser in PARSERS.values() for action in parser._actions for flag in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", ours)) - others <= flags

@@ -517,7 +517,7 @@ async def test_status_and_stop_of_two_clients(machine: Machine, local: RawOrigin
         await visit(machine.url("a"))
         status = {str(row["name"]): row for row in await machine.status()}
         assert sorted(status) == ["a", "b", "c"]
-        for name, pid, requests in (("a", first.pid, 1), ("b", first.pid, 1), ("c", second.pid, 0)):
+        for name, pid, requests in (("a", first.pid, 1), ("b", first.pid, 0), ("c", second.pid, 0)):
             inspector = status[name].pop("inspector")
             assert re.fullmatch(r"http://127\.0\.0\.1:[0-9]+", str(inspector))
             row = {"name": name, "url": machine.url(name), "target": target, "connected": True}
@@ -526,7 +526,7 @@ async def test_status_and_stop_of_two_clients(machine: Machine, local: RawOrigin
         plain = await machine.run("status")
         rows = [re.sub("  http://127.*", "", line) for line in plain.stdout]
         line = "{0}  {1} -> {2}  connected, {3} requests"
-        expected = [line.format(name, machine.url(name), target, n) for name, n in (("a", 1), ("b", 1), ("c", 0))]
+        expected = [line.format(name, machine.url(name), target, n) for name, n in (("a", 1), ("b", 0), ("c", 0))]
         assert (plain.status, sorted(rows), plain.stderr) == (0, expected, [])
 
         for args in ([], ["nobody"]):

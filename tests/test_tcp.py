@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import socket
 import sys
@@ -179,11 +180,17 @@ def test_ports_of_a_server(text: str, host: str | None, ports: range) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "-", "a-b", "6-5", "0-5", "1-", "-5", "65530-65536", f"10000-{10000 + MAX_TCP_PORTS}", "1-2-3", "::1:5-6"],
+    ("text", "error"),
+    [
+        *((text, "give FIRST-LAST") for text in ("", "-", "a-b", "1-", "-5", "1-2-3", "1" * 10)),
+        *((text, "are within 1 to 65535") for text in ("0", "0-5", "1-99999999", "65530-65536", "70000-70010")),
+        ("6-5", "the first port comes first"),
+        (f"10000-{10000 + MAX_TCP_PORTS}", f"these are {MAX_TCP_PORTS + 1}; give {MAX_TCP_PORTS} at most"),
+        ("::1:5-6", "'::1:5' is not an address to listen on"),
+    ],
 )
-def test_what_are_no_ports(text: str) -> None:
-    with pytest.raises(UsageError):
+def test_what_are_no_ports(text: str, error: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(error)):
         parse_ports(text)
 
 
@@ -821,6 +828,8 @@ async def test_a_web_page_is_not_in_a_tcp_tunnel() -> None:
         (["tcp:22", "--host-header", "rewrite"], "host-header is for HTTP, and tcp:22 is TCP"),
         (["tcp:22", "--spa"], "spa is for HTTP, and tcp:22 is TCP"),
         (["3000", "--route", "/a=tcp:80"], "a route leads to HTTP, not to TCP"),
+        (["tcp:0"], "tcp:0 is not a target: a port is within 1 to 65535"),
+        (["a=tcp:22", "b=tcp:23", "--remote-port", "20000"], "--remote-port is for one target"),
         (["3000", "--remote-port", "20000"], "remote-port is for TCP; write tcp:3000"),
         (["tcp:22", "--remote-port", "65536"], "remote-port 65536 is no port"),
     ],

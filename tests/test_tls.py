@@ -1076,7 +1076,8 @@ async def test_a_port_that_is_taken_is_told_and_the_other_let_go(local: Pair) ->
             "there are 2 of --cert and 1 of --key; give a key for each",
         ),
         (["--key", "KEY"], 2, "there are 0 of --cert and 1 of --key"),
-        (["--cert", "CHAIN"], 1, "chain.pem with the key in "),
+        (["--cert", "CHAIN"], 1, "chain.pem holds no private key; give the file that has it with --key"),
+        (["--cert", "CHAIN", "--key", "CHAIN"], 1, "chain.pem holds no private key"),
         (["--cert", "nowhere.pem"], 1, "cannot read nowhere.pem: no such file or directory"),
         (["--hsts"], 2, "--hsts is about TLS; give a certificate with --cert"),
         (["--cert", "CHAIN", "--key", "KEY", "--hsts", "-1"], 2, "--hsts"),
@@ -1094,7 +1095,15 @@ async def test_names_without_a_certificate_are_told(local: Pair) -> None:
     flags = ["serve", "--listen", "127.0.0.1:0", *local.flags, "--domain", "t.example.com"]
     async with await Process.start(*flags) as server:
         await server.stderr_line("no certificate is for *.t.example.com")
+        await server.stderr_line("lead that here, or give --domain t.example.com:")
         await server.stderr_line("--server https://t.example.com")
+
+
+async def test_who_names_the_port_of_the_domain_hears_nothing_of_it(local: Pair) -> None:
+    flags = ["serve", "--listen", "127.0.0.1:0", *local.flags, "--domain", "t.example.com:443"]
+    async with await Process.start(*flags) as server:
+        await server.stderr_line("--server https://t.example.com")
+        assert not [line for line in server.stderr if "lead that here" in line]
 
 
 # ---------------------------------------------------------------------------------------- systemd and certbot
