@@ -6822,10 +6822,8 @@ class TunnelServer:
                 raise Unserved("server-full")
             tunnel, waited = session.names.index(name), time.monotonic() - arrived
             head = RequestHead(b"TCP", visitor.peer.encode(), [])
-            with (
-                self._registry.tcp_stream(session),
-                contextlib.closing(session.link.open(tunnel, Kind.TCP, head, end=False, waited=waited)) as stream,
-            ):
+            opening = functools.partial(session.link.open, tunnel, Kind.TCP, head, end=False, waited=waited)
+            with self._registry.tcp_stream(session), contextlib.closing(opening()) as stream:
                 visitor.on_lost = lambda: None
                 try:
                     await pipe(
