@@ -471,7 +471,7 @@ async def test_json_server_that_forgot_the_session_is_not_resumed() -> None:
         (["connect", "3000", "--token"], "connect --help"),
         (["connect", "3000"], "pytunnel serve"),
         (["connect", "nonsense", "--token", TOKEN], "a port like 3000"),
-        (["connect", "0", "--token", TOKEN], "a port like 3000"),
+        (["connect", "0", "--token", TOKEN], "a port is within 1 to 65535"),
         (["connect", "web=", "--token", TOKEN], "a port like 3000"),
         (["connect", "ftp://localhost:21", "--token", TOKEN], "https://host:port"),
         (["connect", "3000", "4000", "--name", "web", "--token", TOKEN], "web=3000"),

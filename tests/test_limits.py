@@ -249,7 +249,7 @@ async def test_a_head_that_begins_behind_a_declined_upgrade_ends_no_response() -
         upgrade = t.request(headers=[(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")])
         await visitor.send(upgrade + t.request(target=b"/slow"))
         assert (await visitor.read_response()).body == b"ok"
-        assert await visitor.read_until(b"12")
+        assert await visitor.read_until(b"\r\n\r\n12")
         await visitor.send(b"GET /x HT")
         await timer.send(b"G")
         assert (await told(timer)).status == 408

@@ -250,7 +250,7 @@ BROKEN = {
     break_missing: "cannot read .*key.pem: no such file",
     break_garbage: "chain.pem holds no certificate; give",
     break_cut: "chain.pem holds no certificate; give",
-    break_key_garbage: "chain.pem with the key in .*key.pem cannot be used: ",
+    break_key_garbage: "key.pem holds no private key; ",
     break_mismatch: "the key in .*key.pem is not that of the certificate in .*chain.pem",
     break_expired: "chain.pem is not good: certificate has expired; renew it",
     break_encrypted: "key.pem is encrypted; write it without a passphrase: openssl pkey",
