@@ -370,7 +370,7 @@ async def test_local_connections_that_are_not_used_again_are_closed(tmp_path: Pa
         answers = await asyncio.gather(*(t.get(b"/") for _ in range(40)))
         assert {answer.status for answer in answers} == {200}
         await before.descriptors_return(8)
-        assert not origin.open_connections
+        await eventually(lambda: not origin.open_connections, what="the end of the last one, seen here, too")
 
 
 @pytest.mark.parametrize("when", ["at once", "later"])
