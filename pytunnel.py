@@ -276,8 +276,8 @@ ACME_TICK = 3600.0  # seconds at most between two looks at what is due, whatever
 CHECK_TIMEOUT = 5.0  # seconds for each of doctor's checks
 MAX_SKEW = 60.0  # seconds between this machine's clock and the server's before doctor minds
 EXPIRES_SOON = 7 * 86400.0  # seconds that a certificate is still good for when doctor and serve begin to mind
-RELOAD = 60.0  # seconds until a bad certificate is read again although its file is the same: the clock may be set
 REMIND = 86400.0  # seconds between two lines about that in serve's log
+RELOAD = 60.0  # seconds until a bad certificate is read again although its file is the same: the clock may be set
 
 MAX_LINES = 1000  # lines of output that wait for a slow reader
 GATHER = 0.02  # seconds in which lines of output wait for company, after the first
@@ -4498,7 +4498,7 @@ class Connection(asyncio.BufferedProtocol):
     async def write(self, data: bytes) -> None:
         """Send bytes; waits while the other end does not take them. Raises ConnectionError."""
         if self.closed.is_set():
-            raise ConnectionResetError("the connection was closed")
+            raise ConnectionResetError(CLOSED)
         self._written += len(data)
         self.send(data)
         if not self._writable.is_set():
@@ -5178,12 +5178,10 @@ class Certificates:
         certificate = self.find(name) or next(iter(self._given), None)
         return certificate.context if certificate else None
 
-    def put(self, chain: Path, key: Path | None = None) -> Certificate:
-        """Add a certificate, or replace the one for the same names, from now on. Raises TunnelError."""
-        certificate = Certificate.load(chain, key)
+    def put(self, certificate: Certificate) -> None:
+        """Add a certificate, or replace the one for the same names, from now on."""
         self._obtained.update(dict.fromkeys(certificate.names, certificate))
         self._index()
-        return certificate
 
     def prune(self, wanted: Collection[str], now: float) -> None:
         """Take out what was put here, has expired, and is for none of the wanted names."""
@@ -5682,7 +5680,7 @@ class Acme:
         certificate = Certificate.load(path)
         if host not in certificate.names:
             raise TunnelError(f"the certificate is for {', '.join(certificate.names) or 'no host'}, not for {host}")
-        self._certificates.put(path)
+        self._certificates.put(certificate)
         end, life = certificate.expires, certificate.expires - certificate.begins
         self._renewals[host] = end - life * RENEWAL_SHARE * random.uniform(1.0, 1.1)
         until = datetime.datetime.fromtimestamp(end).isoformat(" ", "minutes")
@@ -6670,7 +6668,7 @@ class TunnelServer:
         location = b"https://%b%b" % (where, target if target.startswith(b"/") else b"/")
         visitor.encoder.keep_alive = False
         fields = [(b"Location", location), (b"Content-Length", b"0")]
-        self.metrics['pytunnel_responses_total{class="3xx"}'] += 1
+        self.metrics[RESPONSES_TOTAL[3]] += 1
         visitor.write(visitor.encoder.head(ResponseHead(308, b"Permanent Redirect", fields), _date()))
 
     async def _forward(self, visitor: Visitor, name: str, host: bytes) -> None:

@@ -316,7 +316,8 @@ def test_what_has_not_expired_comes_first(tmp_path: Path, monkeypatch: pytest.Mo
     short = Pair(tmp_path / "short", "web.t.example.com", days=1, number=1)
     fresh = Pair(tmp_path / "fresh", "web.t.example.com", number=2)
     certificates = pytunnel.Certificates([short.paths])
-    put = certificates.put(*fresh.paths)
+    put = pytunnel.Certificate.load(*fresh.paths)
+    certificates.put(put)
     given = certificates.find("web.t.example.com")
     assert given is not put and given and certificates.is_given("web.t.example.com")
     both = pytunnel.Certificates([short.paths, star.paths])
@@ -350,7 +351,8 @@ def test_the_certificate_is_chosen_by_name(tmp_path: Path) -> None:
     exact = Pair(tmp_path / "exact", "web.t.example.com", number=1)
     other = Pair(tmp_path / "other", "other.example", number=2)
     certificates = pytunnel.Certificates([star.paths, exact.paths])
-    put = certificates.put(*other.paths)
+    put = pytunnel.Certificate.load(*other.paths)
+    certificates.put(put)
     contexts = [certificates.context(name) for name in ("t.example.com", "a.t.example.com", "unknown.example", "")]
     assert len(set(contexts)) == 1
     assert certificates.context("web.t.example.com") not in contexts
@@ -362,9 +364,11 @@ def test_the_certificate_is_chosen_by_name(tmp_path: Path) -> None:
 def test_what_was_put_is_replaced_and_refuses_others(tmp_path: Path) -> None:
     certificates = pytunnel.Certificates()
     assert certificates.context("web.example") is None
-    first = certificates.put(*Pair(tmp_path / "1", "web.example").paths)
+    first = pytunnel.Certificate.load(*Pair(tmp_path / "1", "web.example").paths)
+    certificates.put(first)
     assert certificates.find("web.example") == first
-    second = certificates.put(*Pair(tmp_path / "2", "web.example", number=1).paths)
+    second = pytunnel.Certificate.load(*Pair(tmp_path / "2", "web.example", number=1).paths)
+    certificates.put(second)
     assert certificates.find("web.example") == second
     assert certificates.context("other.example") is None
     assert certificates.context("") is None
@@ -385,7 +389,7 @@ async def test_visitors_see_the_certificate_of_the_name_they_ask_for(tmp_path: P
 
 async def test_without_a_certificate_for_it_a_name_is_refused(tmp_path: Path) -> None:
     certificates = pytunnel.Certificates()
-    certificates.put(*Pair(tmp_path / "1", "localhost").paths)
+    certificates.put(pytunnel.Certificate.load(*Pair(tmp_path / "1", "localhost").paths))
     async with serving(certificates, tmp_path) as server:
         for name in ("unknown.example", ""):
             with pytest.raises(ssl.SSLError, match=r"UNRECOGNIZED_NAME|unrecognized name"):
@@ -402,7 +406,7 @@ async def test_visitors_wait_for_a_names_first_certificate(tmp_path: Path) -> No
                 await shown(server.port, "other.localhost")  # nobody waits for this one
             done, _ = await asyncio.wait(waiting, timeout=0.2)
             assert not done
-            certificates.put(*pair.paths)
+            certificates.put(pytunnel.Certificate.load(*pair.paths))
         assert [answer.status for answer in await asyncio.gather(*waiting)] == [404] * 3  # there is no such tunnel
         with certificates.expected("none.localhost"):
             waiting = [asyncio.ensure_future(shown(server.port, "none.localhost"))]
