@@ -446,7 +446,8 @@ async def test_what_a_visitor_sent_before_it_left_is_waited_for_but_not_for_ever
 
 async def test_a_stalled_pipe_holds_the_sender_back_and_nobody_else(subtests: pytest.Subtests) -> None:
     """Who does not read makes the other side wait; when it reads, every byte is there."""
-    size, bound = 24 * MiB, 12 * MiB
+    # At most 16 MiB are in the session's windows, the rest of the bound is what kernels take; seen: 6 to 13 MiB.
+    size, bound = 64 * MiB, 32 * MiB
     written, release = 0, asyncio.Event()
     checker = PatternChecker()
 
