@@ -156,7 +156,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Literal, NamedTuple, NoReturn, ParamSpec, TypeVar, cast
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Generator
@@ -330,7 +330,9 @@ MAX_EMPTY, EMPTY_RATE = 32, 0.1  # TLS records of a connection that hold no data
 # of a handshake, and KeyUpdates, each of which takes as long as 20 KiB of data (Go: 16 in a row, BoringSSL: 32)
 MAX_SECURED, SECURE_RATE = 500, 50.0  # TLS handshakes of an address at once, and a second after that: each takes up to
 # 2 ms, so that one address has a tenth of a core at the most
-MAX_HOSTS = 256  # Host fields whose reading is remembered; a browser sends the same one again and again
+MAX_HOSTS = 256  # Host fields whose reading is remembered; a browser sends the same one again and again,
+MAX_REMEMBERED = 128  # as it does with most other fields: so many heads whose reading is remembered, and what follows
+MAX_REMEMBERED_HEAD = 4 * KiB  # from it; longer ones are not
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
 
 HSTS_AGE = 365 * 86400.0  # seconds; what browsers ask of sites for their list of those that are https only
@@ -1690,15 +1692,16 @@ class Session:
 # gets (RFC 9110, 9112). Bytes stay bytes: names keep their case, fields their order and duplicates, targets their
 # spelling. Whatever a head is decoded from, the checks are these, so no field can smuggle another message.
 
-Headers = list[tuple[bytes, bytes]]
+Headers = Sequence[tuple[bytes, bytes]]
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
 FIELD = re.compile(rb"%b\0%b" % (_TOKEN, _TEXT))
+_FIELDS = re.compile(rb"%b(?:\0%b)*" % (FIELD.pattern, FIELD.pattern))
 _REASON = re.compile(_TEXT)
 _TARGET = re.compile(rb"[\x21\x22\x24-\x7e\x80-\xff]+")
-_REQUEST_HEAD = re.compile(rb"%b\0%b(?:\0%b)*" % (_TOKEN, _TARGET.pattern, FIELD.pattern))  # in a frame
-_RESPONSE_HEAD = re.compile(rb"[1-5][0-9][0-9]\0%b(?:\0%b)*" % (_TEXT, FIELD.pattern))
+_REQUEST_START = re.compile(rb"(%b)\0(%b)(?=\0|\Z)" % (_TOKEN, _TARGET.pattern))  # in a frame
+_RESPONSE_START = re.compile(rb"([1-5][0-9][0-9])\0(%b)(?=\0|\Z)" % _TEXT)
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?(?=\r\n|\Z)")
 _FIELD_LINE = re.compile(rb"\r\n(%b):(%b)(?=\r\n|\Z)" % (_TOKEN, _TEXT))
 _CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
@@ -1729,8 +1732,76 @@ def accept_key(key: bytes) -> bytes:
     return base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
 
 
+_Rest = ParamSpec("_Rest")
+_Result = TypeVar("_Result")
+
+
+def remembered(function: Callable[Concatenate[bytes, _Rest], _Result]) -> Callable[Concatenate[bytes, _Rest], _Result]:
+    """Keep the last results for a head's bytes, unless it is a long one: who asks often asks alike.
+
+    Results are shared; nobody changes them.
+    """
+    cached: Any = functools.lru_cache(MAX_REMEMBERED)(function)
+
+    @functools.wraps(function)
+    def remembering(head: bytes, /, *rest: _Rest.args, **options: _Rest.kwargs) -> _Result:
+        if len(head) <= MAX_REMEMBERED_HEAD:
+            return cast(_Result, cached(head, *rest, **options))
+        return function(head, *rest, **options)
+
+    return remembering
+
+
+class Fields(list[tuple[bytes, bytes]]):
+    """A head's fields, in their order, and what is worked out from them once; nobody changes them."""
+
+    @classmethod
+    def of(cls, headers: Headers) -> Fields:
+        return headers if isinstance(headers, Fields) else cls(headers)
+
+    @functools.cached_property
+    def by_name(self) -> dict[bytes, list[bytes]]:
+        """All values of each name, which is in lower case."""
+        values: dict[bytes, list[bytes]] = {}
+        for name, value in self:
+            values.setdefault(name.lower(), []).append(value)
+        return values
+
+    @functools.cached_property
+    def payload(self) -> bytes:
+        """The fields in a head's frame: names and values, with a NUL between any two."""
+        return b"\0".join(itertools.chain.from_iterable(self))
+
+    @functools.cached_property
+    def wire(self) -> bytes:
+        """The lines of a head on the wire, each with the end of the one before it."""
+        return b"".join([b"\r\n%b: %b" % pair for pair in self])
+
+
+@remembered
+def fields_of(payload: bytes) -> Fields:
+    """Return what has this payload; whether it may be in a head is not checked."""
+    parts = payload.split(b"\0") if payload else []
+    fields = Fields(zip(parts[::2], parts[1::2], strict=True))
+    fields.__dict__["payload"] = payload
+    return fields
+
+
+@remembered
+def _checked_fields(payload: bytes) -> Fields:
+    """Return the fields of a head that came over a link. Raises ProtocolError."""
+    if not _FIELDS.fullmatch(payload):
+        raise ProtocolError("a head with a field that may not be there")
+    fields = fields_of(payload)
+    if len(fields) > MAX_FIELDS:
+        raise ProtocolError(f"a head with {len(fields)} fields, MAX_FIELDS is {MAX_FIELDS}")
+    return fields
+
+
 def field_values(headers: Headers, name: bytes) -> list[bytes]:
     """Return the values of all fields called `name` (lower case)."""
+    if isinstance(headers, Fields):
+        return headers.by_name.get(name, [])
     return [value for key, value in headers if key.lower() == name]
 
 
@@ -1744,19 +1815,14 @@ def compressible(headers: Headers) -> bool:
 
     `Cache-Control: no-transform` does not matter on a hop inside the tunnel: after it the content is what it was.
     """
-    compresses = None
-    for name, value in headers:  # once, and most names are told apart by their length: every message comes here
-        length = len(name)
-        if length == 12 and name.lower() == b"content-type":
-            compresses = compresses is None and _COMPRESSIBLE.match(value) is not None
-        elif length == 16 and name.lower() == b"content-encoding" and value.lower() != b"identity":
-            return False
-    return bool(compresses)
+    types, encodings = field_values(headers, b"content-type"), field_values(headers, b"content-encoding")
+    encoded = any(value.lower() != b"identity" for value in encodings)
+    return len(types) == 1 and not encoded and _COMPRESSIBLE.match(types[0]) is not None
 
 
 def end_to_end(headers: Headers, *, keep_upgrade: bool = False) -> Headers:
     """Return the fields that a proxy passes on (RFC 9110 section 7.6.1), in their order."""
-    if HOP_BY_HOP.isdisjoint([name.lower() for name, _ in headers]):  # Connection is one of them
+    if HOP_BY_HOP.isdisjoint(Fields.of(headers).by_name):  # Connection is one of them
         return headers
     drop = HOP_BY_HOP | field_tokens(headers, b"connection") - NEVER_NOMINATED
     if keep_upgrade:
@@ -1780,7 +1846,7 @@ def forwarded(headers: Headers, peer: str, scheme: str, host: bytes, *, trusted:
     names = b"\0".join([name for name, _ in headers]).lower()
     if b"_" not in names and b"forwarded" not in names and b"x-real-ip" not in names:  # as most are
         return [*headers, *ours]
-    kept = []
+    kept: list[tuple[bytes, bytes]] = []
     for pair in headers:
         lower = pair[0].lower()
         folded = lower.replace(b"_", b"-")
@@ -1872,36 +1938,30 @@ def basic_credentials(headers: Headers) -> bytes | None:
     return credentials if b":" in credentials else None
 
 
-def _encode_head(*start: bytes, headers: Headers) -> bytes:
+def _encode_head(first: bytes, second: bytes, headers: Headers) -> bytes:
     if len(headers) > MAX_FIELDS:
         raise MessageError(f"{len(headers)} fields, MAX_FIELDS is {MAX_FIELDS}", 431)
-    parts = [*start, *itertools.chain.from_iterable(headers)]
-    payload = b"\0".join(parts)
-    if payload.count(b"\0") != len(parts) - 1:
+    start = b"%b\0%b" % (first, second)
+    payload = b"%b\0%b" % (start, Fields.of(headers).payload) if headers else start
+    if payload.count(b"\0") != 2 * len(headers) + 1:
         raise MessageError("NUL in a head")
     if len(payload) > MAX_HEAD - OPEN_HEADER.size:
         raise MessageError(f"a head of {len(payload)} bytes, MAX_HEAD is {MAX_HEAD}", 431)
     return payload
 
 
-def _decode_head(payload: bytes, pattern: re.Pattern[bytes]) -> tuple[bytes, bytes, Headers]:
+def _decode_head(payload: bytes, start: re.Pattern[bytes]) -> tuple[bytes, bytes, Fields]:
     """Return the two parts of the start line, and the fields, of a head that fits. Raises ProtocolError."""
-    if not pattern.fullmatch(payload):
-        raise ProtocolError("a head with a start line or a field that may not be there")
-    first, second, *parts = payload.split(b"\0")
-    if len(parts) > 2 * MAX_FIELDS:
-        raise ProtocolError(f"a head with {len(parts) // 2} fields, MAX_FIELDS is {MAX_FIELDS}")
-    return first, second, list(zip(parts[::2], parts[1::2], strict=True))
+    match = start.match(payload)
+    if not match:
+        raise ProtocolError("a head with a start line that may not be there")
+    end = match.end()
+    return match[1], match[2], _checked_fields(payload[end + 1 :]) if end < len(payload) else Fields()
 
 
-def fields_of(payload: bytes) -> Headers:
+def fields_of_head(payload: bytes) -> Fields:
     """Return the fields of a head that was checked before."""
-    parts = payload.split(b"\0")[2:]
-    return list(zip(parts[::2], parts[1::2], strict=True))
-
-
-def _wire_head(start_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    return b"\r\n".join([start_line, *[b": ".join(pair) for pair in headers], b"", b""])
+    return fields_of(b"".join(payload.split(b"\0", 2)[2:]))
 
 
 @dataclass(slots=True)
@@ -1914,19 +1974,19 @@ class RequestHead:
 
     def encode(self) -> bytes:
         """Return the bytes for an OPEN. Raises MessageError when they are too many."""
-        return _encode_head(self.method, self.target, headers=self.headers)
+        return _encode_head(self.method, self.target, self.headers)
 
     @classmethod
     def decode(cls, payload: bytes) -> RequestHead:
         """Read what `encode` made. Raises ProtocolError."""
-        return cls(*_decode_head(payload, _REQUEST_HEAD))
+        return cls(*_decode_head(payload, _REQUEST_START))
 
     def to_wire(self, *, chunked: bool, upgrade: bool) -> bytes:
         """Return the head for the local service; the body's framing is made anew (RFC 9112 section 6)."""
-        hop: Headers = [(b"Connection", b"Upgrade")] if upgrade else []
+        hop = b"\r\nConnection: Upgrade" if upgrade else b""
         if chunked:
-            hop.append((b"Transfer-Encoding", b"chunked"))
-        return _wire_head(b"%b %b HTTP/1.1" % (self.method, self.target), [*self.headers, *hop])
+            hop += b"\r\nTransfer-Encoding: chunked"
+        return b"%b %b HTTP/1.1%b%b\r\n\r\n" % (self.method, self.target, Fields.of(self.headers).wire, hop)
 
 
 @dataclass(slots=True)
@@ -1939,12 +1999,12 @@ class ResponseHead:
 
     def encode(self) -> bytes:
         """Return the bytes for a HEAD. Raises MessageError when they are too many."""
-        return _encode_head(b"%d" % self.status, self.reason, headers=self.headers)
+        return _encode_head(b"%d" % self.status, self.reason, self.headers)
 
     @classmethod
     def decode(cls, payload: bytes) -> ResponseHead:
         """Read what `encode` made. Raises ProtocolError."""
-        status, reason, headers = _decode_head(payload, _RESPONSE_HEAD)
+        status, reason, headers = _decode_head(payload, _RESPONSE_START)
         return cls(int(status), reason, headers)
 
     @property
@@ -1967,10 +2027,32 @@ class ResponseHead:
 
     def passed_on(self) -> ResponseHead:
         """Return the head as a proxy sends it on, without the framing that is made anew for the visitor."""
-        headers = end_to_end(self.headers, keep_upgrade=self.status in (101, 426))
-        if self.status < 200 or self.status == 204:
-            headers = [(name, value) for name, value in headers if name.lower() != b"content-length"]
-        return self if headers is self.headers else ResponseHead(self.status, self.reason, headers)
+        return ResponseHead(self.status, self.reason, _passed_on(Fields.of(self.headers).payload, self.status))
+
+
+@remembered
+def _passed_on(payload: bytes, status: int) -> Fields:
+    headers = end_to_end(fields_of(payload), keep_upgrade=status in (101, 426))
+    if status < 200 or status == 204:
+        headers = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+    return Fields.of(headers)
+
+
+@remembered
+def _parse_head(text: bytes) -> tuple[ResponseHead, bool]:
+    """Return a response's head, without its end, and whether it is HTTP/1.1. Raises MessageError."""
+    match = _STATUS_LINE.match(text)
+    if not match:
+        raise MessageError("not an HTTP/1 response", 502)
+    headers = Fields((name, value.strip(b" \t")) for name, value in _FIELD_LINE.findall(text))
+    if len(headers) != text.count(b"\r\n"):
+        raise MessageError("a header line that is no field", 502)
+    if len(headers) > MAX_FIELDS:
+        raise MessageError(f"{len(headers)} fields, MAX_FIELDS is {MAX_FIELDS}", 502)
+    minor, status, reason = match.groups(b"")
+    if not _REASON.fullmatch(reason):
+        reason = b""
+    return ResponseHead(int(status), reason, headers), minor == b"1"
 
 
 class ResponseParser:
@@ -2039,18 +2121,7 @@ class ResponseParser:
         if not self.excess.startswith(b"HTTP/1.", self._start):
             raise MessageError("not an HTTP/1 response", 502)
         text = yield from self._read_until(b"\r\n\r\n", MAX_HEAD, "response head")
-        match = _STATUS_LINE.match(text)
-        if not match:
-            raise MessageError("not an HTTP/1 response", 502)
-        headers = [(name, value.strip(b" \t")) for name, value in _FIELD_LINE.findall(text)]
-        if len(headers) != text.count(b"\r\n"):
-            raise MessageError("a header line that is no field", 502)
-        if len(headers) > MAX_FIELDS:
-            raise MessageError(f"{len(headers)} fields, MAX_FIELDS is {MAX_FIELDS}", 502)
-        minor, status, reason = match.groups(b"")
-        if not _REASON.fullmatch(reason):
-            reason = b""
-        return ResponseHead(int(status), reason, headers), minor == b"1"
+        return _parse_head(text)
 
     def _read_chunks(self) -> Generator[None]:
         size = None
@@ -2109,10 +2180,10 @@ class ResponseEncoder:
     def head(self, head: ResponseHead, date: bytes, *, end: bool = False) -> bytes:
         """Return the head on the wire; `end` says that no content will come. Raises MessageError."""
         head = head.passed_on()
-        status_line = b"HTTP/1.1 %d %b" % (head.status, head.reason)
+        start = b"HTTP/1.1 %d %b%b" % (head.status, head.reason, Fields.of(head.headers).wire)
         if head.interim:
-            return _wire_head(status_line, head.headers) if self._http11 else b""
-        hop: Headers = []
+            return start + b"\r\n\r\n" if self._http11 else b""
+        hop: list[tuple[bytes, bytes]] = []
         options = [b"Upgrade"] if head.status in (101, 426) else []
         self._body = head.has_body(self._method)
         self._remaining = head.content_length()
@@ -2138,7 +2209,7 @@ class ResponseEncoder:
         if self._hsts and not field_values(head.headers, b"strict-transport-security"):
             hop.append((b"Strict-Transport-Security", self._hsts))
         self.started = True
-        return _wire_head(status_line, [*head.headers, *hop])
+        return b"%b%b\r\n\r\n" % (start, Fields(hop).wire)
 
     def data(self, data: bytes) -> bytes:
         """Return content on the wire. Raises MessageError when it is more than the head announced."""
@@ -2382,11 +2453,10 @@ class Access(NamedTuple):
         digest = _digest(self.salt, credentials)
         return sum(hmac.compare_digest(digest, known) for known in self.digests) > 0
 
-    def passed_on(self, headers: Headers) -> Headers:
-        """Return a request's fields as the tunnel takes them."""
-        if self.pass_auth or not self.digests:
-            return headers
-        return [(name, value) for name, value in headers if name.lower() != b"authorization"]
+    @property
+    def takes_authorization(self) -> bool:
+        """Whether the Authorization of a request is for the local service."""
+        return self.pass_auth or not self.digests
 
 
 EVERYBODY = Access()
@@ -2743,12 +2813,12 @@ class Exchange:
 
     @property
     def request_headers(self) -> Headers:
-        return fields_of(self.request_head)
+        return fields_of_head(self.request_head)
 
     @property
     def response_headers(self) -> Headers:
         """The fields of the response, none before it has a head."""
-        return fields_of(self.response_head)
+        return fields_of_head(self.response_head)
 
     def summary(self) -> dict[str, Any]:
         """Return it as a program sees it: JSON values, secrets masked, sizes in bytes, `ms` None while it runs."""
@@ -5870,7 +5940,7 @@ def problem_page(problem: str, accept: str, encoder: ResponseEncoder, fields: He
         text = f"{status} {problem}: {sentence}\n"
     body = text.encode()
     headers = [(b"Content-Type", kind), (b"Content-Length", b"%d" % len(body)), (b"X-Pytunnel-Error", problem.encode())]
-    headers += fields + STATUS_FIELDS.get(status, [])
+    headers += [*fields, *STATUS_FIELDS.get(status, [])]
     head = ResponseHead(status, http.HTTPStatus(status).phrase.encode(), headers)
     return encoder.head(head, _date()) + encoder.data(body) + encoder.end()
 
@@ -5927,7 +5997,9 @@ class Visitor:
         self.peer = request.remote or ""
         self.method = message.method.encode()
         self.target = message.path.encode("utf-8", "surrogateescape")
-        self.headers: Headers = list(message.raw_headers)
+        self.headers: Headers = fields_of(Fields(message.raw_headers).payload)
+        if len(self.headers) != len(message.raw_headers):
+            self.headers = message.raw_headers  # there is a NUL in it, which nobody will take
         self.address = visitor_address(self.peer, self.headers, gate.trusted)  # the peer's, or behind a proxy its own
         self.proxied = self.address != self.peer
         self.caller: Caller = gate.callers[self.address] if self.proxied else cast(Any, request.protocol).caller
@@ -6012,7 +6084,7 @@ class Visitor:
         payload = await stream.read_head()
         head = ResponseHead.decode(payload)
         if b"domain" in payload.lower():
-            head.headers = own_cookies(head.headers, self.host)
+            return ResponseHead(head.status, head.reason, own_cookies(head.headers, self.host))
         return head
 
     async def _read_content(self) -> bytes:
@@ -6362,6 +6434,17 @@ def _dialled(host: str | None, everywhere: str) -> str:
     if host in (None, "0.0.0.0", "::"):
         return everywhere
     return f"[{host}]" if ":" in host else host
+
+
+@remembered
+def _request_fields(
+    payload: bytes, peer: str, scheme: str, host: bytes, trusted: bool, upgrade: bool, authorization: bool
+) -> Fields:
+    """Return a request's fields as they go into a tunnel."""
+    headers = end_to_end(fields_of(payload), keep_upgrade=upgrade)
+    if not authorization:
+        headers = [(name, value) for name, value in headers if name.lower() != b"authorization"]
+    return Fields(forwarded(headers, peer, scheme, host, trusted=trusted))
 
 
 class TunnelServer:
@@ -6762,10 +6845,10 @@ class TunnelServer:
                 raise Unserved("unauthorized")
 
     def _request_head(self, visitor: Visitor, host: bytes, access: Access) -> RequestHead:
-        headers = access.passed_on(end_to_end(visitor.headers, keep_upgrade=bool(visitor.upgrade)))
-        trusted = self._gate.is_trusted(visitor.peer)
-        headers = forwarded(headers, visitor.peer, visitor.request.scheme, host, trusted=trusted)
-        return RequestHead(visitor.method, visitor.target, headers)
+        peer, trusted, upgrade = visitor.peer, self._gate.is_trusted(visitor.peer), bool(visitor.upgrade)
+        payload, scheme = Fields.of(visitor.headers).payload, visitor.request.scheme
+        fields = _request_fields(payload, peer, scheme, host, trusted, upgrade, access.takes_authorization)
+        return RequestHead(visitor.method, visitor.target, fields)
 
     # Connections to TCP tunnels
 
@@ -7124,7 +7207,7 @@ class Edits(NamedTuple):
     @classmethod
     def parse(cls, put: Iterable[str], drop: Iterable[str]) -> Edits:
         """Read `Name: value` lines, and names. Raises UsageError."""
-        fields: Headers = []
+        fields: list[tuple[bytes, bytes]] = []
         for line in put:
             name, colon, value = line.partition(":")
             fields.append((os.fsencode(name.strip()), os.fsencode(value.strip())))
@@ -7417,7 +7500,8 @@ class Forwarding:
     def _write_head(self, head: ResponseHead, *, end: bool) -> None:
         if head.status == 101:
             self._check_switch(head)
-        head = ResponseHead(head.status, head.reason, self._edits.apply(head.headers))
+        if (headers := self._edits.apply(head.headers)) is not head.headers:
+            head = ResponseHead(head.status, head.reason, headers)
         payload = head.encode()
         if not head.interim:
             self._log.respond(self._exchange, head, payload)

@@ -123,12 +123,23 @@ async def eventually(predicate: Callable[[], T], timeout: float = 5.0, what: str
     return value
 
 
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_ports = (10_000 + _WORKER % 10 * 200 + n % 200 for n in itertools.count(random.SystemRandom().randrange(200)))
+
+
 def free_port() -> int:
-    """A port on which nothing listens now."""
+    """A port on which nothing listens now, which no connection gets as its own, nor another worker's test."""
+    for port in _ports:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("", port))
+            return port
+    raise AssertionError
+
+
+def listens(port: int) -> bool:
+    """Whether something accepts connections on a port of loopback."""
     with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 # ---------------------------------------------------------------------------------------- Patterns

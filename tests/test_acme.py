@@ -27,7 +27,7 @@ from acme.errors import ClientError
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from support import PROGRAM, Process, RawOrigin, RawRequest, eventually, free_port, response, with_limits
+from support import PROGRAM, Process, RawOrigin, RawRequest, eventually, free_port, listens, response, with_limits
 
 import pytunnel
 from pytunnel import Acme, Certificates, TunnelError
@@ -81,6 +81,7 @@ class Authority:
         for command, ready in ((dns, "Starting management server"), (pebble, "ACME directory available")):
             self._processes.append(await Process.start(command=command, env=self.environment))
             await self._processes[-1].stdout_line(ready)
+        await eventually(lambda: listens(self.port), what="pebble listens")  # it says that it does before
 
     async def stop(self) -> None:
         while self._processes:

@@ -14,7 +14,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ from support import (
     Tunnel,
     chunk,
     eventually,
+    listens,
     pattern,
     request,
     response,
@@ -815,11 +815,6 @@ signal.signal(signal.SIGUSR2, lambda *_: ahead.__setitem__(0, ahead[0] + 10))
 """
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
-
-
 async def test_a_drain_of_two_minutes_takes_two_minutes() -> None:
     """By the server's clock, which a signal puts forward by 110 seconds, and another by the last 10."""
     halves = Halves()
@@ -842,7 +837,7 @@ async def test_a_drain_of_two_minutes_takes_two_minutes() -> None:
         server = tunnel.server
         server.send_signal(signal.SIGTERM)
         await server.stderr_line("stopping; running requests have 120 s")
-        await eventually(lambda: not _listens(tunnel.port), what="the drain to begin")
+        await eventually(lambda: not listens(tunnel.port), what="the drain to begin")
         server.send_signal(signal.SIGUSR1)
         await download.finish()
         assert server.returncode is None and not endless.buffered

@@ -11,7 +11,6 @@ import pty
 import re
 import shlex
 import signal
-import socket
 import ssl
 import struct
 import subprocess
@@ -32,6 +31,7 @@ from support import (
     Relay,
     eventually,
     free_port,
+    listens,
     pattern,
     request,
     response,
@@ -660,12 +660,6 @@ async def test_an_inspector_leaves_its_client_s_target_alone(machine: Machine) -
     async with machine.client(f"web={port}", "--route", f"/api={port + 1}"):
         (row,) = await machine.status()
         assert urlsplit(str(row["inspector"])).port not in (port, port + 1)
-
-
-def listens(port: int) -> bool:
-    """Whether the port is taken."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 # ---------------------------------------------------------------------------------------- expect
