@@ -164,6 +164,7 @@ if TYPE_CHECKING:
     import aiohttp
     import zstandard
     from aiohttp import web
+    from aiohttp.http_parser import RawRequestMessage
 
 __version__ = "0.1.0"
 __all__ = ["Exchange", "Session", "TunnelClient", "TunnelError", "TunnelServer", "connect", "main", "serve"]
@@ -194,7 +195,7 @@ MAX_CONTROL = 1 * KiB  # bytes of a RESET's or GOAWAY's payload
 MAX_MESSAGE = 1 * MiB  # bytes of one WebSocket message: a batch and the frame that reached over its limit
 MAX_BATCH = 256 * KiB  # bytes that one message collects before it goes out
 LINK_BUFFER = MAX_BATCH + 1 * KiB  # bytes read from a link at a time: a message with a chunk and what goes along
-MAX_WOKEN = 8  # times that something became ready to be sent before a message goes out within the turn
+MAX_WOKEN = 16  # times that something became ready to be sent before a message goes out within the turn
 MAX_FRAMES = 1000  # frames taken before others have their turn of the event loop: 5 ms, where a message may hold 80,000
 ZSTD_FRAMES = 30  # of these that a compressed one counts for: its content takes up to 0.3 ms to unpack
 TURN_TIME = 0.0025  # seconds of the link that a stream has before it is the next one's turn, and that a message takes:
@@ -218,7 +219,8 @@ MAX_UNACKED = 8 * MiB  # bytes kept for resume; at this bound no more DATA is ta
 MAX_UNACKED_FRAMES = 65536  # frames kept for resume, or waiting; a peer that never acknowledges, or reads, is cut here
 MAX_PENDING = 16 * MiB  # bytes of frames kept for resume and of control frames waiting; past it no stream is opened
 ACK_BYTES = 256 * KiB  # bytes received before an acknowledgement is sent at once
-ACK_DELAY = 0.1  # seconds an acknowledgement may wait for company
+ACK_DELAY = 0.1  # seconds an acknowledgement may wait for company,
+ACK_PAUSE = 0.002  # and those from one in company to the next: thousands of messages a second need no ACK each
 HTTP_SHARE = 8  # one of so many streams is for HTTP, where a session has both: TCP connections may be idle for days
 MAX_STREAMS = 512  # streams of one session at a time, and requests of one token with a label, as above
 MAX_STREAM_ID = 2**31 - 1  # RFC 9113 section 5.1.1; a session that used it up is replaced by a fresh one
@@ -332,7 +334,7 @@ MAX_SECURED, SECURE_RATE = 500, 50.0  # TLS handshakes of an address at once, an
 # 2 ms, so that one address has a tenth of a core at the most
 MAX_HOSTS = 256  # Host fields whose reading is remembered; a browser sends the same one again and again,
 MAX_REMEMBERED = 128  # as it does with most other fields: so many heads whose reading is remembered, and what follows
-MAX_REMEMBERED_HEAD = 4 * KiB  # from it; longer ones are not
+MAX_REMEMBERED_HEAD = 4 * KiB  # from it; longer ones are not. Who makes them up takes 12 MiB of a process at the most
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
 
 HSTS_AGE = 365 * 86400.0  # seconds; what browsers ask of sites for their list of those that are https only
@@ -496,6 +498,7 @@ class Opcode(enum.IntEnum):
 
 
 OPCODES = frozenset(Opcode)
+_CONTINUATION, _FIRST_CONTROL = Opcode.CONTINUATION, Opcode.CLOSE  # Python 3.11 takes long for a member of an enum
 
 
 class CloseCode(enum.IntEnum):
@@ -513,17 +516,23 @@ class MessagePart(NamedTuple):
     end: bool  # they are its last ones
 
 
-def mask_payload(payload: bytes | memoryview, key: bytes, *more: bytes) -> bytes | bytearray:
-    """Return the payload, and what `more` there is of it, masked or unmasked with a key of four bytes (section 5.3)."""
-    if sum(map(len, more), len(payload)) > MAX_CONTROL:
-        with contextlib.suppress(ImportError):  # aiohttp does it 80 times as fast, but promises nobody that it will
-            from aiohttp._websocket.helpers import websocket_mask
+@functools.cache
+def _masker() -> Callable[[bytes, bytearray], None] | None:
+    """Return what masks in place; aiohttp does it 80 times as fast, but promises nobody that it will."""
+    with contextlib.suppress(ImportError):
+        from aiohttp._websocket.helpers import websocket_mask
 
-            masked = bytearray().join((payload, *more))
-            websocket_mask(key, masked)
-            return masked
-    payload = b"".join((payload, *more))
+        return websocket_mask
+    return None
+
+
+def mask_payload(key: bytes, *pieces: bytes | memoryview) -> bytes | bytearray:
+    """Return a payload, in pieces, masked or unmasked with a key of four bytes (section 5.3)."""
+    payload = bytearray().join(pieces)
     n = len(payload)
+    if n > MAX_CONTROL and (mask := _masker()):
+        mask(key, payload)
+        return payload
     return (int.from_bytes(payload) ^ int.from_bytes((key * (n // 4 + 1))[:n])).to_bytes(n)
 
 
@@ -541,7 +550,7 @@ def message_frame(opcode: Opcode, payload: Sequence[bytes], key: bytes = b"") ->
         header = struct.pack(">BBH", 0x80 | opcode, masked | 126, size)
     else:
         header = struct.pack(">BBQ", 0x80 | opcode, masked | 127, size)
-    pieces = [header + key, mask_payload(b"", key, *payload)] if key else [header, *payload]
+    pieces = [header + key, mask_payload(key, *payload)] if key else [header, *payload]
     return pieces if size > SEND_BUFFER else [b"".join(pieces)]
 
 
@@ -581,13 +590,15 @@ class MessageDecoder:
             start += len(piece)
             self._left -= len(piece)
             if self._key:
-                parts.append(self._part(mask_payload(piece, self._key)))
-                turn = len(piece) % 4
-                self._key = self._key[turn:] + self._key[:turn]
+                parts.append(self._part(mask_payload(self._key, piece)))
+                if self._left:
+                    turn = len(piece) % 4
+                    self._key = self._key[turn:] + self._key[:turn]
             else:
                 parts.append(self._part(piece))
         self.has_more = start < end and len(parts) >= MAX_FRAMES
-        self._buffer = bytes(data[start:])
+        if start < end:
+            self._buffer = bytes(data[start:])
         return parts
 
     def _part(self, data: bytes | bytearray | memoryview) -> MessagePart:
@@ -609,10 +620,10 @@ class MessageDecoder:
         if first & 0x70 or opcode not in OPCODES:
             raise ProtocolError(f"a WebSocket frame that begins with {first:#x}")
         masked = bool(second & 0x80)
-        if masked != self._masked and (masked or opcode != Opcode.CLOSE):  # Caddy 2.6 stops with a Close of its own
+        if masked is not self._masked and (masked or opcode != Opcode.CLOSE):  # Caddy 2.6 stops with a Close of its own
             raise ProtocolError("a WebSocket frame that is " + ("masked" if masked else "not masked"))
-        begin = start + 2 + {126: 2, 127: 8}.get(size, 0)
-        control = opcode >= Opcode.CLOSE
+        begin = start + (2 if size < 126 else 4 if size == 126 else 10)
+        control = opcode >= _FIRST_CONTROL
         if control and (size > 125 or not first & 0x80):
             raise ProtocolError("a control message that is long or in fragments")
         if len(data) < begin + 4 * masked + control * size:
@@ -623,13 +634,14 @@ class MessageDecoder:
         begin += len(key)
         if control:
             payload = bytes(data[begin : begin + size])
-            return begin + size, MessagePart(opcode, mask_payload(payload, key) if key else payload, True)
-        if (opcode == Opcode.CONTINUATION) != (self._opcode is not None):
+            return begin + size, MessagePart(opcode, mask_payload(key, payload) if key else payload, True)
+        goes_on = opcode == _CONTINUATION
+        if goes_on != (self._opcode is not None):
             raise ProtocolError("a message inside another, or the rest of none")
-        self._size = size + (self._size if opcode == Opcode.CONTINUATION else 0)
+        self._size = size + (self._size if goes_on else 0)
         if self._size > MAX_MESSAGE:
             raise ProtocolError(f"a message over {MAX_MESSAGE} bytes", ErrorCode.FRAME_SIZE)
-        if opcode != Opcode.CONTINUATION:
+        if not goes_on:
             self._opcode = opcode
         self._left, self._final, self._key = size, bool(first & 0x80), key
         return begin, None if size else self._part(b"")
@@ -680,6 +692,10 @@ FRAME_RULES: dict[int, _Rule] = {
     FrameType.ACK: _Rule(8, 8, 0, False),
     FrameType.PONG: _Rule(8, 8, 0, False),
 }
+# Python 3.11 takes 0.1 us for a member of an enum; those that each frame is compared with have names of their own.
+_DATA, _HEAD, _OPEN = FrameType.DATA, FrameType.HEAD, FrameType.OPEN
+_RESET, _GOAWAY, _WINDOW = FrameType.RESET, FrameType.GOAWAY, FrameType.WINDOW
+_NO_RULE = _Rule(1, 0, 0, False)  # no length is right
 MAY_ASK = frozenset({FrameType.DATA, FrameType.HEAD, FrameType.OPEN})
 LINK_LEVEL = frozenset({FrameType.PING, FrameType.PONG, FrameType.ACK})  # not counted, not sent again
 
@@ -739,7 +755,7 @@ class FrameDecoder:
             data = b"".join(self._parts)
             self._parts.clear()
         frames, start, end, room, self.has_more = [], 0, len(data), MAX_FRAMES, False
-        view, header = memoryview(data), FRAME_HEADER.size
+        source, header = data if isinstance(data, bytes) else memoryview(data), FRAME_HEADER.size
         self._missing = header
         while end - start >= header:
             if room <= 0:
@@ -748,7 +764,10 @@ class FrameDecoder:
                 break
             word, flags, stream_id = FRAME_HEADER.unpack_from(data, start)
             length, type_ = word >> 8, word & 0xFF
-            self._check(type_, flags, stream_id, length)
+            least, most, known, on_stream = FRAME_RULES.get(type_, _NO_RULE)  # `_check`, at a glance
+            is_usual = least <= length <= most and not flags & ~known and stream_id <= MAX_STREAM_ID
+            if not is_usual or (stream_id != 0) != on_stream:
+                self._check(type_, flags, stream_id, length)
             begin = start + header
             if end - begin < length:
                 self._missing = header + length
@@ -756,7 +775,7 @@ class FrameDecoder:
             start = begin + length
             room -= ZSTD_FRAMES if flags & ZSTD else 1
             if type_ < FIRST_EXTENSION:
-                frames.append(Frame(type_, flags, stream_id, bytes(view[begin:start])))
+                frames.append(Frame(type_, flags, stream_id, bytes(source[begin:start])))
         self.buffered = end - start
         if self.buffered:
             rest = data[start:]
@@ -1102,6 +1121,9 @@ TRANSITIONS = {  # what is missing here is a protocol error
 }
 
 
+_CLOSED = StreamState.CLOSED
+
+
 class Kind(enum.IntEnum):
     """What a stream carries, from its OPEN."""
 
@@ -1110,6 +1132,7 @@ class Kind(enum.IntEnum):
     TCP = 2  # a visitor's connection: bytes both ways; its HEAD, a 101, says that the local service has accepted
 
 
+KINDS = frozenset(Kind)
 OPEN_HEADER = struct.Struct(">HBI")  # tunnel index, Kind, ms waited on the server; the request head follows
 
 
@@ -1196,6 +1219,7 @@ class Session:
         self._pings: list[bytes] = []  # PONGs and a PING to send
         self._bytes_to_ack = 0  # from ACK_BYTES on, an ACK is due
         self._ack_deadline: float | None = None
+        self._acked_at = -math.inf  # when the last ACK was sent
         self._heard_at = self._pinged_at = 0.0  # the PING is not answered while its time is the later one
 
     # Streams
@@ -1364,9 +1388,10 @@ class Session:
             room = self._take_control(out, limit, now)
             if self._fresh or self._ready:
                 self._take_data(out, min(room, self._in_flight.turn), now)
-        if self._bytes_to_ack >= ACK_BYTES or (out and self._ack_deadline is not None):
+        goes_along = out and self._ack_deadline is not None and now >= self._acked_at + ACK_PAUSE
+        if self._bytes_to_ack >= ACK_BYTES or goes_along:
             out.append(encode_frame(FrameType.ACK, 0, 0, self.received.to_bytes(8, "big")))
-            self._bytes_to_ack, self._ack_deadline = 0, None
+            self._bytes_to_ack, self._ack_deadline, self._acked_at = 0, None, now
         return out
 
     def receive_data(self, data: bytes | bytearray | memoryview, now: float) -> list[Frame]:
@@ -1378,12 +1403,13 @@ class Session:
         frames = self._decoder.feed(data)
         self.work += 1 + len(frames)
         for frame in frames:
-            if frame.type in LINK_LEVEL:
+            type_, flags, _, payload = frame
+            if type_ in LINK_LEVEL:
                 self._receive_link_level(frame)
                 continue
             self.received += 1
-            self._bytes_to_ack += FRAME_HEADER.size + len(frame.payload)
-            if frame.flags & ASK:
+            self._bytes_to_ack += FRAME_HEADER.size + len(payload)
+            if flags & ASK:
                 self._bytes_to_ack += ACK_BYTES
             if event := self._receive(frame):
                 events.append(event)
@@ -1581,7 +1607,7 @@ class Session:
             reason = f"{input_.name} on stream {stream.id}, which is {stream.state.name}"
             raise ProtocolError(reason, ErrorCode.STREAM_CLOSED)
         stream.state = state
-        if state is StreamState.CLOSED:
+        if state is _CLOSED:
             del self._streams[stream.id]
             self._credits.pop(stream.id, None)
             stream.pending.clear()
@@ -1610,38 +1636,39 @@ class Session:
 
     def _receive(self, frame: Frame) -> Frame | None:
         """Take a counted frame; return it, unpacked, when it is an event for the layer above."""
-        if frame.type == FrameType.OPEN:
+        type_, flags, stream_id, payload = frame
+        if type_ == _OPEN:
             return frame if self._receive_open(frame) else None
-        if frame.type == FrameType.GOAWAY:
-            self.goaway = decode_reason(frame.payload)
+        if type_ == _GOAWAY:
+            self.goaway = decode_reason(payload)
             return frame
-        stream = self._streams.get(frame.stream_id)
+        stream = self._streams.get(stream_id)
         if stream is None:
-            if frame.stream_id > self._last_id:
+            if stream_id > self._last_id:
                 raise ProtocolError(f"{frame} before its OPEN")
             return None  # closed, and the frame was still on its way
-        if frame.type == FrameType.WINDOW:
-            stream.send.add(int.from_bytes(frame.payload, "big"))
+        if type_ == _WINDOW:
+            stream.send.add(int.from_bytes(payload, "big"))
             self._make_ready(stream)
             return None
-        if frame.type == FrameType.RESET:
+        if type_ == _RESET:
             self._transition(stream, Input.RESET)
             return frame
-        if frame.type == FrameType.HEAD:
+        if type_ == _HEAD:
             self._check_head(stream, frame)
         elif not stream.headed:
-            raise ProtocolError(f"DATA before the HEAD on stream {stream.id}")
-        elif not frame.payload and not frame.flags & END:
-            raise ProtocolError(f"empty DATA on stream {stream.id}")
-        self._transition(stream, Input.RECEIVE_END if frame.flags & END else Input.RECEIVE)
-        if frame.type == FrameType.DATA:  # the credit comes first: nothing is unpacked that is past the window
-            length = content_length(frame.payload) if frame.flags & ZSTD else len(frame.payload)
-            starved = stream.receive.receive(length, self._heard_at, is_blocked=bool(frame.flags & BLOCKED))
-            if starved and not frame.flags & END:
+            raise ProtocolError(f"DATA before the HEAD on stream {stream_id}")
+        elif not payload and not flags & END:
+            raise ProtocolError(f"empty DATA on stream {stream_id}")
+        self._transition(stream, Input.RECEIVE_END if flags & END else Input.RECEIVE)
+        if type_ == _DATA:  # the credit comes first: nothing is unpacked that is past the window
+            length = content_length(payload) if flags & ZSTD else len(payload)
+            starved = stream.receive.receive(length, self._heard_at, is_blocked=bool(flags & BLOCKED))
+            if starved and not flags & END:
                 self._widen(stream)
-        if frame.flags & ZSTD:
+        if flags & ZSTD:
             frame = self._unpacked(stream, frame)
-        if frame.flags & END:
+        if flags & END:
             stream.unpacked_history = b""
         return frame
 
@@ -1663,7 +1690,7 @@ class Session:
     def _receive_open(self, frame: Frame) -> bool:
         if self.is_server or frame.stream_id <= self._last_id:
             raise ProtocolError(f"OPEN of stream {frame.stream_id} after {self._last_id}")
-        unknown = frame.payload[2] not in Kind.__members__.values()  # what a newer peer may ask for
+        unknown = frame.payload[2] not in KINDS  # what a newer peer may ask for
         if unknown or self.leaving or len(self._streams) >= self.max_streams or self._congested:
             self._last_id = frame.stream_id
             code = ErrorCode.SHUTDOWN if self.leaving else ErrorCode.REFUSED
@@ -1768,6 +1795,11 @@ class Fields(list[tuple[bytes, bytes]]):
         return values
 
     @functools.cached_property
+    def is_valid(self) -> bool:
+        """Whether they may be in a head."""
+        return _FIELDS.fullmatch(self.payload) is not None
+
+    @functools.cached_property
     def payload(self) -> bytes:
         """The fields in a head's frame: names and values, with a NUL between any two."""
         return b"\0".join(itertools.chain.from_iterable(self))
@@ -1778,23 +1810,27 @@ class Fields(list[tuple[bytes, bytes]]):
         return b"".join([b"\r\n%b: %b" % pair for pair in self])
 
 
+def is_free_of_nul(payload: bytes, headers: Headers) -> bool:
+    """Whether the payload of these fields has as many parts as they have: none of them has a NUL itself."""
+    return payload.count(b"\0") == max(0, 2 * len(headers) - 1)
+
+
 @remembered
 def fields_of(payload: bytes) -> Fields:
-    """Return what has this payload; whether it may be in a head is not checked."""
+    """Return what has this payload, which has an even number of parts; whether it may be in a head is not checked."""
     parts = payload.split(b"\0") if payload else []
     fields = Fields(zip(parts[::2], parts[1::2], strict=True))
     fields.__dict__["payload"] = payload
     return fields
 
 
-@remembered
 def _checked_fields(payload: bytes) -> Fields:
     """Return the fields of a head that came over a link. Raises ProtocolError."""
-    if not _FIELDS.fullmatch(payload):
+    count, odd = divmod(payload.count(b"\0") + 1, 2)
+    if count > MAX_FIELDS:
+        raise ProtocolError(f"a head with {count} fields, MAX_FIELDS is {MAX_FIELDS}")
+    if odd or not (fields := fields_of(payload)).is_valid:
         raise ProtocolError("a head with a field that may not be there")
-    fields = fields_of(payload)
-    if len(fields) > MAX_FIELDS:
-        raise ProtocolError(f"a head with {len(fields)} fields, MAX_FIELDS is {MAX_FIELDS}")
     return fields
 
 
@@ -1964,8 +2000,7 @@ def fields_of_head(payload: bytes) -> Fields:
     return fields_of(b"".join(payload.split(b"\0", 2)[2:]))
 
 
-@dataclass(slots=True)
-class RequestHead:
+class RequestHead(NamedTuple):
     """A request's start line and fields; what it holds has passed the checks of this section."""
 
     method: bytes
@@ -1989,8 +2024,7 @@ class RequestHead:
         return b"%b %b HTTP/1.1%b%b\r\n\r\n" % (self.method, self.target, Fields.of(self.headers).wire, hop)
 
 
-@dataclass(slots=True)
-class ResponseHead:
+class ResponseHead(NamedTuple):
     """A response's status line and fields; what it holds has passed the checks of this section."""
 
     status: int
@@ -2038,9 +2072,18 @@ def _passed_on(payload: bytes, status: int) -> Fields:
     return Fields.of(headers)
 
 
+class _Framed(NamedTuple):
+    """A response's head, and what it says about its content and the connection."""
+
+    head: ResponseHead
+    keep_alive: bool
+    length: int | None
+    is_chunked: bool
+
+
 @remembered
-def _parse_head(text: bytes) -> tuple[ResponseHead, bool]:
-    """Return a response's head, without its end, and whether it is HTTP/1.1. Raises MessageError."""
+def _parse_head(text: bytes) -> _Framed:
+    """Read a response's head, without its end. Raises MessageError."""
     match = _STATUS_LINE.match(text)
     if not match:
         raise MessageError("not an HTTP/1 response", 502)
@@ -2052,7 +2095,15 @@ def _parse_head(text: bytes) -> tuple[ResponseHead, bool]:
     minor, status, reason = match.groups(b"")
     if not _REASON.fullmatch(reason):
         reason = b""
-    return ResponseHead(int(status), reason, headers), minor == b"1"
+    head, http11 = ResponseHead(int(status), reason, headers), minor == b"1"
+    if head.interim:
+        return _Framed(head, False, None, False)
+    encodings = field_values(headers, b"transfer-encoding")
+    length = head.content_length()
+    if encodings and (length is not None or not http11 or [e.lower() for e in encodings] != [b"chunked"]):
+        raise MessageError("Transfer-Encoding is not just chunked", 502)
+    keep_alive = http11 and b"close" not in field_tokens(headers, b"connection") and head.status != 101
+    return _Framed(head, keep_alive, length, bool(encodings))
 
 
 class ResponseParser:
@@ -2091,20 +2142,15 @@ class ResponseParser:
 
     def _read(self) -> Generator[None]:
         for _ in range(MAX_INTERIM + 1):
-            head, http11 = yield from self._read_head()
+            head, keep_alive, length, is_chunked = yield from self._read_head()
             self._events.append(head)
             if not head.interim:
                 break
         else:
             raise MessageError(f"more than {MAX_INTERIM} interim responses", 502)
-        self.head = head
-        encodings = field_values(head.headers, b"transfer-encoding")
-        length = head.content_length()
-        if encodings and (length is not None or not http11 or [e.lower() for e in encodings] != [b"chunked"]):
-            raise MessageError("Transfer-Encoding is not just chunked", 502)
-        self.keep_alive = http11 and b"close" not in field_tokens(head.headers, b"connection") and head.status != 101
+        self.head, self.keep_alive = head, keep_alive
         if head.has_body(self._method):
-            if encodings:
+            if is_chunked:
                 yield from self._read_chunks()
             elif length is not None:
                 yield from self._read_content(length)
@@ -2115,7 +2161,7 @@ class ResponseParser:
                     yield
         self.done = True
 
-    def _read_head(self) -> Generator[None, None, tuple[ResponseHead, bool]]:
+    def _read_head(self) -> Generator[None, None, _Framed]:
         while b"HTTP/1.".startswith(self.excess[self._start :]):  # anything else is refused without waiting for its end
             yield
         if not self.excess.startswith(b"HTTP/1.", self._start):
@@ -2183,17 +2229,17 @@ class ResponseEncoder:
         start = b"HTTP/1.1 %d %b%b" % (head.status, head.reason, Fields.of(head.headers).wire)
         if head.interim:
             return start + b"\r\n\r\n" if self._http11 else b""
-        hop: list[tuple[bytes, bytes]] = []
+        hop = b""
         options = [b"Upgrade"] if head.status in (101, 426) else []
         self._body = head.has_body(self._method)
         self._remaining = head.content_length()
         if self._body and self._remaining is None:
             if end:
                 self._remaining = 0
-                hop.append((b"Content-Length", b"0"))
+                hop += b"\r\nContent-Length: 0"
             elif self._http11:
                 self._chunked = True
-                hop.append((b"Transfer-Encoding", b"chunked"))
+                hop += b"\r\nTransfer-Encoding: chunked"
             else:
                 self.keep_alive, self.until_close = False, True
         if head.status == 101:
@@ -2203,13 +2249,13 @@ class ResponseEncoder:
         elif not self._http11:
             options.append(b"keep-alive")
         if options:
-            hop.append((b"Connection", b", ".join(options)))
+            hop += b"\r\nConnection: " + b", ".join(options)
         if head.status >= 200 and not field_values(head.headers, b"date"):
-            hop.append((b"Date", date))  # RFC 9110 section 6.6.1
+            hop += b"\r\nDate: " + date  # RFC 9110 section 6.6.1
         if self._hsts and not field_values(head.headers, b"strict-transport-security"):
-            hop.append((b"Strict-Transport-Security", self._hsts))
+            hop += b"\r\nStrict-Transport-Security: " + self._hsts
         self.started = True
-        return b"%b%b\r\n\r\n" % (start, Fields(hop).wire)
+        return b"%b%b\r\n\r\n" % (start, hop)
 
     def data(self, data: bytes) -> bytes:
         """Return content on the wire. Raises MessageError when it is more than the head announced."""
@@ -2666,6 +2712,7 @@ _SECRET_PARAMETER = re.compile(
 _SECRET_MEMBER = re.compile(
     rf'(?i)("[^"\n]{{0,64}}(?:{_SECRET})[^"\n]{{0,64}}"\s{{0,8}}:\s{{0,8}})(?:"(?:[^"\\]|\\.)*"?|-?\w[\w.+-]*)'
 )
+_SECRET_PART = re.compile(rf"{_SECRET}|sig|key|code")  # quick to tell, and in all that these find
 _SECRET_FIELD = re.compile(rb"(?i).*(?:token|secret|password|api-?key|authorization|cookie\Z|credential)")
 MASK = "•••"
 
@@ -2673,6 +2720,8 @@ MASK = "•••"
 def mask(text: str) -> str:
     """Return a target or a body with the values of parameters and JSON members that look like secrets masked."""
     if "=" not in text and ":" not in text:  # most targets are just a path
+        return text
+    if text.isascii() and not _SECRET_PART.search(text.lower()):
         return text
     return _SECRET_MEMBER.sub(rf'\1"{MASK}"', _SECRET_PARAMETER.sub(rf"\1{MASK}", text))
 
@@ -2813,12 +2862,12 @@ class Exchange:
 
     @property
     def request_headers(self) -> Headers:
-        return fields_of_head(self.request_head)
+        return list(fields_of_head(self.request_head))
 
     @property
     def response_headers(self) -> Headers:
         """The fields of the response, none before it has a head."""
-        return fields_of_head(self.response_head)
+        return list(fields_of_head(self.response_head))
 
     def summary(self) -> dict[str, Any]:
         """Return it as a program sees it: JSON values, secrets masked, sizes in bytes, `ms` None while it runs."""
@@ -4252,9 +4301,9 @@ class Stream:
 
     def feed(self, frame: Frame) -> None:
         """Take a frame that the session let through."""
-        if frame.type == FrameType.RESET:
+        if frame.type == _RESET:
             return self.fail(StreamReset(*decode_reason(frame.payload)), by_peer=True)
-        if frame.type == FrameType.HEAD:
+        if frame.type == _HEAD:
             if self.kind is not Kind.TCP:  # there, nobody reads it
                 self._heads.append(frame.payload)
         elif self._chunks and len(self._chunks[-1]) + len(frame.payload) < MAX_HEAD:
@@ -4396,16 +4445,16 @@ class Link:
     def wake(self, *, more: bool = True) -> None:
         """Send what there is to send when this turn of the event loop ends, together with what others add in it.
 
-        At once, when no `more` is to come from the caller and there are no others; and when that has become much: else
-        two ends that have a hundred requests between them would wait for each other, and not work side by side.
+        At once, when no `more` is to come from the caller, and there are no others or it has become much: else two ends
+        that have a hundred requests between them would wait for each other, and not work side by side.
         """
         if self._ws and self._ws.writable:
-            if not self._flushing:
-                self._flushing, self._woken = True, 0
-                asyncio.get_running_loop().call_soon(self._flush)
             self._woken += 1
-            if self._woken == MAX_WOKEN or not (more or len(self._streams) > 1):
+            if not more and (self._woken >= MAX_WOKEN or len(self._streams) <= 1):
                 self._flush()
+            elif not self._flushing:
+                self._flushing = True
+                asyncio.get_running_loop().call_soon(self._flush_last)
 
     # Called by the WebSocket
 
@@ -4445,8 +4494,12 @@ class Link:
         if self._ws:
             self._stalled = loop.call_later(WRITE_TIMEOUT, look, self._ws.transport.get_write_buffer_size())
 
+    def _flush_last(self) -> None:
+        if self._flushing:
+            self._flush()
+
     def _flush(self) -> None:
-        self._flushing = False
+        self._flushing, self._woken = False, 0
         ws, session = self._ws, self.session
         if ws is None or not ws.writable:
             return
@@ -4470,14 +4523,14 @@ class Link:
 
     def _dispatch(self, frame: Frame) -> None:
         log.debug("< %s", frame)
-        if frame.type == FrameType.OPEN:
+        if frame.type == _OPEN:
             tunnel, kind, waited = OPEN_HEADER.unpack_from(frame.payload)
             head, ended = frame.payload[OPEN_HEADER.size :], bool(frame.flags & END)
             stream = Stream(self, frame.stream_id, tunnel, Kind(kind), head, ended=ended)
             stream.waited = waited / 1000
             self._streams[stream.id] = stream
             self.on_stream(stream)
-        elif frame.type == FrameType.GOAWAY:
+        elif frame.type == _GOAWAY:
             self.on_goaway(*decode_reason(frame.payload))
         elif frame.stream_id in self._streams:
             self._streams[frame.stream_id].feed(frame)
@@ -4830,7 +4883,7 @@ class TunnelRegistry:
         self._latest: dict[str, str] = {}  # name -> the last session that had it, even when it is over
         self.replaced: dict[str, list[str]] = {}  # by key: sessions that others have replaced
         self._held: collections.Counter[str] = collections.Counter()  # requests that wait
-        self._changed = asyncio.Event()  # a fresh one after each change that they may wait for
+        self._changed = asyncio.get_running_loop().create_future()  # a fresh one after each change they may wait for
         try:
             saved = parse_object(path.read_text())
             self._owners = {str(name): str(key) for name, key in saved["names"].items()}
@@ -4894,8 +4947,9 @@ class TunnelRegistry:
         for name in names:
             self._owners.pop(name, None)
             self._owners[name] = key  # at the end: the first ones are those unused the longest
-        unused = [name for name, owner in self._owners.items() if owner == key and name not in {*self._tunnels, *names}]
-        self._free(unused[: max(0, sum(owner == key for owner in self._owners.values()) - MAX_NAMES)])
+        own, used = [name for name, owner in self._owners.items() if owner == key], {*self._tunnels, *names}
+        if len(own) > MAX_NAMES:
+            self._free([name for name in own if name not in used][: len(own) - MAX_NAMES])
         if fresh or self._unsaved:
             self._save()
 
@@ -5012,8 +5066,8 @@ class TunnelRegistry:
         self._wake()
 
     def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changed.set_result(None)
+        self._changed = asyncio.get_running_loop().create_future()
 
     def disconnected(self, session: Registration) -> None:
         """A session has lost its link; it is over after the grace, or now when its client said goodbye."""
@@ -5064,10 +5118,7 @@ class TunnelRegistry:
                 raise Unserved("busy")
             self._held[name] += 1
             try:
-                async with asyncio.timeout_at(until):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
+                await asyncio.wait([self._changed], timeout=until - loop.time())  # `asyncio.timeout` would need a task
             finally:
                 self._held[name] -= 1
                 if not self._held[name]:
@@ -5097,7 +5148,7 @@ class TunnelRegistry:
     def _save(self) -> None:
         kept = {"names": self._owners, "zones": self.zones, "ports": self.ports}
         try:
-            write_private(self._path, json.dumps(kept, indent=1))
+            write_private(self._path, json.dumps(kept))  # with an indent, it would take ten times as long
             self._unsaved = False
         except OSError as error:
             if not self._unsaved:
@@ -5991,18 +6042,21 @@ class Gate:
 
 
 class Visitor:
-    def __init__(self, request: web.BaseRequest, gate: Gate, *, keep_alive: bool) -> None:
-        message = request._message  # the raw head; its public accessor is deprecated in favour of parsed fields
-        self.request = request
-        self.peer = request.remote or ""
+    def __init__(
+        self, message: RawRequestMessage, content: aiohttp.StreamReader, protocol: Any, gate: Gate, *, keep_alive: bool
+    ) -> None:
+        """Take a head and its content from aiohttp's `protocol`, which is _visitor_server's."""
+        self.protocol, self.content, self.fields = protocol, content, message.headers
+        self.peer: str = protocol.address
+        self.scheme = "https" if protocol.ssl_context else "http"
         self.method = message.method.encode()
         self.target = message.path.encode("utf-8", "surrogateescape")
-        self.headers: Headers = fields_of(Fields(message.raw_headers).payload)
-        if len(self.headers) != len(message.raw_headers):
-            self.headers = message.raw_headers  # there is a NUL in it, which nobody will take
+        raw = message.raw_headers
+        payload = b"\0".join(itertools.chain.from_iterable(raw))
+        self.headers = fields_of(payload) if is_free_of_nul(payload, raw) else Fields(raw)
         self.address = visitor_address(self.peer, self.headers, gate.trusted)  # the peer's, or behind a proxy its own
         self.proxied = self.address != self.peer
-        self.caller: Caller = gate.callers[self.address] if self.proxied else cast(Any, request.protocol).caller
+        self.caller: Caller = gate.callers[self.address] if self.proxied else protocol.caller
         self.host = ""  # that it asks for
         self.max_body: float = math.inf
         self.answering = False  # the response has begun, and not ended
@@ -6014,17 +6068,22 @@ class Visitor:
         self.upgrade = b""
         if "Upgrade" in message.headers and http11 and b"upgrade" in field_tokens(self.headers, b"connection"):
             self.upgrade = b", ".join(field_values(self.headers, b"upgrade")).lower()
-        self.has_body = request.body_exists
+        self.has_body = content is not protocol.no_content
         # aiohttp (3.14.5) hands the last trailer of a chunked request to the next request on the connection, as a field
         # of its head. Behind a front that may be somebody else's, so there is no next one.
         keep_alive = keep_alive and http11 and not message.should_close and not message.chunked
-        hsts = gate.hsts if gate.hsts and request.scheme == "https" else b""
+        hsts = gate.hsts if protocol.ssl_context else b""
         self.encoder = ResponseEncoder(self.method, http11=http11, keep_alive=keep_alive, hsts=hsts)
 
     @property
     def unread(self) -> bool:
         """Whether some of the request's content has not been read."""
-        return self.has_body and not self.request.content.is_eof()
+        return self.has_body and not self.content.is_eof()
+
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        """Where the response goes; None once the visitor is gone."""
+        return cast("asyncio.Transport | None", self.protocol.transport)
 
     async def relay(self, stream: Stream) -> None:
         """Send the request's content to a stream and its response to the visitor; nothing is left running."""
@@ -6054,11 +6113,11 @@ class Visitor:
 
     async def fail(self, problem: str) -> None:
         """Answer with an error page, or break the connection off when a response has begun."""
-        transport, encoder, problem = self.request.transport, self.encoder, self.problem or problem
+        transport, encoder, problem = self.transport, self.encoder, self.problem or problem
         if encoder.started or transport is None or self.unread:
             encoder.keep_alive = False
         if transport and not encoder.started:
-            transport.write(self._gate.page(problem, self.request.headers.get("Accept", ""), encoder, []))
+            transport.write(self._gate.page(problem, self.fields.get("Accept", ""), encoder, []))
         elif transport:
             if encoder.until_close:  # an orderly end would look like a complete response
                 _reset(transport)
@@ -6066,15 +6125,15 @@ class Visitor:
 
     async def discard(self) -> None:
         """Read on a little when the response came before the request's end: closing at once would swallow it."""
-        content, left = self.request.content, MAX_DISCARD
+        left = MAX_DISCARD
         with contextlib.suppress(Exception):  # aiohttp has several for content that breaks off or breaks the rules
             async with asyncio.timeout(LINGER):
-                while left > 0 and (data := await content.readany()):
+                while left > 0 and (data := await self.content.readany()):
                     left -= len(data)
 
     def write(self, data: bytes) -> None:
         """Send bytes of the response as they are. Raises ConnectionError when the visitor is gone."""
-        transport = self.request.transport
+        transport = self.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the visitor is gone")
         if data:
@@ -6092,7 +6151,7 @@ class Visitor:
         while True:
             try:
                 async with asyncio.timeout(BODY_TIMEOUT):
-                    data = await self.request.content.readany()
+                    data = await self.content.readany()
             except TimeoutError:
                 if self.answering:  # a request and a response that go on side by side may both have pauses
                     continue
@@ -6135,7 +6194,7 @@ class Visitor:
 
     async def flush(self) -> None:
         """Wait until the kernel has it all, so that nothing is lost when the server stops."""
-        transport = self.request.transport
+        transport = self.transport
         if transport and transport.get_write_buffer_size():
             transport.set_write_buffer_limits(0)
             await self._drain()
@@ -6143,11 +6202,11 @@ class Visitor:
 
     async def _drain(self) -> None:
         """Wait until there is room to write; a visitor who takes nothing for STALL_TIMEOUT is cut off."""
-        transport = self.request.transport
-        if transport is None or not self.request.protocol.writing_paused:
+        transport = self.transport
+        if transport is None or not self.protocol.writing_paused:
             return
         with cut_when_stalled(transport, STALL_TIMEOUT):
-            await self.request.writer.drain()
+            await self.protocol._drain_helper()
 
     def _switch_protocols(self, head: ResponseHead) -> RawPipe:
         if not self.upgrade:
@@ -6155,9 +6214,9 @@ class Visitor:
         self.switched = True
         self.write(self.encoder.head(head, b""))
         pipe = RawPipe(SEND_BUFFER)
-        self.request.protocol.set_parser(pipe)  # type: ignore[arg-type]
-        assert self.request.transport
-        pipe.set_transport(self.request.transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
+        self.protocol.set_parser(pipe)
+        assert self.transport
+        pipe.set_transport(self.transport)  # after it: aiohttp resumes reading in there, behind the pipe's back
         return pipe
 
     async def _pipe(self, stream: Stream, upload: asyncio.Future[None]) -> None:
@@ -6239,42 +6298,90 @@ class TcpListener:
             sock.close()
 
 
+class Begun:
+    """A coroutine that has been begun without a task; whoever awaits this carries it on."""
+
+    def __init__(self, coroutine: Coroutine[Any, None, Any]) -> None:
+        self.coroutine = coroutine
+        self.waits_for: asyncio.Future[Any] | None = None  # none: just for its turn, as in asyncio.sleep(0)
+        self._tidying: asyncio.Future[None] | None = None  # a reference to what else nobody has
+
+    def go_on(self) -> None:
+        """Run it until it waits for something. Raises StopIteration with its result, and what it raises."""
+        self.waits_for = self.coroutine.send(None)
+
+    def cancel(self) -> None:
+        """End it, as a task's `cancel` does; what it does then may take longer."""
+        if self.waits_for:
+            self.waits_for.cancel()  # it has been seen, if it is done
+        with contextlib.suppress(StopIteration, asyncio.CancelledError):
+            self.waits_for = self.coroutine.throw(asyncio.CancelledError())
+            self._tidying = asyncio.ensure_future(self)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        try:
+            while True:
+                try:
+                    yield self.waits_for
+                except BaseException as error:
+                    self.waits_for = self.coroutine.throw(error)
+                else:
+                    self.go_on()
+        except StopIteration as stop:
+            return stop.value
+
+
 def _visitor_server(
-    handler: Callable[[web.BaseRequest], Awaitable[Any]], gate: Gate, fields: Headers | None = None
+    handler: Callable[[web.BaseRequest], Coroutine[Any, None, Any]],
+    gate: Gate,
+    fields: Headers | None = None,
+    begin: Callable[[RawRequestMessage, aiohttp.StreamReader, Any], Coroutine[Any, None, Any]] | None = None,
 ) -> web.Server:
     """Return aiohttp's low-level server with deadlines and limits for what is no request yet.
 
-    `fields` are in our own answers to that.
+    `fields` are in our own answers to that. `begin` handles a request without content and Upgrade instead of `handler`;
+    it may run without a task, and so it has no timeouts.
     """
-    from aiohttp import http_exceptions, http_parser, web
+    from aiohttp import EMPTY_PAYLOAD, http_exceptions, http_parser, web
 
     if not http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
         raise TunnelError("aiohttp lacks its C parser, and its other one is not strict; reinstall aiohttp from a wheel")
+    if not hasattr(http_parser.HttpRequestParser, "message_consumed"):  # of 3.14; another one may count otherwise
+        begin = None
 
     class VisitorProtocol(web.RequestHandler):
         __slots__ = (
-            "_address",
+            "_begun",
             "_busy",
             "_chunked_bytes",
+            "_content",
             "_counted",
             "_head_bytes",
             "_head_timer",
             "_line_bytes",
             "_line_ended",
+            "_message",
+            "_rest",
+            "address",
             "caller",
         )
+        no_content = EMPTY_PAYLOAD
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             address = (transport.get_extra_info("peername") or ("",))[0]  # uvloop has none once the peer has reset it
-            self._address = address
+            self.address = address
             self.caller = gate.callers[address]
             self._counted = not gate.is_trusted(address)
             self.caller.open += self._counted
             gate.open += 1
             self._busy = False  # a request's head is complete, and the rest of it or its response is not
+            self._content: aiohttp.StreamReader = EMPTY_PAYLOAD  # of the last head that was complete
             self._head_bytes = self._line_bytes = self._chunked_bytes = 0
             self._line_ended = False
+            self._begun: Begun | None = None  # the handling of a request that has no task, unless it turns out long,
+            self._message: Any = None  # what aiohttp has of that request,
+            self._rest: Begun | None = None  # and its rest, for the task
             self._head_timer: asyncio.TimerHandle | None = self._loop.call_later(HEAD_TIMEOUT, self._head_is_late)
             if gate.open > gate.total + RESERVED_FILES // 4:
                 self.force_close()  # even a page of our own takes too much now
@@ -6286,6 +6393,9 @@ def _visitor_server(
 
         def connection_lost(self, exc: BaseException | None) -> None:
             super().connection_lost(exc)
+            for begun in filter(None, (self._begun, self._rest)):
+                begun.cancel()
+            self._begun = self._rest = None
             gate.open -= 1
             self.uncount()
             self._end_head()
@@ -6299,7 +6409,7 @@ def _visitor_server(
             """Whether its address may have another TLS handshake, which takes much more of us than of a peer."""
             if not self._counted or self.caller.secured.take(time.monotonic()):
                 return True
-            gate.log(self.caller, f"refused a TLS handshake with {self._address}: it had {MAX_SECURED} of them")
+            gate.log(self.caller, f"refused a TLS handshake with {self.address}: it had {MAX_SECURED} of them")
             return False
 
         def expect_head(self, seconds: float) -> None:
@@ -6308,18 +6418,26 @@ def _visitor_server(
             self._head_timer = self._loop.call_later(seconds, self._head_is_late)
 
         def data_received(self, data: bytes) -> None:
-            request = self._current_request
-            in_head = not self._upgraded and (not self._busy or (request is not None and request.content.is_eof()))
+            in_head = not self._upgraded and (not self._busy or self._content.is_eof())
+            self._hand_over()
+            queued = len(self._messages)
             if in_head and not self._line_ended:
                 end = data.find(b"\n")
                 self._line_ended = end >= 0
                 self._line_bytes += end if self._line_ended else len(data)
-            super().data_received(data)
+            waiter, self._waiter = self._waiter, None  # so that aiohttp does not wake its task, which may not be needed
+            try:
+                super().data_received(data)
+            finally:
+                self._waiter = waiter
             if self._busy or len(self._messages) > 1:
                 self._check_content(len(data))
-            if self._messages:
-                self._busy = True
+            if len(self._messages) > queued:
+                self._busy, self._content = True, self._messages[-1][1]
                 self._end_head()
+                waits = self._request_count == 1 if waiter is None else not waiter.done()  # or has not even begun to
+                if waits and not self._begin() and waiter:
+                    waiter.set_result(None)
             elif in_head and (self._head_bytes or data.strip(b"\r\n")):  # RFC 9112 section 2.2: ignore empty lines
                 self._head_bytes += len(data)
                 self._check_head()
@@ -6346,18 +6464,80 @@ def _visitor_server(
             if isinstance(error, Exception) and content and not content.is_eof():
                 content.set_exception(error)
 
-        async def handle(self, request: web.BaseRequest) -> Any:
+        # Most requests have no content, and their response comes whole. For them aiohttp's task need not wake, nor
+        # start another one: they are begun as they come, and go on when the first thing that they wait for is there, as
+        # a rule the response. What waits again, or has others behind it, is handed over to that task.
+
+        def _begin(self) -> bool:
+            """Begin to handle the request that has come, if that needs no task."""
+            message, content = cast(Any, self._messages[0])
+            alone = len(self._messages) == 1 and content is EMPTY_PAYLOAD and not hasattr(message, "exc")
+            if begin is None or not alone or "Upgrade" in message.headers or self._close or self._force_close:
+                return False
+            self._message = self._messages.popleft()
+            self._begun = Begun(self.handle(begin(message, content, self), content))
+            self._go_on()
+            return True
+
+        def _go_on(self, ended: asyncio.Future[Any] | None = None) -> None:
+            if (begun := self._begun) is None or begun.waits_for is not ended:  # it is in other hands, or over
+                return
+            self._begun = None
+            try:
+                begun.go_on()
+            except StopIteration as stop:
+                self._message = None
+                cast(Any, self._parser).message_consumed()
+                if not stop.value.keep_alive or self._close:
+                    return self.force_close()
+                self._keepalive, due = True, self._loop.time() + VISITOR_KEEPALIVE
+                self._next_keepalive_close_time = due
+                if self._keepalive_handle is None:
+                    self._keepalive_handle = self._loop.call_at(due, self._process_keepalive)
+            except Exception as error:
+                self.handle_error(None, 500, error)
+                self.force_close()
+            else:
+                self._begun = begun
+                if ended or begun.waits_for is None:
+                    return self._hand_over()
+                begun.waits_for.add_done_callback(self._go_on)
+
+        def _hand_over(self) -> None:
+            """Leave the rest of what has begun to aiohttp's task."""
+            begun, waiter, self._begun = self._begun, self._waiter, None
+            if begun:
+                if begun.waits_for:
+                    begun.waits_for.remove_done_callback(self._go_on)
+                if waiter and waiter.done():  # the task has been cancelled
+                    return begun.cancel()
+                self._messages.append(self._message)
+                self._rest, self._message = begun, None
+                if waiter:
+                    waiter.set_result(None)
+
+        def _process_keepalive(self) -> None:
+            self._hand_over()  # that it does not look idle
+            super()._process_keepalive()
+
+        def resume(self, request: web.BaseRequest) -> Awaitable[Any]:
+            """Return what is left to be done for a request."""
+            rest, self._rest = self._rest, None
+            return rest or self.handle(handler(request), request.content)
+
+        async def handle(self, handling: Awaitable[Any], content: aiohttp.StreamReader) -> Any:
             self._busy = True
             try:
-                return await handler(request)
+                return await handling
             finally:
-                self._busy = bool(self._messages) or not request.content.is_eof()
+                self._busy = bool(self._messages) or not content.is_eof()
                 self._line_bytes, self._line_ended = 0, False
                 if not self._upgraded:
                     self._check_head()
 
         def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
-            gate.log(self.caller, f"bad request from {request.remote}: {escape(str(message or exc).splitlines()[0])}")
+            reason = escape((str(message or exc).splitlines() or [type(exc).__name__])[0])
+            gate.log(self.caller, f"bad request from {self.address}: {reason}")
             problem = "internal" if status == 500 else "bad-request"
             if "Too many headers" in str(message or exc):
                 problem = "too-large"
@@ -6398,7 +6578,7 @@ def _visitor_server(
             return VisitorProtocol(self, loop=asyncio.get_running_loop(), **self._kwargs)
 
     return VisitorServer(
-        lambda request: cast(VisitorProtocol, request.protocol).handle(request),
+        lambda request: cast(VisitorProtocol, request.protocol).resume(request),
         handler_cancellation=True,
         keepalive_timeout=VISITOR_KEEPALIVE,
         lingering_time=0,
@@ -6510,7 +6690,11 @@ class TunnelServer:
             self._registry.zones, self._registry.by_address = [self._domain.zone], False
         self._stamp = self._tokens.stamp()
         self._read_tokens()
-        self._http = _visitor_server(self._handle, self._gate)
+        self._http = _visitor_server(
+            lambda request: self._handle(request._message, request.content, request.protocol),  # public, but deprecated
+            self._gate,
+            begin=self._handle,
+        )
         if self._acme:
             self._acme.load()
         self._listeners: list[asyncio.Server] = []
@@ -6673,8 +6857,10 @@ class TunnelServer:
 
     # Requests
 
-    async def _handle(self, request: web.BaseRequest) -> Any:
-        visitor = Visitor(request, self._gate, keep_alive=not self._registry.draining)
+    async def _handle(
+        self, message: RawRequestMessage, content: aiohttp.StreamReader, protocol: web.RequestHandler
+    ) -> Any:
+        visitor = Visitor(message, content, protocol, self._gate, keep_alive=not self._registry.draining)
         try:
             if (response := await self._route(visitor)) is not None:
                 return response
@@ -6707,7 +6893,7 @@ class TunnelServer:
         target, host_field = split_target(visitor.method, visitor.target, visitor.headers)
         if target is not visitor.target:  # absolute-form: what it says counts (RFC 9112 section 3.2.2)
             hosts = [(name, host_field if name.lower() == b"host" else value) for name, value in visitor.headers]
-            visitor.target, visitor.headers = target, hosts
+            visitor.target, visitor.headers = target, Fields(hosts)
         host, port = parse_host(host_field.decode("latin-1"))
         visitor.host = host
         name = self._registry.tunnel_name(host)
@@ -6734,7 +6920,7 @@ class TunnelServer:
 
     def _must_redirect(self, visitor: Visitor, name: str | None, host: str, target: bytes) -> bool:
         """Whether a request should have come over TLS: a front's need not, nor those about the server's health."""
-        if visitor.request.scheme == "https" or self._gate.is_trusted(visitor.peer):
+        if visitor.scheme == "https" or self._gate.is_trusted(visitor.peer):
             return False
         health = target == b"/healthz" or (target == b"/metrics" and self._may_see_metrics(visitor, host))
         return name is not None or not health
@@ -6757,7 +6943,7 @@ class TunnelServer:
     async def _forward(self, visitor: Visitor, name: str, host: bytes) -> None:
         if self._registry.draining:
             raise Unserved("shutting-down")
-        expects = field_values(visitor.headers, b"expect") if "Expect" in visitor.request.headers else ()
+        expects = field_values(visitor.headers, b"expect") if "Expect" in visitor.fields else ()
         if any(value.lower() != b"100-continue" for value in expects):
             raise Unserved("expectation")
         if b"h2c" in visitor.upgrade:
@@ -6846,8 +7032,10 @@ class TunnelServer:
 
     def _request_head(self, visitor: Visitor, host: bytes, access: Access) -> RequestHead:
         peer, trusted, upgrade = visitor.peer, self._gate.is_trusted(visitor.peer), bool(visitor.upgrade)
-        payload, scheme = Fields.of(visitor.headers).payload, visitor.request.scheme
-        fields = _request_fields(payload, peer, scheme, host, trusted, upgrade, access.takes_authorization)
+        payload, takes = visitor.headers.payload, access.takes_authorization
+        if not is_free_of_nul(payload, visitor.headers):
+            raise MessageError("NUL in a head")
+        fields = _request_fields(payload, peer, visitor.scheme, host, trusted, upgrade, takes)
         return RequestHead(visitor.method, visitor.target, fields)
 
     # Connections to TCP tunnels
@@ -6938,13 +7126,13 @@ class TunnelServer:
     # Links
 
     async def _serve_link(self, visitor: Visitor) -> None:
-        request, caller = visitor.request, visitor.caller
-        if "Origin" in request.headers:
+        caller, fields = visitor.caller, visitor.fields
+        if "Origin" in fields:
             raise Unserved("forbidden")
-        offered = [name.strip() for name in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
+        offered = [name.strip() for name in fields.get("Sec-WebSocket-Protocol", "").split(",")]
         keys = field_values(visitor.headers, b"sec-websocket-key")
         upgrades = visitor.method == b"GET" and visitor.upgrade == b"websocket" and len(keys) == 1
-        if not upgrades or SUBPROTOCOL not in offered or request.headers.get("Sec-WebSocket-Version") != "13":
+        if not upgrades or SUBPROTOCOL not in offered or fields.get("Sec-WebSocket-Version") != "13":
             raise Unserved("not-a-link")
         if self._registry.draining:
             raise Unserved("shutting-down")
@@ -6952,7 +7140,7 @@ class TunnelServer:
             raise Unserved("server-full")
         if caller.handshakes >= MAX_HANDSHAKES_EACH:
             raise Unserved("too-many-requests")
-        transport, protocol = request.transport, cast(Any, request.protocol)
+        transport, protocol = visitor.transport, visitor.protocol
         assert transport
         accept = [(b"Sec-WebSocket-Accept", accept_key(keys[0])), (b"Sec-WebSocket-Protocol", SUBPROTOCOL.encode())]
         switch = ResponseHead(101, b"Switching Protocols", [(b"Upgrade", b"websocket"), *accept])
@@ -7493,9 +7681,11 @@ class Forwarding:
                 self._write_head(event, end=parser.done and event is events[-1])
         if parser.head and parser.head.status != 101:
             body = b"".join([event for event in events if isinstance(event, bytes)])
-            self._log.send(self._exchange, body, self._time())
-            if not self._stream.finished and (body or parser.done):
-                self._stream.send(body, end=parser.done)
+            try:
+                if not self._stream.finished and (body or parser.done):
+                    self._stream.send(body, end=parser.done)
+            finally:
+                self._log.send(self._exchange, body, self._time())
 
     def _write_head(self, head: ResponseHead, *, end: bool) -> None:
         if head.status == 101:
@@ -7741,7 +7931,8 @@ class TunnelClient:
             raise MessageError(str(error)) from None
         if not target.startswith("/"):
             raise MessageError("a target begins with /")
-        again = self._begin(index, head, payload, replay_of=exchange.id)
+        again = self._exchange_of(index, head, payload, replay_of=exchange.id)
+        self.log.begin(again)
         nobody = Replay(body)
         task = asyncio.ensure_future(self._exchange(self._forward(nobody, index, head, again), nobody, again))
         self._forwarding.add(task)
@@ -8025,7 +8216,7 @@ class TunnelClient:
                 raise ProtocolError("a request to a proxy")
             if head.method in (b"CONNECT", b"TRACE"):  # the server has sorted these out
                 raise ProtocolError("a method that is not for tunnels")
-            exchange = self._begin(stream.tunnel, head, stream.head, waited=stream.waited)
+            exchange = self._exchange_of(stream.tunnel, head, stream.head, waited=stream.waited)
         except (ProtocolError, MessageError, IndexError):
             with contextlib.closing(stream):
                 return stream.abort(ErrorCode.PROTOCOL, "a request that makes no sense")
@@ -8064,15 +8255,17 @@ class TunnelClient:
             self._forwarding.discard(task)
 
         stream.on_reset = reset
-        if not forwarding.start(answer):
+        has_begun = forwarding.start(answer)
+        self.log.begin(exchange)  # the local service works meanwhile
+        if not has_begun:
             run()
 
     def _forward(self, stream: Stream | Replay, tunnel: int, head: RequestHead, exchange: Exchange) -> Forwarding:
         route = next(route for route in self._routes[tunnel] if route.takes(exchange.target))
         return Forwarding(stream, route, head, exchange, self.log)
 
-    def _begin(self, tunnel: int, head: RequestHead, payload: bytes, **fields: Any) -> Exchange:
-        exchange = Exchange(
+    def _exchange_of(self, tunnel: int, head: RequestHead, payload: bytes, **fields: Any) -> Exchange:
+        return Exchange(
             self.tunnels[tunnel].name,
             head.method.decode(),
             head.target.decode("utf-8", "backslashreplace"),
@@ -8082,8 +8275,6 @@ class TunnelClient:
             round_trip=self.round_trip,
             **fields,
         )
-        self.log.begin(exchange)
-        return exchange
 
     async def _exchange(
         self, forwarding: Forwarding | TcpForwarding, stream: Stream | Replay, exchange: Exchange

@@ -1146,6 +1146,18 @@ def test_masking_twice_is_masking_once(text: str) -> None:
     assert mask(mask(text)) == mask(text)
 
 
+@pytest.mark.parametrize(
+    "word", ["token", "Secret", "passwd", "pwd", "api_key", "ſignature", "sıg", "SIG", "key", "\u212aey", "jwt", "code",
+             "AUTH", "author", "monkey", "%5Bkey%5D", "é"]
+)  # fmt: skip
+@pytest.mark.parametrize("text", ["/x?a=b&{}=1", '{{"{}": 1}}', "{}=1", "/x?my{}s=1&é", "/{}"])
+def test_a_quick_look_finds_all_that_may_be_masked(text: str, word: str) -> None:
+    """Whatever the case, and letters that fold to one of those."""
+    text = text.format(word)
+    parameters = pytunnel._SECRET_PARAMETER.sub(rf"\1{pytunnel.MASK}", text)
+    assert mask(text) == pytunnel._SECRET_MEMBER.sub(rf'\1"{pytunnel.MASK}"', parameters)
+
+
 def test_mask_headers() -> None:
     names = [b"Authorization", b"PROXY-AUTHORIZATION", b"cookie", b"Set-Cookie", b"X-Api-Key", b"x-auth-token"]
     headers = [*((name, b"secret") for name in names), (b"X-Plain", b"kept"), (b"Cookie2", b"kept")]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from aiohttp import EMPTY_PAYLOAD, HttpVersion11
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import sliced
@@ -15,6 +20,10 @@ from pytunnel import (
     MAX_FIELDS,
     MAX_HEAD,
     MAX_INTERIM,
+    MAX_REMEMBERED,
+    MAX_REMEMBERED_HEAD,
+    Exchange,
+    Fields,
     Headers,
     MessageError,
     ProtocolError,
@@ -23,7 +32,9 @@ from pytunnel import (
     ResponseHead,
     ResponseParser,
     end_to_end,
+    fields_of,
     forwarded,
+    own_cookies,
     parse_host,
     split_target,
     tunnel_name,
@@ -515,6 +526,105 @@ def test_mutated_responses_raise_only_message_error(name: str, draw: st.DataObje
         except MessageError:
             outcomes.append(None)
     assert outcomes[0] == outcomes[1]  # bad or good, it does not depend on how the bytes were cut
+
+
+# What is remembered
+
+
+def copy(data: bytes) -> bytes:
+    """The same bytes in another place."""
+    return bytes(bytearray(data))
+
+
+def test_the_reading_of_a_head_is_remembered_and_that_of_a_long_one_is_not() -> None:
+    short, long = b"A\0".ljust(MAX_REMEMBERED_HEAD, b"x"), b"A\0".ljust(MAX_REMEMBERED_HEAD + 1, b"x")
+    assert fields_of(short) is fields_of(copy(short))
+    assert fields_of(long) is not fields_of(copy(long))
+    assert fields_of(long) == fields_of(copy(long)) == [(b"A", long[2:])]
+
+
+def test_so_many_readings_are_remembered() -> None:
+    first = fields_of(b"A\0first")
+    for number in range(MAX_REMEMBERED - 1):
+        fields_of(b"A\0%d" % number)
+    assert fields_of(b"A\0first") is first
+    for number in range(MAX_REMEMBERED):
+        fields_of(b"A\0%d" % -number)
+    assert fields_of(b"A\0first") is not first
+
+
+@pytest.mark.parametrize("wrong", [b"A\0b\0C", b"A\0b\0", b"\0b", b"A b\0c", b"A\0b\n"])
+def test_a_head_that_is_wrong_is_so_each_time(wrong: bytes) -> None:
+    for _ in range(2):
+        with pytest.raises(ProtocolError):
+            RequestHead.decode(b"GET\0/\0" + copy(wrong))
+        with pytest.raises(ProtocolError):
+            ResponseHead.decode(b"200\0OK\0" + copy(wrong))
+
+
+ASKED = [(b"Host", b"web.t"), (b"Connection", b"Upgrade"), (b"Upgrade", b"x"), (b"Authorization", b"Basic eDp5"),
+         (b"X-Forwarded-For", b"203.0.113.9"), (b"X-Forwarded-Proto", b"https")]  # fmt: skip
+
+
+@pytest.mark.parametrize("headers", [ASKED, ASKED[:1], ASKED[3:]], ids=len)
+def test_what_is_remembered_of_a_request_is_for_the_same_visitor_host_and_tunnel(headers: Headers) -> None:
+    """All that is asked for in turn gives what it gives by itself."""
+    payload = Fields(headers).payload
+    peers, schemes, hosts = ("192.0.2.1", "192.0.2.2"), ("http", "https"), (b"web.t", b"api.t")
+    for _ in range(2):
+        for peer, scheme, host, *flags in itertools.product(peers, schemes, hosts, *[(False, True)] * 3):
+            trusted, upgrade, takes = flags
+            expected = end_to_end(headers, keep_upgrade=upgrade)
+            expected = [pair for pair in expected if takes or pair[0] != b"Authorization"]
+            expected = forwarded(expected, peer, scheme, host, trusted=trusted)
+            got = pytunnel._request_fields(copy(payload), peer, scheme, host, trusted, upgrade, takes)
+            assert got == expected
+
+
+@given(names, targets, fields, st.integers(200, 599), st.booleans())
+def test_what_is_remembered_stays_as_it_was(
+    method: bytes, target: bytes, headers: Headers, status: int, chunked: bool
+) -> None:
+    """Whatever is done with it: it is the same, and what is made of it, too, as without any memory."""
+    request, response = RequestHead(method, target, headers), ResponseHead(status, b"", headers)
+    for _ in range(2):
+        again = RequestHead.decode(copy(request.encode()))
+        assert (again, again.encode()) == (request, request.encode())
+        wires = [head.to_wire(chunked=chunked, upgrade=not chunked) for head in (again, request)]
+        assert wires[0] == wires[1]
+        answer = ResponseHead.decode(copy(response.encode()))
+        assert (answer, answer.encode(), answer.passed_on()) == (response, response.encode(), response.passed_on())
+        with contextlib.suppress(MessageError):
+            encoder = ResponseEncoder(b"GET", http11=True, keep_alive=False)
+            encoder.head(answer, DATE)
+        own_cookies(answer.headers, "web.t")
+        forwarded(end_to_end(again.headers), "192.0.2.1", "http", b"web.t", trusted=True)
+
+
+def test_a_record_of_a_request_is_nobody_elses() -> None:
+    """A script may change what it was given, as to replay it with another field."""
+    payload = RequestHead(b"GET", b"/", [(b"Host", b"a"), (b"Cookie", b"b=1")]).encode()
+    record = Exchange("web", "GET", "/", 0.0, request_head=payload, response_head=b"200\0OK\0A\0b")
+    for headers in (record.request_headers, record.response_headers):
+        assert isinstance(headers, list)
+        headers.append((b"X-Debug", b"1"))
+    wire = RequestHead.decode(payload).to_wire(chunked=False, upgrade=False)
+    assert wire == b"GET / HTTP/1.1\r\nHost: a\r\nCookie: b=1\r\n\r\n"
+    assert ResponseHead.decode(record.response_head).headers == [(b"A", b"b")]
+
+
+@pytest.mark.parametrize("value", [b"1\0Content-Length\0005", b"1\0005"])
+def test_a_nul_in_a_visitors_field_does_not_make_another_field(tmp_path: Path, value: bytes) -> None:
+    """aiohttp refuses it; nobody relies on that."""
+    server = pytunnel.TunnelServer(tokens=[], state=tmp_path)
+    raw = ((b"Host", b"a"), (b"X", value))
+    message: Any = SimpleNamespace(
+        method="GET", path="/", raw_headers=raw, headers={}, version=HttpVersion11, should_close=False, chunked=False
+    )
+    protocol = SimpleNamespace(address="127.0.0.1", ssl_context=None, caller=None, no_content=EMPTY_PAYLOAD)
+    visitor = pytunnel.Visitor(message, EMPTY_PAYLOAD, protocol, server._gate, keep_alive=True)
+    with pytest.raises(MessageError, match="NUL"):
+        server._request_head(visitor, b"a", pytunnel.EVERYBODY)
 
 
 # What a proxy passes on

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import sliced
@@ -592,6 +593,25 @@ async def test_names_that_are_unused_the_longest_make_room(tmp_path: Path) -> No
     for name in ("web0", "web2", "one-more", "theirs"):
         with pytest.raises(pytunnel.Refused):
             again.claim("stranger", [name])
+
+
+class Counted(dict[str, Any]):
+    """How often it was gone through."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.times += 1
+        return super().__iter__()
+
+
+async def test_a_claim_goes_through_all_names_a_few_times_however_many_there_are(tmp_path: Path) -> None:
+    names = await registry(tmp_path)
+    names._tunnels = Counted({f"web{number}": None for number in range(50)})
+    for number in range(pytunnel.MAX_NAMES + 50):
+        names._tunnels.times = 0
+        names.claim("key", [f"web{number}"])
+        assert names._tunnels.times <= 2
 
 
 async def test_nothing_is_kept_of_names_that_made_room(tmp_path: Path) -> None:

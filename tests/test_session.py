@@ -126,13 +126,13 @@ def client_with_stream(*, size: int = INITIAL_WINDOW, end: bool = False) -> Sess
     return session
 
 
-def sent(session: Session, limit: int = MAX_BATCH) -> list[Frame]:
+def sent(session: Session, limit: int = MAX_BATCH, now: float = 0.0) -> list[Frame]:
     """What one message holds."""
-    return FrameDecoder().feed(session.data_to_send(limit))
+    return FrameDecoder().feed(session.data_to_send(limit, now))
 
 
-def types(session: Session) -> list[str]:
-    return [FrameType(frame.type).name for frame in sent(session)]
+def types(session: Session, now: float = 0.0) -> list[str]:
+    return [FrameType(frame.type).name for frame in sent(session, now=now)]
 
 
 def state_of(session: Session, stream_id: int = 1) -> StreamState:
@@ -166,7 +166,7 @@ class Pair:
             wire.clear()
 
     def send(self, session: Session, limit: int = MAX_BATCH) -> int:
-        message = session.data_to_send(limit)
+        message = session.data_to_send(limit, self.now)
         self.wires[self.peer(session)] += message
         return len(message)
 
@@ -740,11 +740,16 @@ def test_an_ack_waits_for_company_but_not_long() -> None:
 
 
 def test_an_ack_goes_with_what_is_sent_anyway() -> None:
-    session = client_with_stream()
+    """But for a moment after the last one."""
+    session = client_with_stream(size=1000)
     session.send_head(1, RESPONSE)
     assert sent(session)[-1] == Frame(FrameType.ACK, 0, 0, (1).to_bytes(8, "big"))
     session.handle_timeout(1.0)
     assert session.data_to_send() == b""
+    for at, expected in ((pytunnel.ACK_PAUSE / 2, ["DATA"]), (pytunnel.ACK_PAUSE, ["DATA", "ACK"])):
+        session.receive_data(data(1, b"more"), at)
+        session.send_data(1, b"data")
+        assert types(session, at) == expected
 
 
 def test_an_ack_is_sent_at_once_after_many_bytes() -> None:

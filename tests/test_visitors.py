@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import secrets
 import socket
@@ -22,12 +23,14 @@ from support import (
     RawVisitor,
     Tunnel,
     chunk,
+    eventually,
     free_port,
     request,
     response,
     with_limits,
 )
 from test_fidelity import CHUNKED, CLOSE, answering, assert_quiet, head, problem, served
+from test_limits import metrics_of
 from test_websocket import ASKING, loop_back, piping, upgraded
 
 import pytunnel
@@ -464,3 +467,224 @@ async def test_two_hundred_tenants_never_get_each_others_bytes(tmp_path: Path) -
                         assert client._link is not None
                         client._link.lose("a test")
                 second_half.set()
+
+
+# ---------------------------------------------------------------------------------------- Requests without a task
+
+
+async def test_what_has_begun_without_a_task_goes_on_in_one() -> None:
+    loop = asyncio.get_running_loop()
+    first, second, third = loop.create_future(), loop.create_future(), loop.create_future()
+    seen: list[object] = []
+
+    async def work() -> str:
+        seen.append(await first)
+        try:
+            await second
+        except ValueError as error:
+            seen.append(str(error))
+        async with asyncio.timeout(60):  # which needs a task
+            seen.append(await third)
+        return "done"
+
+    begun = pytunnel.Begun(work())
+    begun.go_on()
+    assert begun.waits_for is first
+    first.set_result(1)
+    begun.go_on()
+    assert begun.waits_for is second
+    task = asyncio.ensure_future(begun)
+    second.set_exception(ValueError("failed"))
+    third.set_result(3)
+    assert await task == "done"
+    assert seen == [1, "failed", 3]
+
+
+@pytest.mark.parametrize("in_task", [False, True])
+async def test_what_has_begun_without_a_task_may_be_cancelled_and_tidies_up(in_task: bool) -> None:
+    loop = asyncio.get_running_loop()
+    tidied, may_tidy = asyncio.Event(), loop.create_future()
+
+    async def work() -> None:
+        try:
+            await loop.create_future()
+        finally:
+            await may_tidy
+            tidied.set()
+
+    begun = pytunnel.Begun(work())
+    begun.go_on()
+    task = asyncio.ensure_future(begun) if in_task else None
+    if task:
+        await asyncio.wait([task], timeout=0)
+        task.cancel()
+    else:
+        begun.cancel()
+    may_tidy.set_result(None)
+    await tidied.wait()
+    if task:
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+class Held:
+    """A local service that answers at once, but `/held` when it may, in two pieces."""
+
+    def __init__(self) -> None:
+        self.head, self.content = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, request: RawRequest, reader: Reader, writer: Writer) -> None:
+        if request.target != b"/held":
+            return writer.write(response(request.target))
+        await self.head.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n")
+        await self.content.wait()
+        writer.write(b"late")
+
+
+@pytest.mark.parametrize("cut", [None, 10, -1], ids=["whole", "in its line", "in its end"])
+async def test_what_comes_while_a_request_waits_is_answered_after_it(cut: int | None) -> None:
+    held = Held()
+    held.content.set()
+    async with served(held) as (origin, tunnel), tunnel.visitor() as visitor:
+        for _ in range(2):  # on a connection that is new, and again
+            held.head.clear()
+            count = len(origin.requests)
+            await visitor.send(tunnel.request(target=b"/held"))
+            await origin.wait_requests(count + 1)
+            following = tunnel.request(target=b"/following")
+            await visitor.send(following[:cut])
+            assert (await tunnel.get(b"/other")).body == b"/other"  # it has come by now
+            held.head.set()
+            assert (await visitor.read_response()).body == b"late"
+            await visitor.send(following[len(following[:cut]) :])
+            assert (await visitor.read_response()).body == b"/following"
+        held.head.clear()
+        count = len(origin.requests)
+        await visitor.send(tunnel.request(target=b"/held"))
+        await origin.wait_requests(count + 1)
+        await visitor.send(b"\0 garbage\r\n")
+        assert (await tunnel.get(b"/other")).body == b"/other"
+        held.head.set()
+        assert (await visitor.read_response()).body == b"late"
+        assert (await visitor.read_response()).status == 400
+        assert await visitor.read_until_close() == b""
+
+
+async def test_a_head_that_begins_while_a_request_waits_is_bounded() -> None:
+    held = Held()
+    held.content.set()
+    async with served(held) as (origin, tunnel), tunnel.visitor() as visitor:
+        await visitor.send(tunnel.request(target=b"/held"))
+        await origin.wait_requests(1)
+        await visitor.send(tunnel.request()[:-2] + b"".join(b"X-%d: %b\r\n" % (n, b"x" * 8000) for n in range(9)))
+        assert (await tunnel.get(b"/other")).body == b"/other"  # it has come by now
+        held.head.set()
+        assert (await visitor.read_response()).body == b"late"
+        assert problem(await visitor.read_response()) == (431, b"too-large")
+        assert await visitor.read_until_close() == b""
+
+
+async def test_a_head_that_begins_while_a_request_waits_has_a_deadline() -> None:
+    held = Held()
+    held.content.set()
+    async with (
+        RawOrigin(held) as origin,
+        Tunnel(origin.port, command=with_limits(HEAD_TIMEOUT=0.3)) as tunnel,
+        tunnel.visitor() as visitor,
+    ):
+        await visitor.send(tunnel.request(target=b"/held"))
+        await origin.wait_requests(1)
+        await visitor.send(tunnel.request()[:-2])
+        assert (await tunnel.get(b"/other")).body == b"/other"  # it has come by now
+        held.head.set()
+        assert (await visitor.read_response()).body == b"late"
+        assert problem(await visitor.read_response()) == (408, b"request-timeout")
+
+
+async def test_a_visitor_who_is_reset_while_a_page_waits_for_room_leaves_no_complaint(tmp_path: Path) -> None:
+    """Without a task, nobody else would see what became of the wait."""
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    server = pytunnel.TunnelServer(tokens=["0123456789abcdef" * 2], state=tmp_path, listen=[("127.0.0.1", 0)])
+    await server.start()
+    async with RawVisitor(server.port, rcvbuf=4096) as visitor:
+        asked = request(target=b"/metrics", host=b"localhost")
+        await visitor.send(asked)
+        await visitor.read_response()
+        (protocol,) = server._http.connections
+        transport = protocol.transport
+        assert isinstance(transport, asyncio.Transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        transport.set_write_buffer_limits(0)
+        for count in itertools.count(2):
+            await visitor.send(asked)
+            await eventually(lambda count=count: protocol._request_count == count)  # type: ignore[misc]
+            if protocol.writing_paused:  # the answers fill all buffers on the way
+                break
+        assert protocol._begun  # type: ignore[attr-defined]
+        visitor.abort()
+        await eventually(lambda: not server._http.connections)
+    await server.close()
+    gc.collect()
+    assert not complaints
+
+
+async def test_a_bug_is_a_500_without_a_task_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(pytunnel, "Visitor", fail)
+    server = pytunnel.TunnelServer(tokens=["0123456789abcdef" * 2], state=tmp_path, listen=[("127.0.0.1", 0)])
+    await server.start()
+    async with RawVisitor(server.port) as visitor:
+        await visitor.send(request(host=b"localhost"))
+        assert problem(await visitor.read_response()) == (500, b"internal")
+        assert await visitor.read_until_close() == b""
+    await server.close()
+
+
+async def test_a_response_that_comes_in_pieces_is_passed_on_so() -> None:
+    held = Held()
+    async with served(held) as (_, tunnel), tunnel.visitor() as visitor:
+        await visitor.send(tunnel.request(target=b"/held"))
+        held.head.set()
+        assert (await visitor.read_head()).status == 200
+        held.content.set()
+        assert await visitor.read_exactly(4) == b"late"
+        await visitor.send(tunnel.request())
+        assert (await visitor.read_response()).body == b"/"
+
+
+async def test_a_connection_is_not_idle_while_its_request_waits() -> None:
+    held = Held()
+    held.content.set()
+    async with (
+        RawOrigin(held) as origin,
+        Tunnel(origin.port, command=with_limits(VISITOR_KEEPALIVE=0.3)) as tunnel,
+        tunnel.visitor() as visitor,
+        tunnel.visitor() as idle,
+    ):
+        await visitor.send(tunnel.request())
+        assert (await visitor.read_response()).body == b"/"
+        await visitor.send(tunnel.request(target=b"/held"))
+        await origin.wait_requests(2)
+        await idle.send(tunnel.request())
+        assert (await idle.read_response()).body == b"/"
+        assert await idle.read_until_close() == b""  # it was used after the other one
+        held.head.set()
+        assert (await visitor.read_response()).body == b"late"
+        assert await visitor.read_until_close() == b""
+
+
+async def test_a_visitor_who_leaves_while_its_request_waits_has_aborted_it() -> None:
+    async with served(Held()) as (origin, tunnel), tunnel.visitor() as visitor:
+        await visitor.send(tunnel.request())
+        assert (await visitor.read_response()).body == b"/"
+        await visitor.send(tunnel.request(target=b"/held"))
+        await origin.wait_requests(2)
+        assert "pytunnel_aborts_total" not in await metrics_of(tunnel)
+        visitor.close()
+        await origin.wait_for(lambda: not origin.open_connections)
+        assert (await metrics_of(tunnel))["pytunnel_aborts_total"] == 1
+        assert (await tunnel.get()).body == b"/"
