@@ -232,7 +232,8 @@ def small_json() -> str:
 def start_origin(stage: Stage, files: Path) -> None:
     """Start what all contenders forward to: nginx with a directory of files, and the app of `origin`."""
     stage.files_port, stage.app_port = free_port(), free_port()
-    small = f"location = /small {{ default_type application/json; return 200 '{small_json()}'; }}"
+    answer = f"default_type application/json; return 200 '{small_json()}';"
+    small = f"location = /small {{ {answer} }} location = /varied {{ add_header X-Request-Id $request_id; {answer} }}"
     listen = f"listen {stage.home.listen}:{stage.files_port} backlog=4096;"
     _start_nginx(stage, stage.home, "origin", f"server {{ {listen} {small} root {files}; }}")
     app = str(Path(__file__).with_name("origin.py"))

@@ -48,10 +48,14 @@ def run(target: Target, *words: str) -> str:
     return done.stdout
 
 
-def wrk(target: Target, path: str, connections: int, seconds: int, *fields: str) -> Wrk:
-    """Requests as fast as they are answered."""
+_VARIED = Path(__file__).with_name("varied.lua")
+
+
+def wrk(target: Target, path: str, connections: int, seconds: int, *fields: str, varied: bool = False) -> Wrk:
+    """Requests as fast as they are answered; `varied`: none is like another."""
     heads = [word for text in (f"Host: {target.authority}", *fields) for word in ("-H", text)]
     words = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "20s", *heads]
+    words += ["-s", str(_VARIED)] * varied
     found = parse_wrk(run(target, *words, target.url(path)))
     if found.failed:
         sys.exit(f"error: {found.failed} requests failed: {' '.join(words)} {target.url(path)}")

@@ -53,11 +53,11 @@ Measure = Callable[[Running, Sizes, Path], Iterator[Value]]
 # ---------------------------------------------------------------------------------------- One machine
 
 
-def _wrk(label: str, path: str, connections: int, *fields: str) -> Measure:
+def _wrk(label: str, path: str, connections: int, *fields: str, varied: bool = False) -> Measure:
     """Requests, as many as go."""
 
     def measure(running: Running, sizes: Sizes, _: Path) -> Iterator[Value]:
-        found = loads.wrk(running.files, path, connections, sizes.seconds, *fields)
+        found = loads.wrk(running.files, path, connections, sizes.seconds, *fields, varied=varied)
         yield Value(label, "requests/s", found.rate)
         yield Value(f"{label}: p50", "ms", found.p50, True)
         yield Value(f"{label}: p99", "ms", found.p99, True)
@@ -113,6 +113,7 @@ LOOPBACK: dict[str, Measure] = {
     "small-1": _wrk("1 KB JSON, 1 connection", "/small", 1),
     "small-32": _wrk("1 KB JSON, 32 connections", "/small", 32),
     "small-256": _wrk("1 KB JSON, 256 connections", "/small", 256),
+    "varied": _wrk("1 KB JSON, 32 connections, no two heads alike", "/varied", 32, varied=True),
     "new": _wrk("1 KB JSON, a new connection each, 32 at a time", "/small", 32, "Connection: close"),
     "64k": _wrk("64 KiB, 32 connections", "/64k", 32),
     "download": _download,

@@ -37,7 +37,6 @@ if __name__ == "__main__":
     sys.path.insert(1, str(TESTS.parent))
 
 import aiohttp  # noqa: E402
-from aiohttp import web  # noqa: E402
 from aiohttp.http_parser import HttpRequestParser  # noqa: E402
 
 import pytunnel  # noqa: E402
@@ -101,7 +100,7 @@ LOOK = Step(
     ("Visitor", "check_framing", "split_target", "parse_host", "TunnelRegistry.tunnel_name"),
 )
 FIELDS = Step(
-    "the request's fields as they go on", ("TunnelServer._request_head", "end_to_end", "forwarded", "Access.passed_on")
+    "the request's fields as they go on", ("TunnelServer._request_head", "remembered", "end_to_end", "forwarded")
 )
 OPEN = Step("encode its head and open a stream", ("RequestHead.encode", "Session.open_stream", "Link.open"))
 CHECK = Step("decode and check the request's head", ("RequestHead.decode", "split_target"))
@@ -203,8 +202,8 @@ class Stopwatch:
 class Connection:
     """As much of aiohttp's protocol and of a transport as the steps look at."""
 
-    ssl_context = transport = sockname = None
-    peername = ("127.0.0.1", 40000)
+    ssl_context = transport = None
+    address, no_content = "127.0.0.1", aiohttp.EMPTY_PAYLOAD
 
     def __init__(self, gate: pytunnel.Gate) -> None:
         self.caller = gate.callers["127.0.0.1"]
@@ -317,9 +316,8 @@ class Ends:
         data = self.to_visitor.recv(CHUNK)
         lap("server", KERNEL)
         [(message, payload)] = self.parser.feed_data(data)[0]
-        request = web.BaseRequest(message, payload, self.connection, None, None, self.loop)  # type: ignore[arg-type]
         lap("server", PARSE)
-        visitor = pytunnel.Visitor(request, self.gate, keep_alive=True)
+        visitor = pytunnel.Visitor(message, payload, self.connection, self.gate, keep_alive=True)
         pytunnel.check_framing(visitor.headers, visitor.version)
         visitor.target, host = pytunnel.split_target(visitor.method, visitor.target, visitor.headers)
         visitor.host = pytunnel.parse_host(host.decode("latin-1"))[0]
@@ -339,7 +337,8 @@ class Ends:
         head = pytunnel.RequestHead.decode(stream.head)
         pytunnel.split_target(head.method, head.target, head.headers)
         lap("client", CHECK)
-        exchange = self.client._begin(0, head, stream.head, waited=stream.waited)
+        exchange = self.client._exchange_of(0, head, stream.head, waited=stream.waited)
+        self.client.log.begin(exchange)
         lap("client", NOTE)
         forwarding = self.client._forward(stream, 0, head, exchange)
         wire = forwarding._wire_head()
