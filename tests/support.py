@@ -124,11 +124,11 @@ async def eventually(predicate: Callable[[], T], timeout: float = 5.0, what: str
 
 
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_ports = (10_000 + _WORKER % 10 * 200 + n % 200 for n in itertools.count(random.SystemRandom().randrange(200)))
+_ports = (10_100 + _WORKER % 10 * 180 + n % 180 for n in itertools.count(random.SystemRandom().randrange(180)))
 
 
 def free_port() -> int:
-    """A port on which nothing listens now, which no connection gets as its own, nor another worker's test."""
+    """A port on which nothing listens now, that no connection gets, nor another worker, and that Chromium takes."""
     for port in _ports:
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("", port))
