@@ -156,7 +156,18 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Literal, NamedTuple, NoReturn, ParamSpec, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    TypeVarTuple,
+    cast,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Generator
@@ -333,8 +344,8 @@ MAX_EMPTY, EMPTY_RATE = 32, 0.1  # TLS records of a connection that hold no data
 MAX_SECURED, SECURE_RATE = 500, 50.0  # TLS handshakes of an address at once, and a second after that: each takes up to
 # 2 ms, so that one address has a tenth of a core at the most
 MAX_HOSTS = 256  # Host fields whose reading is remembered; a browser sends the same one again and again,
-MAX_REMEMBERED = 128  # as it does with most other fields: so many heads whose reading is remembered, and what follows
-MAX_REMEMBERED_HEAD = 4 * KiB  # from it; longer ones are not. Who makes them up takes 12 MiB of a process at the most
+MAX_REMEMBERED = 128  # as it does with most other fields: heads that came again and are remembered, with what follows
+MAX_REMEMBERED_HEAD = 4 * KiB  # from them; longer ones are not. Who makes them up takes 12 MiB of a process at the most
 MAX_FIELD = 16 * KiB  # bytes of one visitor header field, and of the request line (HAProxy's 16 KiB)
 
 HSTS_AGE = 365 * 86400.0  # seconds; what browsers ask of sites for their list of those that are https only
@@ -1759,60 +1770,92 @@ def accept_key(key: bytes) -> bytes:
     return base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
 
 
-_Rest = ParamSpec("_Rest")
+_Head = TypeVar("_Head", bytes, "Fields")
+_Rest = TypeVarTuple("_Rest")
 _Result = TypeVar("_Result")
 
 
-def remembered(function: Callable[Concatenate[bytes, _Rest], _Result]) -> Callable[Concatenate[bytes, _Rest], _Result]:
-    """Keep the last results for a head's bytes, unless it is a long one: who asks often asks alike.
+def remembered(function: Callable[[_Head, *_Rest], _Result]) -> Callable[[_Head, *_Rest], _Result]:
+    """Keep the results for heads that come again, unless they are long: who asks often asks alike.
 
-    Results are shared; nobody changes them.
+    What comes once is not kept: that would cost more than it saves. Results are shared; nobody changes them.
     """
-    cached: Any = functools.lru_cache(MAX_REMEMBERED)(function)
+    kept: dict[Any, _Result] = {}
+    seen: set[int] = set()
 
     @functools.wraps(function)
-    def remembering(head: bytes, /, *rest: _Rest.args, **options: _Rest.kwargs) -> _Result:
-        if len(head) <= MAX_REMEMBERED_HEAD:
-            return cast(_Result, cached(head, *rest, **options))
-        return function(head, *rest, **options)
+    def remembering(head: _Head, *rest: *_Rest) -> _Result:
+        payload = head.payload if isinstance(head, Fields) else head
+        key = payload, len(head), rest  # of fields the number, too: none of them has a NUL where another has none
+        if (known := kept.get(key)) is not None:
+            return known
+        result, mark = function(head, *rest), hash(key)
+        if mark not in seen:
+            if len(seen) >= 8 * MAX_REMEMBERED:
+                seen.clear()
+            seen.add(mark)
+        elif len(payload) <= MAX_REMEMBERED_HEAD:
+            if len(kept) >= MAX_REMEMBERED:
+                kept.clear()
+            kept[key] = result
+        return result
 
     return remembering
+
+
+class _Once(Generic[_Result]):
+    """As functools.cached_property, which takes a lock up to Python 3.11."""
+
+    def __init__(self, function: Callable[[Any], _Result]) -> None:
+        self._function = function
+
+    def __get__(self, instance: Any, owner: type) -> _Result:
+        result = instance.__dict__[self._function.__name__] = self._function(instance)
+        return result
 
 
 class Fields(list[tuple[bytes, bytes]]):
     """A head's fields, in their order, and what is worked out from them once; nobody changes them."""
 
+    _looked = 0  # how often a name was looked for
+
     @classmethod
     def of(cls, headers: Headers) -> Fields:
         return headers if isinstance(headers, Fields) else cls(headers)
 
-    @functools.cached_property
-    def by_name(self) -> dict[bytes, list[bytes]]:
-        """All values of each name, which is in lower case."""
+    @_Once
+    def payload(self) -> bytes:
+        """The fields in a head's frame: names and values, with a NUL between any two."""
+        return b"\0".join(itertools.chain.from_iterable(self))
+
+    @_Once
+    def is_valid(self) -> bool:
+        """Whether they may be in a head."""
+        return _FIELDS.fullmatch(self.payload) is not None
+
+    @_Once
+    def wire(self) -> bytes:
+        """The lines of a head on the wire, each with the end of the one before it."""
+        return b"\r\n".join([b"", *[b": ".join(pair) for pair in self]])
+
+    @_Once
+    def passed_on(self) -> Fields:
+        """Those of a response that a proxy passes on, as a rule."""
+        return Fields.of(end_to_end(self))
+
+    @_Once
+    def _by_name(self) -> dict[bytes, list[bytes]]:
         values: dict[bytes, list[bytes]] = {}
         for name, value in self:
             values.setdefault(name.lower(), []).append(value)
         return values
 
-    @functools.cached_property
-    def is_valid(self) -> bool:
-        """Whether they may be in a head."""
-        return _FIELDS.fullmatch(self.payload) is not None
-
-    @functools.cached_property
-    def payload(self) -> bytes:
-        """The fields in a head's frame: names and values, with a NUL between any two."""
-        return b"\0".join(itertools.chain.from_iterable(self))
-
-    @functools.cached_property
-    def wire(self) -> bytes:
-        """The lines of a head on the wire, each with the end of the one before it."""
-        return b"".join([b"\r\n%b: %b" % pair for pair in self])
-
-
-def is_free_of_nul(payload: bytes, headers: Headers) -> bool:
-    """Whether the payload of these fields has as many parts as they have: none of them has a NUL itself."""
-    return payload.count(b"\0") == max(0, 2 * len(headers) - 1)
+    def values_of(self, name: bytes) -> list[bytes]:
+        """Return the values of all fields called `name` (lower case)."""
+        if self._looked < 8:  # an index takes as long as to go through them a few times
+            self._looked += 1
+            return [value for key, value in self if key.lower() == name]
+        return self._by_name.get(name, [])
 
 
 @remembered
@@ -1837,7 +1880,7 @@ def _checked_fields(payload: bytes) -> Fields:
 def field_values(headers: Headers, name: bytes) -> list[bytes]:
     """Return the values of all fields called `name` (lower case)."""
     if isinstance(headers, Fields):
-        return headers.by_name.get(name, [])
+        return headers.values_of(name)
     return [value for key, value in headers if key.lower() == name]
 
 
@@ -1858,7 +1901,7 @@ def compressible(headers: Headers) -> bool:
 
 def end_to_end(headers: Headers, *, keep_upgrade: bool = False) -> Headers:
     """Return the fields that a proxy passes on (RFC 9110 section 7.6.1), in their order."""
-    if HOP_BY_HOP.isdisjoint(Fields.of(headers).by_name):  # Connection is one of them
+    if HOP_BY_HOP.isdisjoint([name.lower() for name, _ in headers]):  # Connection is one of them
         return headers
     drop = HOP_BY_HOP | field_tokens(headers, b"connection") - NEVER_NOMINATED
     if keep_upgrade:
@@ -2061,15 +2104,13 @@ class ResponseHead(NamedTuple):
 
     def passed_on(self) -> ResponseHead:
         """Return the head as a proxy sends it on, without the framing that is made anew for the visitor."""
-        return ResponseHead(self.status, self.reason, _passed_on(Fields.of(self.headers).payload, self.status))
-
-
-@remembered
-def _passed_on(payload: bytes, status: int) -> Fields:
-    headers = end_to_end(fields_of(payload), keep_upgrade=status in (101, 426))
-    if status < 200 or status == 204:
-        headers = [(name, value) for name, value in headers if name.lower() != b"content-length"]
-    return Fields.of(headers)
+        if self.status in (101, 426):
+            headers = end_to_end(self.headers, keep_upgrade=True)
+        else:
+            headers = Fields.of(self.headers).passed_on
+        if self.status < 200 or self.status == 204:
+            headers = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+        return ResponseHead(self.status, self.reason, headers)
 
 
 class _Framed(NamedTuple):
@@ -2087,7 +2128,7 @@ def _parse_head(text: bytes) -> _Framed:
     match = _STATUS_LINE.match(text)
     if not match:
         raise MessageError("not an HTTP/1 response", 502)
-    headers = Fields((name, value.strip(b" \t")) for name, value in _FIELD_LINE.findall(text))
+    headers = Fields([(name, value.strip(b" \t")) for name, value in _FIELD_LINE.findall(text)])
     if len(headers) != text.count(b"\r\n"):
         raise MessageError("a header line that is no field", 502)
     if len(headers) > MAX_FIELDS:
@@ -6051,9 +6092,7 @@ class Visitor:
         self.scheme = "https" if protocol.ssl_context else "http"
         self.method = message.method.encode()
         self.target = message.path.encode("utf-8", "surrogateescape")
-        raw = message.raw_headers
-        payload = b"\0".join(itertools.chain.from_iterable(raw))
-        self.headers = fields_of(payload) if is_free_of_nul(payload, raw) else Fields(raw)
+        self.headers = Fields(message.raw_headers)
         self.address = visitor_address(self.peer, self.headers, gate.trusted)  # the peer's, or behind a proxy its own
         self.proxied = self.address != self.peer
         self.caller: Caller = gate.callers[self.address] if self.proxied else protocol.caller
@@ -6618,10 +6657,10 @@ def _dialled(host: str | None, everywhere: str) -> str:
 
 @remembered
 def _request_fields(
-    payload: bytes, peer: str, scheme: str, host: bytes, trusted: bool, upgrade: bool, authorization: bool
+    fields: Fields, peer: str, scheme: str, host: bytes, trusted: bool, upgrade: bool, authorization: bool
 ) -> Fields:
     """Return a request's fields as they go into a tunnel."""
-    headers = end_to_end(fields_of(payload), keep_upgrade=upgrade)
+    headers = end_to_end(fields, keep_upgrade=upgrade)
     if not authorization:
         headers = [(name, value) for name, value in headers if name.lower() != b"authorization"]
     return Fields(forwarded(headers, peer, scheme, host, trusted=trusted))
@@ -7032,10 +7071,8 @@ class TunnelServer:
 
     def _request_head(self, visitor: Visitor, host: bytes, access: Access) -> RequestHead:
         peer, trusted, upgrade = visitor.peer, self._gate.is_trusted(visitor.peer), bool(visitor.upgrade)
-        payload, takes = visitor.headers.payload, access.takes_authorization
-        if not is_free_of_nul(payload, visitor.headers):
-            raise MessageError("NUL in a head")
-        fields = _request_fields(payload, peer, visitor.scheme, host, trusted, upgrade, takes)
+        headers, takes = visitor.headers, access.takes_authorization
+        fields = _request_fields(headers, peer, visitor.scheme, host, trusted, upgrade, takes)
         return RequestHead(visitor.method, visitor.target, fields)
 
     # Connections to TCP tunnels

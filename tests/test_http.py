@@ -536,26 +536,42 @@ def copy(data: bytes) -> bytes:
     return bytes(bytearray(data))
 
 
-def test_the_reading_of_a_head_is_remembered_and_that_of_a_long_one_is_not() -> None:
+def test_what_comes_again_is_remembered_unless_it_is_long() -> None:
     short, long = b"A\0".ljust(MAX_REMEMBERED_HEAD, b"x"), b"A\0".ljust(MAX_REMEMBERED_HEAD + 1, b"x")
-    assert fields_of(short) is fields_of(copy(short))
+    first, second, third = (fields_of(copy(short)) for _ in range(3))
+    assert first is not second is third
+    assert first == second == [(b"A", short[2:])]
+    fields_of(long), fields_of(copy(long))
     assert fields_of(long) is not fields_of(copy(long))
-    assert fields_of(long) == fields_of(copy(long)) == [(b"A", long[2:])]
+    assert fields_of(long) == [(b"A", long[2:])]
 
 
-def test_so_many_readings_are_remembered() -> None:
-    first = fields_of(b"A\0first")
-    for number in range(MAX_REMEMBERED - 1):
-        fields_of(b"A\0%d" % number)
-    assert fields_of(b"A\0first") is first
-    for number in range(MAX_REMEMBERED):
-        fields_of(b"A\0%d" % -number)
-    assert fields_of(b"A\0first") is not first
+def test_so_much_is_remembered_and_no_more() -> None:
+    cells = [cell.cell_contents for cell in fields_of.__closure__ or ()]
+    (kept,), (seen,) = ([cell for cell in cells if isinstance(cell, kind)] for kind in (dict, set))
+    for number in range(9 * MAX_REMEMBERED):
+        first, again = fields_of(b"X-So-Much\0%d" % number), fields_of(b"X-So-Much\0%d" % number)
+        assert first is not again is fields_of(b"X-So-Much\0%d" % number)
+        assert len(kept) <= MAX_REMEMBERED
+        assert len(seen) <= 8 * MAX_REMEMBERED
+    size = len(kept)
+    fields_of(b"X-Once\0")
+    assert len(kept) == size
+
+
+def test_fields_with_a_nul_are_not_taken_for_others() -> None:
+    """Nobody lets one in; and where somebody did, it would not become what two fields were remembered as."""
+    asked = [Fields([(b"A", b"1"), (b"B", b"2")]), Fields([(b"A", b"1\0B\x002")])]
+    assert asked[0].payload == asked[1].payload
+    rest = "192.0.2.1", "http", b"a", False, False, True
+    for _ in range(3):
+        for fields in asked:
+            assert pytunnel._request_fields(fields, *rest)[: len(fields)] == fields
 
 
 @pytest.mark.parametrize("wrong", [b"A\0b\0C", b"A\0b\0", b"\0b", b"A b\0c", b"A\0b\n"])
 def test_a_head_that_is_wrong_is_so_each_time(wrong: bytes) -> None:
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(ProtocolError):
             RequestHead.decode(b"GET\0/\0" + copy(wrong))
         with pytest.raises(ProtocolError):
@@ -569,15 +585,14 @@ ASKED = [(b"Host", b"web.t"), (b"Connection", b"Upgrade"), (b"Upgrade", b"x"), (
 @pytest.mark.parametrize("headers", [ASKED, ASKED[:1], ASKED[3:]], ids=len)
 def test_what_is_remembered_of_a_request_is_for_the_same_visitor_host_and_tunnel(headers: Headers) -> None:
     """All that is asked for in turn gives what it gives by itself."""
-    payload = Fields(headers).payload
     peers, schemes, hosts = ("192.0.2.1", "192.0.2.2"), ("http", "https"), (b"web.t", b"api.t")
-    for _ in range(2):
+    for _ in range(3):
         for peer, scheme, host, *flags in itertools.product(peers, schemes, hosts, *[(False, True)] * 3):
             trusted, upgrade, takes = flags
             expected = end_to_end(headers, keep_upgrade=upgrade)
             expected = [pair for pair in expected if takes or pair[0] != b"Authorization"]
             expected = forwarded(expected, peer, scheme, host, trusted=trusted)
-            got = pytunnel._request_fields(copy(payload), peer, scheme, host, trusted, upgrade, takes)
+            got = pytunnel._request_fields(Fields(headers), peer, scheme, host, trusted, upgrade, takes)
             assert got == expected
 
 
@@ -587,7 +602,7 @@ def test_what_is_remembered_stays_as_it_was(
 ) -> None:
     """Whatever is done with it: it is the same, and what is made of it, too, as without any memory."""
     request, response = RequestHead(method, target, headers), ResponseHead(status, b"", headers)
-    for _ in range(2):
+    for _ in range(3):
         again = RequestHead.decode(copy(request.encode()))
         assert (again, again.encode()) == (request, request.encode())
         wires = [head.to_wire(chunked=chunked, upgrade=not chunked) for head in (again, request)]
@@ -605,7 +620,7 @@ def test_a_record_of_a_request_is_nobody_elses() -> None:
     """A script may change what it was given, as to replay it with another field."""
     payload = RequestHead(b"GET", b"/", [(b"Host", b"a"), (b"Cookie", b"b=1")]).encode()
     record = Exchange("web", "GET", "/", 0.0, request_head=payload, response_head=b"200\0OK\0A\0b")
-    for headers in (record.request_headers, record.response_headers):
+    for headers in (record.request_headers, record.response_headers) * 3:
         assert isinstance(headers, list)
         headers.append((b"X-Debug", b"1"))
     wire = RequestHead.decode(payload).to_wire(chunked=False, upgrade=False)
@@ -624,7 +639,7 @@ def test_a_nul_in_a_visitors_field_does_not_make_another_field(tmp_path: Path, v
     protocol = SimpleNamespace(address="127.0.0.1", ssl_context=None, caller=None, no_content=EMPTY_PAYLOAD)
     visitor = pytunnel.Visitor(message, EMPTY_PAYLOAD, protocol, server._gate, keep_alive=True)
     with pytest.raises(MessageError, match="NUL"):
-        server._request_head(visitor, b"a", pytunnel.EVERYBODY)
+        server._request_head(visitor, b"a", pytunnel.EVERYBODY).encode()
 
 
 # What a proxy passes on
