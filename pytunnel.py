@@ -10388,7 +10388,9 @@ class Doctor:
         """Return status and headers of LINK_PATH, which tells the server's own host from a tunnel."""
         at = urllib.parse.urlsplit(url)
         url = (self._server if str(at.hostname).endswith(".localhost") else url) + LINK_PATH
-        async with self._http.get(url, headers={"Host": at.netloc}, allow_redirects=False) as response:
+        name = at.hostname if at.scheme == "https" else None  # that the certificate has to be for
+        options: Any = {"allow_redirects": False, "server_hostname": name}
+        async with self._http.get(url, headers={"Host": at.netloc}, **options) as response:
             return response.status, response.headers
 
 

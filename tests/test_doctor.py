@@ -399,6 +399,13 @@ async def test_certificates(tmp_path: Path, names: dict[str, str], monkeypatch: 
             assert await pytunnel.doctor(f"https://t.test:{port}", TOKEN, [], 0, lambda line: None) == 0
             assert (await found(f"http://t.test:{port}"))["server"].ok is False
         assert "does not speak TLS" in (await found(f"https://t.test:{upstream}"))["certificate"].detail
+        monkeypatch.setattr(ssl, "create_default_context", make)
+        names["localhost"] = "127.0.0.1"
+        own, trusting = certificate(tmp_path, 30, ["localhost"])
+        trust(trusting)
+        async with front(upstream, tls=own) as port:  # resolvers need not know a tunnel's name there, but certificates
+            findings = await found(f"https://localhost:{port}")
+            assert verdicts(findings) == {**SOUND, "certificate": True, "visitor": None}
 
 
 async def test_proxies(tmp_path: Path, names: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
