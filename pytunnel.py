@@ -1841,7 +1841,7 @@ class Fields(list[tuple[bytes, bytes]]):
     @_Once
     def passed_on(self) -> Fields:
         """Those of a response that a proxy passes on, as a rule."""
-        return Fields.of(end_to_end(self))
+        return Fields(end_to_end(self))  # a copy: it must not hold itself, which only the garbage collector would end
 
     @_Once
     def _by_name(self) -> dict[bytes, list[bytes]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -557,6 +559,20 @@ def test_so_much_is_remembered_and_no_more() -> None:
     size = len(kept)
     fields_of(b"X-Once\0")
     assert len(kept) == size
+
+
+def test_what_is_not_remembered_goes_without_the_garbage_collector() -> None:
+    """Heads of 64 KiB would pile up until it comes."""
+    head = ResponseHead.decode(b"200\0OK\0X-Goes\0at once")
+    encoder = ResponseEncoder(b"GET", http11=True, keep_alive=True)
+    gc.disable()
+    try:
+        encoder.head(head, DATE)
+        fields = weakref.ref(head.headers)
+        del head
+        assert fields() is None
+    finally:
+        gc.enable()
 
 
 def test_fields_with_a_nul_are_not_taken_for_others() -> None:
