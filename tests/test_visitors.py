@@ -542,63 +542,50 @@ class Held:
         writer.write(b"late")
 
 
+async def send_behind(held: Held, origin: RawOrigin, tunnel: Tunnel, visitor: RawVisitor, data: bytes) -> None:
+    """Let something come while a request waits, and then the request's response."""
+    held.head.clear()
+    held.content.set()
+    count = sum(seen.target == b"/held" for seen in origin.requests)
+    await visitor.send(tunnel.request(target=b"/held"))
+    await origin.wait_for(lambda: sum(seen.target == b"/held" for seen in origin.requests) > count)
+    await visitor.send(data)
+    assert (await tunnel.get(b"/other")).body == b"/other"  # it has come by now
+    held.head.set()
+    assert (await visitor.read_response()).body == b"late"
+
+
 @pytest.mark.parametrize("cut", [None, 10, -1], ids=["whole", "in its line", "in its end"])
 async def test_what_comes_while_a_request_waits_is_answered_after_it(cut: int | None) -> None:
     held = Held()
-    held.content.set()
     async with served(held) as (origin, tunnel), tunnel.visitor() as visitor:
+        following = tunnel.request(target=b"/following")
         for _ in range(2):  # on a connection that is new, and again
-            held.head.clear()
-            count = len(origin.requests)
-            await visitor.send(tunnel.request(target=b"/held"))
-            await origin.wait_requests(count + 1)
-            following = tunnel.request(target=b"/following")
-            await visitor.send(following[:cut])
-            assert (await tunnel.get(b"/other")).body == b"/other"  # it has come by now
-            held.head.set()
-            assert (await visitor.read_response()).body == b"late"
+            await send_behind(held, origin, tunnel, visitor, following[:cut])
             await visitor.send(following[len(following[:cut]) :])
             assert (await visitor.read_response()).body == b"/following"
-        held.head.clear()
-        count = len(origin.requests)
-        await visitor.send(tunnel.request(target=b"/held"))
-        await origin.wait_requests(count + 1)
-        await visitor.send(b"\0 garbage\r\n")
-        assert (await tunnel.get(b"/other")).body == b"/other"
-        held.head.set()
-        assert (await visitor.read_response()).body == b"late"
+        await send_behind(held, origin, tunnel, visitor, b"\0 garbage\r\n")
         assert (await visitor.read_response()).status == 400
         assert await visitor.read_until_close() == b""
 
 
 async def test_a_head_that_begins_while_a_request_waits_is_bounded() -> None:
     held = Held()
-    held.content.set()
     async with served(held) as (origin, tunnel), tunnel.visitor() as visitor:
-        await visitor.send(tunnel.request(target=b"/held"))
-        await origin.wait_requests(1)
-        await visitor.send(tunnel.request()[:-2] + b"".join(b"X-%d: %b\r\n" % (n, b"x" * 8000) for n in range(9)))
-        assert (await tunnel.get(b"/other")).body == b"/other"  # it has come by now
-        held.head.set()
-        assert (await visitor.read_response()).body == b"late"
+        large = tunnel.request()[:-2] + b"".join(b"X-%d: %b\r\n" % (n, b"x" * 8000) for n in range(9))
+        await send_behind(held, origin, tunnel, visitor, large)
         assert problem(await visitor.read_response()) == (431, b"too-large")
         assert await visitor.read_until_close() == b""
 
 
 async def test_a_head_that_begins_while_a_request_waits_has_a_deadline() -> None:
     held = Held()
-    held.content.set()
     async with (
         RawOrigin(held) as origin,
         Tunnel(origin.port, command=with_limits(HEAD_TIMEOUT=0.3)) as tunnel,
         tunnel.visitor() as visitor,
     ):
-        await visitor.send(tunnel.request(target=b"/held"))
-        await origin.wait_requests(1)
-        await visitor.send(tunnel.request()[:-2])
-        assert (await tunnel.get(b"/other")).body == b"/other"  # it has come by now
-        held.head.set()
-        assert (await visitor.read_response()).body == b"late"
+        await send_behind(held, origin, tunnel, visitor, tunnel.request()[:-2])
         assert problem(await visitor.read_response()) == (408, b"request-timeout")
 
 
