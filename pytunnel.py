@@ -7856,6 +7856,7 @@ class TunnelClient:
         self._round_trip: float | None = None
         self._session_id = ""
         self._link: Link | None = None
+        self._lost = 0  # streams that sessions took with them, since the last one began
         self._forwarding: set[asyncio.Task[None]] = set()
         self._stopping, self._hurrying = asyncio.Event(), asyncio.Event()
         self._fatal: TunnelError | None = None
@@ -8192,11 +8193,12 @@ class TunnelClient:
             self._session_id = ready.get("session", str)
         self.problem, self.retry_at = "", None
         if urls == self.urls:
-            self._emit("reconnected", resumed=resumed)
+            self._emit("reconnected", resumed=resumed, lost=self._lost)
         else:
             self.urls = urls
             for tunnel, url in zip(self.tunnels, urls, strict=False):
                 self._emit("ready", url=url, name=tunnel.name, target=tunnel.target.text)
+        self._lost = 0
         return self._link
 
     async def _end_session(self, error: StreamReset) -> None:
@@ -8204,6 +8206,7 @@ class TunnelClient:
             await end_tasks(self._renewal)
             self._renewal = None
         if self._link:
+            self._lost += self._link.session.streams
             self._link.end(error)
             self._link = None
             self._session_id = ""
@@ -10614,7 +10617,8 @@ class Console:
         if event == "disconnected":
             return f"not connected: {escape(fields['reason'])}; trying again"
         if event == "reconnected":
-            return "connected again, " + ("nothing lost" if fields["resumed"] else "but what was running is lost")
+            what = "nothing lost" if fields["resumed"] else "nothing was running"
+            return f"connected again, {'but what was running is lost' if fields['lost'] else what}"
         if event == "hint":
             return f"hint: {fields['message']}"
         return ""

@@ -42,6 +42,7 @@ from support import (
 from pytunnel import (
     COMMANDS,
     EXAMPLES,
+    Console,
     MessageError,
     Origin,
     Refused,
@@ -253,7 +254,7 @@ async def test_connect_prints_the_url_alone_and_once_and_it_answers(home: Path, 
             await client.stderr_line(f"{url} -> {local.port}")
             await client.stderr_line("200 GET")
             await relay.cut("reset")
-            await client.stderr_line("connected again")
+            await client.stderr_line("connected again, nothing lost")
             assert (await visit(url, server.port)).status == 200
             client.send_signal(signal.SIGINT)
             assert await client.wait() == 0
@@ -407,7 +408,7 @@ async def test_json_events_of_a_client(home: Path) -> None:
         assert lost.keys() == {"event", "reason", "retry_in"}
         assert isinstance(lost["reason"], str) and lost["reason"]
         assert lost["retry_in"] == 0
-        assert await t.client.event("reconnected") == {"event": "reconnected", "resumed": True}
+        assert await t.client.event("reconnected") == {"event": "reconnected", "resumed": True, "lost": 0}
 
         t.client.send_signal(signal.SIGINT)
         assert await t.client.event("closed") == {"event": "closed"}
@@ -452,8 +453,16 @@ async def test_json_error(args: list[str], code: str, status: int) -> None:
 async def test_json_server_that_forgot_the_session_is_not_resumed() -> None:
     async with origin() as local, Tunnel(local.port) as t:
         await t.restart_server(signal.SIGKILL)
-        assert await t.client.event("reconnected") == {"event": "reconnected", "resumed": False}
+        assert await t.client.event("reconnected") == {"event": "reconnected", "resumed": False, "lost": 0}
         assert (await t.get()).body == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("resumed", "lost", "text"),
+    [(True, 0, "nothing lost"), (False, 0, "nothing was running"), (False, 2, "but what was running is lost")],
+)
+def test_what_is_lost_is_told(resumed: bool, lost: int, text: str) -> None:
+    assert Console._line("reconnected", {"resumed": resumed, "lost": lost}) == f"connected again, {text}"
 
 
 # ---------------------------------------------------------------------------------------- Exit statuses and errors

@@ -526,7 +526,8 @@ async def test_past_the_grace_a_request_without_a_head_gets_502() -> None:
             print(f"\n502 after {time.monotonic() - began:.2f} s")
             assert (got.status, got.value(b"X-Pytunnel-Error")) == (502, b"link-lost")
         await eventually(lambda: not origin.open_connections, AWAY, "the local request is given up")
-        assert (await tunnel.client.event("reconnected", timeout=AWAY))["resumed"] is False
+        event = await tunnel.client.event("reconnected", timeout=AWAY)
+        assert event == {"event": "reconnected", "resumed": False, "lost": 1}
         assert len(origin.requests) == 1, "it is not executed again"
 
 
