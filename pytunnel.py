@@ -245,6 +245,7 @@ WRITE_TIMEOUT = 10.0  # seconds without room in the transport, or an ACK that wa
 HANDSHAKE_TIMEOUT = 10.0  # seconds for the whole handshake
 MAX_HANDSHAKES = 1024  # links at a time that have not shown their token yet,
 MAX_HANDSHAKES_EACH = 32  # and of these, of one address
+MAX_NESTING = 16  # objects and lists of JSON inside each other
 MAX_HELLO = 32 * KiB  # bytes of a handshake message: MAX_TUNNELS names take 4 KiB of it, twice; and MAX_RULES
 MAX_RULES = 22 * KiB  # bytes of a hello that tell whom its tunnels let in; a password for each of MAX_TUNNELS takes 12
 MAX_CREDENTIALS = 32  # users with passwords of one tunnel; a visitor's is compared with each
@@ -380,6 +381,12 @@ def parse_object(text: str) -> dict[str, Any]:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("not an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_NESTING):  # Python's own bound depends on its version, and on who calls
+        inner = itertools.chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for one in inner if isinstance(one, dict | list)]
+    if level:
+        raise ValueError("nested too deeply")
     return value
 
 
@@ -10813,8 +10820,9 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
             token, tcp = "" if given else kept.default(), options.tcp_ports or ""
             console.say(_invitation(listen[0][0], server, domain, token, kept.default_path, tcp))
         await signals.get()
-        log.info("stopping; running requests have %g s, a second signal ends them", options.drain)
         drained = asyncio.ensure_future(server.drain())
+        await asyncio.sleep(0)  # it has begun: whoever reads the line finds a server that takes nothing new
+        log.info("stopping; running requests have %g s, a second signal ends them", options.drain)
         again = asyncio.ensure_future(signals.get())
         await asyncio.wait([drained, again], timeout=options.drain, return_when=asyncio.FIRST_COMPLETED)
         await end_tasks(drained, again)

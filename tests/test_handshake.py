@@ -15,6 +15,7 @@ import pytunnel
 from pytunnel import (
     ITERATIONS,
     MAX_HELLO,
+    MAX_NESTING,
     ExitStatus,
     Message,
     MessageError,
@@ -108,6 +109,15 @@ def test_messages_round_trip() -> None:
     assert message.get("deep", dict) == {"a": [None]}
 
 
+def nested(depth: int) -> str:
+    """An object and the lists in it, so many together."""
+    return '{"a":' + "[" * (depth - 1) + "1" + "]" * (depth - 1) + "}"
+
+
+def test_messages_are_nested_so_deeply() -> None:
+    assert Message(nested(MAX_NESTING)).get("a", list)
+
+
 def test_unknown_and_missing_fields() -> None:
     message = Message('{"type":"hello","from the future":{"a":[1e400,NaN]}}')
     assert message.get("session", str, "") == ""
@@ -132,6 +142,7 @@ BAD_MESSAGES = {
     "number": "1",
     "null": "null",
     "NaN": "NaN",
+    "deeper by one": nested(MAX_NESTING + 1),
     "deep list": "[" * (MAX_HELLO - 1),
     "deep, closed": "[" * 8000 + "]" * 8000,
     "deep object": '{"a":' * 3000,
