@@ -570,9 +570,9 @@ async def test_cut_silence_holds_the_sockets_and_spares_new_connections(origin: 
     async with Relay(origin.port) as relay, RawVisitor(relay.port) as visitor:
         await visitor.send(GET)
         await visitor.read_response()
-        visitor.timeout = 0.1
         assert await relay.cut("silence") == 1
         await visitor.send(GET)
+        visitor.timeout = 0.1  # only from here on: to connect and to send may take longer
         with pytest.raises(WaitFailed):
             await visitor.read_some()
         assert (await ask(relay.port)).body == b"hello"
@@ -591,11 +591,12 @@ async def test_blackhole_loses_nothing_when_it_ends(origin: RawOrigin) -> None:
         await visitor.send(GET)
         await visitor.read_response()
         counted = (relay.bytes_up, relay.bytes_down)
-        visitor.timeout = 0.1
         relay.mode = "blackhole"
         await visitor.send(GET)
-        async with RawVisitor(relay.port, timeout=0.1) as other:
+        async with RawVisitor(relay.port) as other:
             await other.send(GET)
+            await relay.wait_accepted(2)
+            visitor.timeout = other.timeout = 0.1
             with pytest.raises(WaitFailed):
                 await other.read_some()
             with pytest.raises(WaitFailed):
@@ -614,9 +615,11 @@ async def test_half_blackhole_swallows_one_direction(origin: RawOrigin, directio
         await visitor.send(GET)
         await visitor.read_response()
         up, down = relay.bytes_up, relay.bytes_down
-        visitor.timeout = 0.1
         relay.set_mode("half-blackhole", "up" if direction == "up" else "down")
         await visitor.send(GET)
+        if direction == "down":
+            await origin.wait_requests(2)
+        visitor.timeout = 0.1
         with pytest.raises(WaitFailed):
             await visitor.read_some()
         assert len(origin.requests) == (1 if direction == "up" else 2)
