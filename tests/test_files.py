@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import logging
 import os
 import re
 import socket
@@ -67,6 +68,11 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret.txt").write_text("secret")
     return root
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """All but asyncio's lines: of a slow callback it warns when the machine is busy, and its errors fail each test."""
+    return [record for record in caplog.records if record.name != "asyncio"]
 
 
 def links(page: RawResponse) -> list[str]:
@@ -296,14 +302,14 @@ async def test_what_cannot_be_read_is_forbidden(
         assert await served.statuses(["/", "/hello.txt"]) == {"/": 403, "/hello.txt": 403}
         monkeypatch.setattr(Path, "stat", refuse)
         assert await served.statuses(["/", "/hello.txt"]) == {"/": 404, "/hello.txt": 404}
-    assert not caplog.records
+    assert not logged(caplog)
 
 
 async def test_a_folder_that_goes_away(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with folder(root) as served:
         os.rename(root, root.parent / "moved")
         assert await served.statuses(["/", "/hello.txt"]) == {"/": 404, "/hello.txt": 404}
-    assert not caplog.records
+    assert not logged(caplog)
 
 
 async def test_a_visitor_who_leaves_leaves_no_trace(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -315,7 +321,7 @@ async def test_a_visitor_who_leaves_leaves_no_trace(root: Path, caplog: pytest.L
             await visitor.read_head()
             visitor.abort()
         assert (await served.get("/hello.txt")).status == 200
-    assert not caplog.records
+    assert not logged(caplog)
 
 
 async def test_through_a_tunnel(root: Path) -> None:
