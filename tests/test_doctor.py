@@ -206,7 +206,7 @@ async def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> N
     async def silent(_: RawRequest, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
-    monkeypatch.setattr(pytunnel, "CHECK_TIMEOUT", 0.1)
+    monkeypatch.setattr(pytunnel, "CHECK_TIMEOUT", 1.0)  # which those that are answered have as well
     async with RawOrigin(silent) as origin, asyncio.timeout(30):
         findings = await found(f"http://127.0.0.1:{origin.port}", f"127.0.0.1:{origin.port}")
     assert findings["server"].detail == "no answer in time"
