@@ -1141,24 +1141,25 @@ async def test_a_terminal_that_stops_reading_stops_neither_traffic_nor_end(view:
     process = await asyncio.create_subprocess_exec(
         *words, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
     )
+    os.set_blocking(master, False)
+    shown = bytearray()
+
+    def reads(test: Callable[[bytes], bool]) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            shown.extend(os.read(master, 65536))
+        return test(shown)
+
     try:
-        await eventually(lambda: b"connected" in os.read(master, 65536), timeout=20.0)
+        await eventually(lambda: reads(lambda text: b"connected" in text), timeout=20.0)
+        shown.clear()
         process.send_signal(signal.SIGTSTP)  # which does nothing where no shell could continue it
         for number in range(300):  # some hundred kilobytes on the screen; nobody reads a byte of it
             await view.get(f"/{'x' * 150}/{number}")
         process.terminate()
         async with asyncio.timeout(20.0):
             assert await process.wait() == 0
-        os.set_blocking(master, False)
-        rest = bytearray()
-
-        def last() -> bool:
-            with contextlib.suppress(BlockingIOError):
-                rest.extend(os.read(master, 65536))
-            return rest.endswith(b"\x1b[?1049l")
-
-        await eventually(last)
-        assert len(rest) < 60_000
+        await eventually(lambda: reads(lambda text: text.endswith(b"\x1b[?1049l")))
+        assert len(shown) < 60_000
         assert termios.tcgetattr(slave) == before
     finally:
         if process.returncode is None:
