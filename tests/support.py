@@ -136,6 +136,14 @@ def free_port() -> int:
     raise AssertionError
 
 
+def keep_port(host: str = "127.0.0.1") -> socket.socket:
+    """A socket that keeps a port from whoever wants any, until it is closed; who names the port may listen on it."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, 0))
+    return sock
+
+
 def listens(port: int) -> bool:
     """Whether something accepts connections on a port of loopback."""
     with socket.socket() as sock:
@@ -761,9 +769,13 @@ class RawOrigin:
         self._tasks: set[asyncio.Task[None]] = set()
         self._transports: set[asyncio.BaseTransport] = set()
         self._server: asyncio.Server | None = None
+        self._kept: socket.socket | None = None
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
+        if not self.port:
+            self._kept = keep_port(self._host)  # nobody else listens there when this origin has closed
+            self.port = self._kept.getsockname()[1]
         sock = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -773,11 +785,12 @@ class RawOrigin:
         except BaseException:
             sock.close()
             raise
-        self.port = sock.getsockname()[1]
         self.running[self.port] = self
         return self
 
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        if self._kept is not None:
+            self._kept.close()
         await self.aclose()
         if error is None and self.errors:
             raise self.errors[0]
@@ -1664,6 +1677,7 @@ class Tunnel:
 
     async def __aenter__(self) -> Self:
         self._home = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="pytunnel-test-")))
+        self.port = self._stack.enter_context(keep_port()).getsockname()[1]  # also while no server is there
         try:
             await self.start_server()
             if self._wants_relay:
