@@ -1145,7 +1145,7 @@ async def test_the_page_says_how_the_link_is(browser: Browser) -> None:
 async def test_the_page_outlives_its_client_and_finds_the_next_one(browser: Browser) -> None:
     async with contextlib.AsyncExitStack() as stack:
         first = contextlib.AsyncExitStack()
-        page, client = await first.enter_async_context(inspector())
+        page, client = await first.enter_async_context(inspector(free_port()))  # which nobody takes in between
         Samples(client).add("GET", "/kept", 200)
         refused = "Failed to load resource: .*(ERR_CONNECTION|403|ERR_EMPTY_RESPONSE)"
         tab = await stack.enter_async_context(opened(browser, page, expected=refused))
@@ -1156,8 +1156,7 @@ async def test_the_page_outlives_its_client_and_finds_the_next_one(browser: Brow
         again, other = await stack.enter_async_context(inspector(page.port))
         assert again.token != page.token
         Samples(other).add("GET", "/of the next one", 200)
-        await tab.evaluate("pollNow()")
-        await tab.get_by_text("not without the token").wait_for()
+        await tab.get_by_text("not without the token").wait_for()  # the page asks by itself; the text is there for 2 s
         await tab.evaluate("pollNow()")
         await expect(tab.locator("#rows th")).to_have_text(["/of the next one"])
         await expect(tab.locator("#state")).to_have_text("Connected")
