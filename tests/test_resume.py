@@ -565,16 +565,18 @@ async def test_past_the_grace_an_upgraded_connection_ends() -> None:
 
 async def test_past_the_grace_the_tunnel_works_again_at_once() -> None:
     async with (
-        RawOrigin(response(b"hello")) as origin,
-        Tunnel(origin.port, relay=True, serve_args=["--grace", "0.1"]) as tunnel,
+        gated(response(b"hello"), read_body=True, serve_args=("--grace", "0.1")) as (tunnel, origin, gate),
+        tunnel.visitor() as visitor,
     ):
+        await visitor.send(tunnel.request("POST", body=b"once"))
+        await origin.wait_requests()
         async with away(tunnel):
-            refused = tunnel.relay.refused
-            await tunnel.relay.wait_for(lambda: tunnel.relay.refused > refused + 1)
-            waiting = asyncio.create_task(tunnel.get())  # held for the client although its session is over
+            assert (await visitor.read_response("POST")).status == 502  # with which its session is over
+            waiting = asyncio.create_task(tunnel.get())  # held for the client all the same
+        gate.open()
         assert (await tunnel.client.event("reconnected", timeout=AWAY))["resumed"] is False
         assert (await waiting).body == b"hello"
-        assert len(origin.requests) == 1
+        assert len(origin.requests) == 2
 
 
 # ---------------------------------------------------------------------------------------- A clean goodbye
