@@ -622,7 +622,7 @@ async def test_a_client_that_is_stopped_for_a_moment_is_not_forgotten(machine: M
 
 
 async def test_status_tells_what_is_wrong(machine: Machine, local: RawOrigin) -> None:
-    async with serving(machine.home / "server", "--token", TOKEN) as server:
+    async with serving(machine.home / "server", "--token", TOKEN, port=free_port()) as server:  # nobody takes it
         args = [f"web={local.port}", "--server", server.url, "--token", TOKEN]
         async with machine.client(*args) as client:
             server.process.send_signal(signal.SIGKILL)
