@@ -206,6 +206,13 @@ async def test_who_takes_nothing_of_a_response_is_cut_off_and_who_takes_little_i
         assert stalled.ended == "reset"
 
 
+async def head_timeout(t: Tunnel) -> None:
+    """Return when somebody who has come now is told that it took too long."""
+    async with t.visitor() as timer:
+        await timer.send(b"G")
+        assert (await told(timer)).status == 408
+
+
 async def test_a_head_that_begins_behind_a_request_has_its_deadline_when_that_is_answered() -> None:
     release = asyncio.Event()
 
@@ -218,13 +225,11 @@ async def test_a_head_that_begins_behind_a_request_has_its_deadline_when_that_is
         RawOrigin(handle) as origin,
         Tunnel(origin.port, command=with_limits(HEAD_TIMEOUT=SOON)) as t,
         t.visitor() as visitor,
-        t.visitor() as timer,
     ):
         await visitor.send(t.request())
         assert await visitor.read_until(b"\r\n\r\n12")
         await visitor.send(t.request()[:-1])
-        await timer.send(b"G")
-        assert (await told(timer)).status == 408  # meanwhile the other one is in a response, where no page belongs
+        await head_timeout(t)  # meanwhile the other one is in a response, where no page belongs
         release.set()
         assert await visitor.read_exactly(3) == b"345"
         assert problem_of(await told(visitor)) == (408, b"request-timeout")
@@ -245,15 +250,13 @@ async def test_a_head_that_begins_behind_a_declined_upgrade_ends_no_response() -
         RawOrigin(handle) as origin,
         Tunnel(origin.port, command=with_limits(HEAD_TIMEOUT=SOON)) as t,
         t.visitor() as visitor,
-        t.visitor() as timer,
     ):
         upgrade = t.request(headers=[(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")])
         await visitor.send(upgrade + t.request(target=b"/slow"))
         assert (await visitor.read_response()).body == b"ok"
         assert await visitor.read_until(b"\r\n\r\n12")
         await visitor.send(b"GET /x HT")
-        await timer.send(b"G")
-        assert (await told(timer)).status == 408
+        await head_timeout(t)
         release.set()
         assert await visitor.read_exactly(3) == b"345"
 
@@ -263,12 +266,10 @@ async def test_an_empty_line_between_requests_is_none() -> None:
         RawOrigin(response(b"ok"), read_body=True) as origin,
         Tunnel(origin.port, command=with_limits(HEAD_TIMEOUT=SOON)) as t,
         t.visitor() as visitor,
-        t.visitor() as timer,
     ):
         await visitor.send(t.request("POST", body=b"old browsers") + b"\r\n")
         assert (await visitor.read_response()).body == b"ok"
-        await timer.send(b"G")
-        assert (await told(timer)).status == 408
+        await head_timeout(t)
         await visitor.send(t.request())
         assert (await visitor.read_response()).body == b"ok"
 
