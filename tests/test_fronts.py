@@ -127,7 +127,8 @@ class Front(Tunnel):
             return
         before = self._workers()
         self.front.send_signal(signal.SIGHUP)
-        await eventually(lambda: before < self._workers(), STEP, "new workers")
+        # Of the old ones those that have nothing to do are gone a moment later.
+        await eventually(lambda: len(self._workers() - before) >= len(before), STEP, "new workers")
 
     def _workers(self) -> set[str]:
         return set(Path(f"/proc/{self.front.pid}/task/{self.front.pid}/children").read_text().split())
