@@ -556,7 +556,7 @@ async def test_nginx_without_the_timeouts(tmp_path: Path) -> None:
     def change(recipe: str) -> str:
         recipe, count = re.subn(r" +proxy_(read|send)_timeout 1d;\n", "", recipe)
         assert count == 2
-        return paced("nginx", port, silent.port, 60, 300.0)(recipe)
+        return paced("nginx", port, silent.port, 30, 150.0)(recipe)
 
     async def handle(_: RawRequest, reader: Reader, writer: Writer) -> None:
         writer.write(EVENTS)
@@ -565,7 +565,7 @@ async def test_nginx_without_the_timeouts(tmp_path: Path) -> None:
     async with (
         RawOrigin(silence) as silent,
         RawOrigin(handle) as origin,
-        Front("nginx", tmp_path, origin, change, command=hasty(60)) as t,
+        Front("nginx", tmp_path, origin, change, command=hasty(30)) as t,
         t.outside() as events,
         RawVisitor(port, timeout=20) as clock,
     ):
