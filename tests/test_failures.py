@@ -291,9 +291,9 @@ async def test_a_request_waits_for_its_client_as_long_by_any_clock() -> None:
         Tunnel(origin.port, command=with_code(CLOCK), serve_args=["--hold", f"{hold}"]) as tunnel,
         tunnel.visitor() as visitor,
     ):
+        began = time.monotonic()  # the hold counts from the client's end
         tunnel.client.send_signal(signal.SIGTERM)
         await tunnel.server.stderr_line("its client stopped")
-        began = time.monotonic()
         await visitor.send(tunnel.request())
         for number in JUMPS:
             tunnel.server.send_signal(number)
