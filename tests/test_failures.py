@@ -729,7 +729,7 @@ async def _served(visitor: RawVisitor, tunnel: Tunnel) -> bool:
 async def test_a_client_without_descriptors_serves_and_dials_again_when_it_has_some() -> None:
     async with (
         RawOrigin(response(b"hello", headers=[(b"Connection", b"close")])) as origin,
-        Tunnel(origin.port, relay=True, command=QUICK) as tunnel,
+        Tunnel(origin.port, relay=True, command=with_limits(BACKOFF_MAX=0.3)) as tunnel,
     ):
         client = tunnel.client
         assert (await tunnel.get()).body == b"hello"
@@ -787,7 +787,7 @@ async def test_a_server_that_stops_ends_an_event_stream_late_and_a_download_not_
 
     async with (
         RawOrigin(serve) as origin,
-        Tunnel(origin.port, serve_args=["--drain", "2"], command=QUICK) as tunnel,
+        Tunnel(origin.port, serve_args=["--drain", "4"], command=with_limits(BACKOFF_MAX=0.3)) as tunnel,
         tunnel.visitor() as watcher,
         tunnel.visitor() as visitor,
     ):
