@@ -955,12 +955,12 @@ async def test_eight_transfers_get_their_share() -> None:
         async def read(number: int) -> None:
             while True:
                 got[number] += len(await visitors[number].read_some())
-                if sum(got) > 64 * MIB:
+                if sum(got) > 256 * MIB:  # beside which it is little what the kernel's buffers make of a start
                     done.set()
 
         done = asyncio.Event()
         readers = [asyncio.ensure_future(read(number)) for number in range(8)]
-        await asyncio.wait_for(done.wait(), 30.0)
+        await asyncio.wait_for(done.wait(), 60.0)
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
