@@ -663,7 +663,7 @@ async def test_cuts_in_the_middle_of_what_is_compressed() -> None:
         relay = tunnel.relay
         before, fetched = relay.bytes_up, asyncio.ensure_future(tunnel.get(b"/text/html??20"))
         for cut in range(1, 5):
-            await relay.wait_for(lambda at=before + cut * 500_000: relay.bytes_up > at)
+            await relay.wait_for(lambda at=before + cut * 400_000: relay.bytes_up > at)
             accepted = relay.accepted
             await relay.cut("reset")
             await relay.wait_accepted(accepted + 1)
