@@ -823,13 +823,14 @@ async def test_half_handshakes_are_bounded_as_connections_are(local: Pair, tmp_p
         assert (await ask(server.port, local.trust())).status == 200
 
 
-async def test_who_is_one_too_many_is_told_so_without_tls_only(local: Pair, tmp_path: Path) -> None:
+async def test_who_is_one_too_many_is_told_so_without_tls_only(local: Pair, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pytunnel, "REFUSAL_LINGER", 60.0)  # who reads and leaves does not wait for its end
     async with (
         serving(pytunnel.Certificates([local.paths]), tmp_path, max_each=1) as server,
         RawVisitor(server.port) as first,
     ):
         await first.send(HELLO[:100])
-        async with RawVisitor(server.port, timeout=0.9 * pytunnel.REFUSAL_LINGER) as visitor:
+        async with RawVisitor(server.port) as visitor:
             await visitor.send(request("GET", b"/", b"localhost"))
             assert b"HTTP/1.1 429 " in await visitor.read_until_close()
         with pytest.raises((ConnectionError, ssl.SSLError)):
