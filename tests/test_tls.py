@@ -803,7 +803,7 @@ async def test_what_scanners_send_leaves_no_trace(loop: str, local: Pair) -> Non
 
 
 async def test_half_handshakes_are_bounded_as_connections_are(local: Pair, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(pytunnel, "HEAD_TIMEOUT", 1.0)
+    monkeypatch.setattr(pytunnel, "HEAD_TIMEOUT", 3.0)
     async with (
         serving(pytunnel.Certificates([local.paths]), tmp_path, max_each=8) as server,
         contextlib.AsyncExitStack() as stack,
