@@ -326,12 +326,12 @@ async def stalled(tunnel: Tunnel, stack: contextlib.AsyncExitStack) -> Peer:
 
 async def test_a_client_that_does_not_read_loses_its_link_and_others_notice_nothing() -> None:
     """Its visitor's upload ends with the session: until then nothing of it is read, and nobody sees them leave."""
-    serving = honest_tunnel("--grace", "0.5", WRITE_TIMEOUT=1.0)
+    serving = honest_tunnel("--grace", "0.5", WRITE_TIMEOUT=3.0)
     async with serving as (tunnel, check), contextlib.AsyncExitStack() as stack:
         before = tunnel.server.rss()
         await stalled(tunnel, stack)
         await check()
-        await tunnel.server.stderr_line("hostile: nothing was acknowledged for 1 s")
+        await tunnel.server.stderr_line("hostile: nothing was acknowledged for 3 s")
         assert_bounded(before, tunnel.server)
 
 
