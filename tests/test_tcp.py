@@ -585,6 +585,7 @@ async def test_what_goes_both_ways_goes_on_when_the_link_is_cut() -> None:
 
 async def test_a_visitor_is_held_while_the_client_is_away() -> None:
     async with tunnelled(echo, relay=True) as (service, t):
+        await t.server.stderr_line("web: connected")
         t.relay.refuse = True
         await t.relay.cut("reset")
         await t.client.event("disconnected")
