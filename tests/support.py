@@ -116,11 +116,13 @@ class Signal:
 async def eventually(predicate: Callable[[], T], timeout: float = 5.0, what: str = "condition") -> T:
     """Poll for what sends no signal (a file, /proc) until it is true; raise WaitFailed at the deadline."""
     deadline = time.monotonic() + timeout
-    while not (value := predicate()):
-        if time.monotonic() >= deadline:
+    while True:
+        looked = time.monotonic()  # before: a look that the machine stalls in is not the last one
+        if value := predicate():
+            return value
+        if looked >= deadline:
             raise WaitFailed(f"not within {timeout} s: {what}")
         await asyncio.sleep(0.02)
-    return value
 
 
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -1776,13 +1778,14 @@ class Tunnel:
 
     async def settle(self) -> None:
         """Return when server and clients are back at rest; WaitFailed with what is still there after 2 seconds."""
-        started = time.monotonic()
+        started = looked = time.monotonic()
         while excess := self._excess() or await self._gauges_up():
             # A local service that is not RawOrigin cannot tell which of its connections are between two requests.
             patience = REST + (pytunnel.LOCAL_IDLE if all(" to a local service" in text for text in excess) else 0.0)
-            if time.monotonic() - started > patience:
+            if looked - started > patience:
                 raise WaitFailed(f"not at rest after {patience:g} s: {', '.join(excess)}")
             await asyncio.sleep(0.02)
+            looked = time.monotonic()
 
     def _excess(self) -> list[str]:
         """What the processes that still run have open and should not."""
