@@ -678,7 +678,7 @@ async def test_a_certificate_is_replaced_without_one_failed_request(loop: str, l
                 local.write(*content)
                 await tunnel.server.stderr_line("is new")
                 assert await shown(tunnel.port, "localhost") == content[0], number
-                await eventually(lambda before=done: done > before + 5, what="visits")  # type: ignore[misc]
+                await eventually(lambda before=done: done > before + 5, 30.0, "visits")  # type: ignore[misc]
             stop.set()
 
 
