@@ -950,7 +950,7 @@ def test_upgrade_required() -> None:
 
 
 def plain(headers: Headers) -> bool:
-    ours = {b"connection", b"content-length", b"transfer-encoding", b"date", b"upgrade"}
+    ours = pytunnel.HOP_BY_HOP | {b"content-length", b"date"}
     return not any(name.lower() in ours for name, _ in headers)
 
 
