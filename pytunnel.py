@@ -3290,7 +3290,9 @@ PALETTES[16] = PALETTES[0] | PALETTES[16]
 PALETTES[256] = PALETTES[16] | PALETTES[256]
 
 _VARIANTS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # on these, terminals differ about the width
-_WIDENED = re.compile("[\u2630-\u2637\u268a-\u268f\u4dc0-\u4dff\U0001d300-\U0001d37f]")  # in Unicode 16: allow for both
+_WIDENED = re.compile(  # in Unicode 16, and the letters of flags, which may stand alone: allow for both
+    "[\u2630-\u2637\u268a-\u268f\u4dc0-\u4dff\U0001d300-\U0001d37f\U0001f1e6-\U0001f1ff]"
+)
 
 _KEYS = {"\r": "enter", "\n": "enter", "\t": "right", "\x1b": "escape", "\x7f": "backspace", "\b": "backspace"}
 _SEQUENCES = {

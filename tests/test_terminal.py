@@ -368,6 +368,11 @@ def test_whatever_comes_the_screen_keeps_its_size_and_only_our_escapes_are_in_it
         lines = show(snap, width, height, key)
 
 
+def test_no_character_takes_more_cells_than_it_is_given() -> None:
+    every = filter(str.isprintable, map(chr, range(sys.maxunicode + 1)))
+    assert [char for char in every if cells(char) > pytunnel.width_of(char)] == []
+
+
 # Keys
 
 
