@@ -1253,6 +1253,11 @@ class Session:
         return len(self._streams)
 
     @property
+    def unfinished(self) -> int:
+        """Number of streams that are not closed, or of which the peer may miss frames."""
+        return len(self._streams.keys() | {FRAME_HEADER.unpack_from(frame)[2] for frame, _ in self._unacked} - {0})
+
+    @property
     def buffered(self) -> int:
         """Bytes kept here until they are sent, acknowledged or read."""
         streams = self._streams.values()
@@ -3290,7 +3295,7 @@ PALETTES[16] = PALETTES[0] | PALETTES[16]
 PALETTES[256] = PALETTES[16] | PALETTES[256]
 
 _VARIANTS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # on these, terminals differ about the width
-_WIDENED = re.compile(  # in Unicode 16, and the letters of flags, which may stand alone: allow for both
+_WIDENED = re.compile(  # allow for both: wide since Unicode 16; a flag's two letters share two cells, or have two each
     "[\u2630-\u2637\u268a-\u268f\u4dc0-\u4dff\U0001d300-\U0001d37f\U0001f1e6-\U0001f1ff]"
 )
 
@@ -7865,7 +7870,7 @@ class TunnelClient:
         self._round_trip: float | None = None
         self._session_id = ""
         self._link: Link | None = None
-        self._lost = 0  # streams that sessions took with them, since the last one began
+        self._lost_streams = 0  # of sessions that are over, since the last one began
         self._forwarding: set[asyncio.Task[None]] = set()
         self._stopping, self._hurrying = asyncio.Event(), asyncio.Event()
         self._fatal: TunnelError | None = None
@@ -8202,12 +8207,12 @@ class TunnelClient:
             self._session_id = ready.get("session", str)
         self.problem, self.retry_at = "", None
         if urls == self.urls:
-            self._emit("reconnected", resumed=resumed, lost=self._lost)
+            self._emit("reconnected", resumed=resumed, lost=self._lost_streams)
         else:
             self.urls = urls
             for tunnel, url in zip(self.tunnels, urls, strict=False):
                 self._emit("ready", url=url, name=tunnel.name, target=tunnel.target.text)
-        self._lost = 0
+        self._lost_streams = 0
         return self._link
 
     async def _end_session(self, error: StreamReset) -> None:
@@ -8215,7 +8220,7 @@ class TunnelClient:
             await end_tasks(self._renewal)
             self._renewal = None
         if self._link:
-            self._lost += self._link.session.streams
+            self._lost_streams += self._link.session.unfinished
             self._link.end(error)
             self._link = None
             self._session_id = ""
@@ -10626,7 +10631,7 @@ class Console:
         if event == "disconnected":
             return f"not connected: {escape(fields['reason'])}; trying again"
         if event == "reconnected":
-            what = "nothing lost" if fields["resumed"] else "nothing was running"
+            what = "nothing lost" if fields["resumed"] else "in a new session"
             return f"connected again, {'but what was running is lost' if fields['lost'] else what}"
         if event == "hint":
             return f"hint: {fields['message']}"

@@ -20,7 +20,8 @@ import pytest_asyncio
 from hypothesis import settings
 from support import REST, WaitFailed, eventually
 
-# No deadline: a shared runner pauses as it likes. Each run tries something new, but for CI, which is about the change.
+# No deadline: a shared runner pauses as it likes. CI tries the same examples each time, so that a failure comes from
+# the change; all other runs look for new ones.
 settings.register_profile("new", deadline=None, derandomize=False, max_examples=150, print_blob=True)
 settings.register_profile("ci", settings.get_profile("new"), derandomize=True)
 settings.register_profile("thorough", settings.get_profile("new"), max_examples=5000)

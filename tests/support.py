@@ -786,6 +786,8 @@ class RawOrigin:
             self._server = await loop.create_server(lambda: _OriginProtocol(self), sock=sock, backlog=1024)
         except BaseException:
             sock.close()
+            if self._kept is not None:
+                self._kept.close()
             raise
         self.running[self.port] = self
         return self

@@ -387,7 +387,7 @@ def test_rules_round_trip(rules: Access) -> None:
 
 async def test_a_hello_with_bad_rules_is_refused() -> None:
     """A rule that the server does not understand must not become no rule."""
-    deep = '{"a":' * 10 + "{}" + "}" * 10
+    deep = '{"a":' * 11 + "{}" + "}" * 11
     async with serving() as (server, port):
         for case, rules in {**BAD_HELLOS, "deep": {"web": {**RULES, "allow": [json.loads(deep)]}}}.items():
             async with dialled(port) as peer:

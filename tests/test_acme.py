@@ -241,7 +241,7 @@ async def test_what_is_kept_is_used_and_nothing_is_ordered_again(tmp_path: Path,
 
 @pytest.mark.parametrize("authority", [{"refused": 20}], indirect=True)
 async def test_refused_nonces_keep_nobody_from_a_certificate(tmp_path: Path, authority: Authority) -> None:
-    """The library asks once more; where that is refused, too, the order is made again."""
+    """Whether the library's second try helps, or it takes another order."""
     hosts = ("one.t.example.com", "two.t.example.com")
     async with Wanting(tmp_path / "state", authority, *hosts).running() as wanting:
         for host in hosts:

@@ -459,7 +459,7 @@ async def test_json_server_that_forgot_the_session_is_not_resumed() -> None:
 
 @pytest.mark.parametrize(
     ("resumed", "lost", "text"),
-    [(True, 0, "nothing lost"), (False, 0, "nothing was running"), (False, 2, "but what was running is lost")],
+    [(True, 0, "nothing lost"), (False, 0, "in a new session"), (False, 2, "but what was running is lost")],
 )
 def test_what_is_lost_is_told(resumed: bool, lost: int, text: str) -> None:
     assert Console._line("reconnected", {"resumed": resumed, "lost": lost}) == f"connected again, {text}"

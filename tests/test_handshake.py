@@ -110,8 +110,8 @@ def test_messages_round_trip() -> None:
 
 
 def nested(depth: int) -> str:
-    """An object and the lists in it, so many together."""
-    return '{"a":' + "[" * (depth - 1) + "1" + "]" * (depth - 1) + "}"
+    """So many objects and lists in each other, an even number."""
+    return '{"a":[' * (depth // 2) + "1" + "]}" * (depth // 2)
 
 
 def test_messages_are_nested_so_deeply() -> None:
@@ -142,7 +142,7 @@ BAD_MESSAGES = {
     "number": "1",
     "null": "null",
     "NaN": "NaN",
-    "deeper by one": nested(MAX_NESTING + 1),
+    "deeper by one": '{"a":' + nested(MAX_NESTING) + "}",
     "deep list": "[" * (MAX_HELLO - 1),
     "deep, closed": "[" * 8000 + "]" * 8000,
     "deep object": '{"a":' * 3000,

@@ -572,11 +572,29 @@ async def test_past_the_grace_the_tunnel_works_again_at_once() -> None:
         await origin.wait_requests()
         async with away(tunnel):
             assert (await visitor.read_response("POST")).status == 502  # with which its session is over
-            waiting = asyncio.create_task(tunnel.get())  # held for the client all the same
+            await visitor.send(tunnel.request())  # held for the client all the same
         gate.open()
         assert (await tunnel.client.event("reconnected", timeout=AWAY))["resumed"] is False
-        assert (await waiting).body == b"hello"
+        assert (await visitor.read_response()).body == b"hello"
         assert len(origin.requests) == 2
+
+
+async def test_past_the_grace_a_response_on_its_way_is_told_as_lost_once() -> None:
+    async with (
+        RawOrigin(response(b"hello")) as origin,
+        Tunnel(origin.port, relay=True, serve_args=["--grace", "0.1"]) as tunnel,
+        tunnel.visitor() as visitor,
+    ):
+        tunnel.relay.set_mode("half-blackhole", "up")
+        await visitor.send(tunnel.request())
+        assert (await tunnel.client.event("request"))["status"] == 200  # for the client it is over
+        async with away(tunnel):
+            assert (await visitor.read_response()).status == 502
+            tunnel.relay.set_mode("pass")
+        event = await tunnel.client.event("reconnected", timeout=AWAY)
+        assert event == {"event": "reconnected", "resumed": False, "lost": 1}
+        await lose(tunnel, back=False)
+        assert (await tunnel.client.event("reconnected", timeout=AWAY))["lost"] == 0
 
 
 # ---------------------------------------------------------------------------------------- A clean goodbye

@@ -331,8 +331,8 @@ EXCHANGES = st.builds(
     bytes_in=st.integers(0, 10**15),
     bytes_out=st.integers(0, 10**15),
     error=TEXT,
-    ended=st.none() | st.floats(1000, 1e7),
-    answered=st.none() | st.floats(0, 1e7),
+    answered=st.none() | st.floats(1000, 2000),  # after the start, before the end: the clock is monotonic
+    ended=st.none() | st.floats(2000, 1e7),
     round_trip=st.none() | st.floats(0, 100),
 )
 KEYS = st.lists(
