@@ -10827,11 +10827,12 @@ async def _serve(options: argparse.Namespace, console: Console) -> None:
             token, tcp = "" if given else kept.default(), options.tcp_ports or ""
             console.say(_invitation(listen[0][0], server, domain, token, kept.default_path, tcp))
         await signals.get()
-        drained = asyncio.ensure_future(server.drain())
-        await asyncio.sleep(0)  # it has begun: whoever reads the line finds a server that takes nothing new
-        log.info("stopping; running requests have %g s, a second signal ends them", options.drain)
-        again = asyncio.ensure_future(signals.get())
-        await asyncio.wait([drained, again], timeout=options.drain, return_when=asyncio.FIRST_COMPLETED)
+        drained, again = asyncio.ensure_future(server.drain()), asyncio.ensure_future(signals.get())
+        await asyncio.sleep(0)  # they have begun: whoever reads the line finds a server that takes nothing new
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(options.drain):
+                log.info("stopping; running requests have %g s, a second signal ends them", options.drain)
+                await asyncio.wait([drained, again], return_when=asyncio.FIRST_COMPLETED)
         await end_tasks(drained, again)
     await server.close()
 
