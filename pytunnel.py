@@ -4756,6 +4756,10 @@ class Connection(asyncio.BufferedProtocol):
         return self._transport.can_write_eof() and not self.idle_since  # nothing more to say on an idle one: close it
 
     def connection_lost(self, exc: Exception | None) -> None:
+        plain = self._transport.get_extra_info("sslcontext") is None
+        if exc and plain and not self._eof:  # a write has failed; what came before, maybe an answer, is still there
+            with contextlib.suppress(OSError):
+                self._chunks.append(os.read(self._transport.get_extra_info("socket").fileno(), READ_BUFFER))
         self._eof, self._error = True, self._error or exc
         if self._guard:
             self._guard.cancel()

@@ -11,12 +11,14 @@ import gc
 import itertools
 import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import (
+    ROOT,
     Process,
     RawOrigin,
     RawRequest,
@@ -40,6 +42,40 @@ Reader = asyncio.StreamReader
 Writer = asyncio.StreamWriter
 
 # ---------------------------------------------------------------------------------------- Services that fail
+
+
+REFUSED = """
+import asyncio, socket, sys, uvloop
+import pytunnel
+
+async def main():
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        _, connection = await loop.create_connection(pytunnel.Connection, *listener.getsockname())
+        service, _ = listener.accept()
+    with service:
+        service.setblocking(False)
+        connection.send(b"request")
+        await loop.sock_recv(service, 1)
+        service.send(b"answer")
+    connection.send(b"more")
+    print(await connection.read())
+    try:
+        await connection.read()
+    except ConnectionResetError:
+        print("reset")
+
+(uvloop if sys.argv[1] == "uvloop" else asyncio).run(main())
+"""
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+async def test_an_answer_that_came_before_a_write_failed_is_read(loop: str) -> None:
+    """A service that refuses an upload closes with bytes unread, which resets; the event loop has not looked yet."""
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{REFUSED}"]
+    async with await Process.start(loop, command=command) as process:
+        assert await process.wait() == 0
+        assert process.stdout == ["b'answer'", "reset"]
 
 
 async def test_a_service_that_resets_whatever_is_accepted_is_a_502(subtests: pytest.Subtests) -> None:
